@@ -1,0 +1,109 @@
+"""Held-out questions: the model answers greedily, an answer counts where it matches exactly.
+
+The quick check that ends a training run. The benchmarks proper are the business of lmms-eval.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fura_vlm.data.conversation import prompt
+from fura_vlm.data.images import load_image
+from fura_vlm.data.records import Record
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered question. ``image`` is the path of the picture or ``None``."""
+
+    id: str
+    family: str
+    question: str
+    expected: str
+    predicted: str
+    image: str | None
+
+    @property
+    def correct(self) -> bool:
+        return normalise(self.predicted) == normalise(self.expected)
+
+
+def normalise(text: str) -> str:
+    """Ignores case, surrounding space and a closing full stop, nothing else."""
+    return text.strip().removesuffix(".").casefold()
+
+
+@torch.inference_mode()
+def answer_questions(
+    model,
+    processor,
+    records: list[Record],
+    image_folder: str | Path,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    progress: bool = True,
+    synced_gpus: bool = False,
+) -> list[Answer]:
+    """Answers the first question of each record with the model as it is, greedily.
+
+    Args:
+        model: a ``LlavaForConditionalGeneration`` or a PEFT model around one; it is left in the mode it was in.
+        processor: its ``LlavaProcessor``.
+        records: the questions; ``record.extra["family"]`` groups them, where it is there.
+        image_folder: where the records' image paths start.
+        synced_gpus: as in ``generate``: needed where several processes share the weights (ZeRO-3).
+    """
+    training, tokenizer = model.training, processor.tokenizer
+    model.eval()
+    answers = []
+    steps = range(0, len(records), batch_size)
+    for start in tqdm(steps, desc="held-out questions", disable=not progress, mininterval=2, leave=False):
+        batch = records[start : start + batch_size]
+        inputs = processor(
+            text=[prompt(record) for record in batch],
+            images=[load_image(Path(image_folder) / record.image) for record in batch if record.image] or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+        generated = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=synced_gpus,
+        )
+        texts = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for record, text in zip(batch, texts, strict=True):
+            question, expected = (turn.value for turn in record.conversations[:2])
+            family = record.extra.get("family", "all")
+            answers.append(Answer(record.id, family, question, expected, text.strip(), record.image))
+    model.train(training)
+    return answers
+
+
+def exact_match(answers: list[Answer]) -> dict[str, float]:
+    """Share of exact matches by family, and ``"mean"``, the mean of the families."""
+    by_family = defaultdict(list)
+    for answer in answers:
+        by_family[answer.family].append(answer.correct)
+    scores = {family: sum(hits) / len(hits) for family, hits in by_family.items()}
+    scores["mean"] = sum(scores.values()) / len(scores)
+    return scores
+
+
+def blind_guess(answers: list[Answer]) -> dict[str, float]:
+    """What one gets who never looks: the commonest expected answer of each family, given to all its questions."""
+    expected = defaultdict(Counter)
+    for answer in answers:
+        expected[answer.family][normalise(answer.expected)] += 1
+    scores = {family: counts.most_common(1)[0][1] / counts.total() for family, counts in expected.items()}
+    scores["mean"] = sum(scores.values()) / len(scores)
+    return scores

@@ -1,0 +1,82 @@
+"""The configuration of a training run. Light on purpose: the command line reads it before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+# The linear layers of the language model and the projector, by full name: the vision tower has q_proj, k_proj and
+# v_proj too and must not be adapted by accident.
+TARGET_MODULES = (
+    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    r"|.*multi_modal_projector\.linear_[12]"
+)
+
+
+@dataclass
+class TrainConfig:
+    """One fine-tuning run. Fields that transformers' ``TrainingArguments`` also has mean the same here.
+
+    Args:
+        model_name_or_path: the base, a folder or hub name of a ``LlavaForConditionalGeneration`` with its processor.
+        data_path: the mixture, a JSON or JSONL file in the LLaVA format.
+        image_folder: where the mixture's image paths start; by default the folder of ``data_path``.
+        eval_data_path: held-out questions in the same format (one turn each); answered before and after training.
+        output_dir: the run folder. An interrupted run in it is resumed; after a finished one the name gets a number.
+        strict: refuse to train while any record cannot be used, instead of listing and leaving it out.
+        verify_images: how images are checked before training: decode each, read headers only, or not at all.
+        target_modules: what FuRA adapts, as PEFT's ``target_modules`` (a regex over full names, or a list).
+        block_size: width of FuRA's blocks; by default the factor pair of each layer's input width nearest a square.
+        train_singular_values: train the singular values with the cores (the paper's main form).
+        learning_rate: of the language model's adapter.
+        mm_projector_lr: of the projector's adapter; by default ``learning_rate``.
+        model_max_length: tokens a record may have, image tokens included; longer ones are cut.
+        group_by_modality_length: batches of one modality and of similar length, as LLaVA trains.
+        compile_layers: ``torch.compile`` on each decoder layer.
+        bf16: train in bfloat16; ``None`` means where a GPU supports it.
+        deepspeed: the DeepSpeed configuration, a JSON file.
+        eval_batch_size: held-out questions answered at once, on each process.
+        eval_max_new_tokens: length limit of an answer.
+    """
+
+    model_name_or_path: str = "data/tiny-llava"
+    data_path: str = "data/embedded/train.json"
+    image_folder: str | None = None
+    eval_data_path: str | None = None
+    output_dir: str = "runs/fura"
+    strict: bool = False
+    verify_images: Literal["auto", "decode", "header", "none"] = "auto"
+
+    target_modules: str | list[str] = TARGET_MODULES
+    block_size: int | None = None
+    train_singular_values: bool = True
+
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    mm_projector_lr: float | None = None
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    model_max_length: int = 2048
+    group_by_modality_length: bool = True
+    seed: int = 42
+
+    bf16: bool | None = None
+    tf32: bool = True
+    gradient_checkpointing: bool = False
+    compile_layers: bool = False
+    attn_implementation: str = "sdpa"
+    deepspeed: str = "scripts/zero2.json"
+    dataloader_num_workers: int = 2
+
+    logging_steps: int = 1
+    save_steps: int = 500
+    save_total_limit: int = 2
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+    eval_batch_size: int = 32
+    eval_max_new_tokens: int = 16

@@ -1,0 +1,122 @@
+"""What a run leaves for people: a table, a loss curve, bars and sample answers as pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from fura_vlm.evaluation.heldout import Answer
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file beside ``path`` and renames it, so that nobody ever reads half of it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a ``metrics.jsonl``. A last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def score_table(before: dict[str, float], after: dict[str, float], blind: dict[str, float]) -> str:
+    """A Markdown table of exact match in percent; the mean of the families is the last row."""
+    lines = ["| family | blind guess | before | after | gain |", "|---|---:|---:|---:|---:|"]
+    for family in after:
+        b, a, g = (100 * scores[family] for scores in (before, after, blind))
+        lines.append(f"| {family} | {g:.1f} | {b:.1f} | {a:.1f} | {a - b:+.1f} |")
+    return "\n".join(lines)
+
+
+def plot_curve(rows: list[dict], path: Path) -> None:
+    """The loss and the learning rate over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    logged = [row for row in rows if "loss" in row]
+    steps = [row["step"] for row in logged]
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axis.plot(steps, [row["loss"] for row in logged], color="#1f5fc8", linewidth=1.8)
+    axis.set(xlabel="step", ylabel="loss on the answers' tokens", title="Training")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    rate = axis.twinx()
+    rate.plot(steps, [row["learning_rate"] for row in logged], color="#f58214", linewidth=1, linestyle="--")
+    rate.set_ylabel("learning rate", color="#f58214")
+    rate.set_ylim(bottom=0)
+    _save(figure, path)
+
+
+def plot_scores(before: dict, after: dict, blind: dict, path: Path) -> None:
+    """Bars by family: a blind guess, before, after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    series = (("blind guess", blind, "#b8b8b8"), ("before", before, "#f58214"), ("after", after, "#1f5fc8"))
+    for shift, (name, scores, color) in enumerate(series):
+        places = [n + (shift - 1) * 0.27 for n in range(len(after))]
+        bars = axis.bar(places, [100 * scores[family] for family in after], 0.25, label=name, color=color)
+        axis.bar_label(bars, fmt="%.0f", fontsize=8)
+    axis.set_xticks(range(len(after)), list(after))
+    axis.set(ylabel="exact match, %", ylim=(0, 108), title="Held-out questions")
+    axis.legend(loc="upper right", ncols=3, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_samples(before: list[Answer], after: list[Answer], image_folder: Path, path: Path, number: int = 8) -> None:
+    """Pictures with question, expected answer, and the answers before and after; families take turns."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from fura_vlm.data.images import load_image
+
+    was = {answer.id: answer.predicted for answer in before}
+    families = {}
+    for answer in after:
+        families.setdefault(answer.family, []).append(answer)
+    turns = [answer for group in zip(*families.values(), strict=False) for answer in group if answer.image]
+    shown = turns[:number]
+    if not shown:
+        return
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 4.6 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, answer in zip(axes.flat, shown, strict=False):
+        axis.imshow(load_image(image_folder / answer.image))
+        question = answer.question.replace("<image>", "").strip()
+        question = question.replace("\nAnswer the question using a single word or phrase.", "")
+        question = question.replace("\nAnswer with the option's letter from the given choices directly.", "")
+        axis.set_title(question, fontsize=9, loc="left", wrap=True)
+        said = was.get(answer.id, "")
+        text = f"before: {said[:60]}{'…' * (len(said) > 60)}\nafter: {answer.predicted}\nexpected: {answer.expected}"
+        color = "#2c962c" if answer.correct else "#d62728"
+        axis.text(0, -0.04, text, transform=axis.transAxes, va="top", fontsize=9, color=color, wrap=True)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    temporary = path.with_name("." + path.name)
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)

@@ -1,0 +1,397 @@
+"""A training run, from a configuration to a run folder.
+
+    <output_dir>/adapter/            the PEFT adapter
+    <output_dir>/processor/          the processor it was trained with
+    <output_dir>/config.yaml         every setting, defaults included
+    <output_dir>/versions.json       the libraries
+    <output_dir>/metrics.jsonl       a row each time something was logged
+    <output_dir>/skipped.jsonl       records that could not be used, with the reason
+    <output_dir>/answers-*.jsonl     the held-out questions with the answers before and after
+    <output_dir>/report.md, *.png    for people
+    <output_dir>/checkpoint-*/       DeepSpeed checkpoints; tensorboard/ the event files
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import signal
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import get_peft_model
+from rich.console import Console
+from rich.markdown import Markdown
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from fura_vlm.data.collator import Collator
+from fura_vlm.data.dataset import ConversationDataset
+from fura_vlm.data.sampler import ModalityLengthSampler
+from fura_vlm.evaluation.heldout import Answer, answer_questions, blind_guess, exact_match
+from fura_vlm.fura import FuraConfig
+from fura_vlm.modelling.load import load_base, load_processor, use_all_parts
+from fura_vlm.training import report
+from fura_vlm.training.config import TrainConfig
+
+FINISHED = "report.md"  # written last
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
+
+
+class TrainingError(Exception):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs the training that ``config`` describes, on every process that DeepSpeed started.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        TrainingError, ModelError, DataError: with one sentence each, before anything is trained.
+        SystemExit: 143 after SIGTERM or Ctrl-C, with a checkpoint written.
+    """
+    state = PartialState()
+    set_seed(config.seed)
+    run = _agree(lambda: _choose_run(config))
+    arguments = _training_arguments(config, run)  # before the model: ZeRO-3 partitions it while loading
+    console = Console(quiet=not state.is_main_process)
+
+    processor = load_processor(config.model_name_or_path)
+    dataset, questions = _load_data(config, processor, run, console)
+    model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation)
+    model.config.use_cache = False
+    model = get_peft_model(model, _fura_config(config))
+    if state.num_processes > 1:
+        use_all_parts(model)
+    if config.compile_layers:
+        for layer in model.get_base_model().model.language_model.layers:
+            layer.compile()
+
+    checkpoint = _agree(lambda: get_last_checkpoint(str(run)))
+    if state.is_main_process:
+        _describe(config, run, processor, model, dataset, checkpoint, console)
+    signals = SaveOnSignal()
+    held_out = HeldOut(config, run, processor, questions, signals)
+    trainer = FuraTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=Collator(processor.tokenizer),
+        callbacks=[MetricsFile(run / "metrics.jsonl", resume_from=checkpoint), signals, held_out],
+        mm_projector_lr=config.mm_projector_lr,
+        group_by_modality_length=config.group_by_modality_length,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if signals.stopped:
+        console.print(f"Stopped and saved at step {trainer.state.global_step}; the same command goes on from there.")
+        state.wait_for_everyone()
+        raise SystemExit(128 + signal.SIGTERM)
+
+    _save_adapter(trainer, run / "adapter")
+    if state.is_main_process:
+        _finish(config, run, held_out, console)
+    state.wait_for_everyone()
+    return run
+
+
+# --------------------------------------------------------------------------------------------------- preparation
+
+
+def _agree(decide):
+    """The main process decides, all others follow; its error is everybody's."""
+    state = PartialState()
+    outcome = [None]
+    if state.is_main_process:
+        try:
+            outcome = [decide()]
+        except Exception as error:
+            outcome = [error]
+    if state.num_processes > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _choose_run(config: TrainConfig) -> Path:
+    """The folder to run in: a new one, or that of the same run interrupted. Numbered after a finished run."""
+    first = Path(config.output_dir)
+    number = 1
+    run = first
+    while (run / FINISHED).exists():
+        number += 1
+        run = first.with_name(f"{first.name}-{number}")
+    settings = dataclasses.asdict(config)
+    saved = run / "config.yaml"
+    if saved.is_file():
+        previous = yaml.safe_load(saved.read_text())
+        changed = sorted(key for key in settings if previous.get(key) != settings[key])
+        if changed and get_last_checkpoint(str(run)):
+            key = changed[0]
+            raise TrainingError(
+                f"{run} holds an interrupted run with another {key} ({previous.get(key)!r} there, {settings[key]!r} "
+                "here): go on with its settings, or choose another --output_dir"
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    report.write_text(saved, yaml.safe_dump(settings, sort_keys=False))
+    return run
+
+
+def _training_arguments(config: TrainConfig, run: Path) -> TrainingArguments:
+    if not Path(config.deepspeed).is_file():
+        raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
+    cuda = torch.cuda.is_available()
+    bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
+    same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
+    shared = {k: v for k, v in dataclasses.asdict(config).items() if k in same_name}
+    shared |= {"output_dir": str(run), "bf16": bf16, "tf32": config.tf32 if cuda else None}
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
+    return TrainingArguments(
+        **shared,
+        optim="adamw_torch_fused" if cuda else "adamw_torch",
+        use_cpu=not cuda,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        eval_strategy="no",
+        logging_first_step=True,
+        dataloader_persistent_workers=config.dataloader_num_workers > 0,
+    )
+
+
+def _dtype(arguments: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if arguments.bf16 else torch.float32
+
+
+def _fura_config(config: TrainConfig) -> FuraConfig:
+    return FuraConfig(
+        target_modules=config.target_modules,
+        block_size=config.block_size,
+        train_singular_values=config.train_singular_values,
+        base_model_name_or_path=config.model_name_or_path,
+        task_type="CAUSAL_LM",
+    )
+
+
+class FuraTrainer(Trainer):
+    """transformers' Trainer with LLaVA's batches, a rate of its own for the projector, and whole checkpoints."""
+
+    def __init__(self, *args, mm_projector_lr: float | None, group_by_modality_length: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mm_projector_lr = mm_projector_lr
+        self.group_by_modality_length = group_by_modality_length
+        self._staging = False
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.group_by_modality_length:
+            return super()._get_train_sampler(train_dataset)
+        return ModalityLengthSampler(
+            lengths=self.train_dataset.lengths,
+            has_image=self.train_dataset.has_image,
+            batch_size=self.args.per_device_train_batch_size,
+            world_size=self.args.world_size,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+        )
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        return loader
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            projector = [p for name, p in trained if "multi_modal_projector" in name]
+            rest = [p for name, p in trained if "multi_modal_projector" not in name]
+            groups = [
+                {"params": rest, "weight_decay": self.args.weight_decay},
+                {
+                    "params": projector,
+                    "weight_decay": self.args.weight_decay,
+                    "lr": self.args.learning_rate if self.mm_projector_lr is None else self.mm_projector_lr,
+                },
+            ]
+            self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
+        return self.optimizer
+
+    def _get_output_dir(self, trial):
+        run = super()._get_output_dir(trial)
+        return os.path.join(run, "saving") if self._staging else run
+
+    def _save_checkpoint(self, model, trial):
+        """Saves into ``saving/`` and renames when every process is done: what is called checkpoint-N is whole."""
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(run / "saving", ignore_errors=True)
+        PartialState().wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        PartialState().wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(run / "saving" / name, run / name)
+            shutil.rmtree(run / "saving")
+            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+        PartialState().wait_for_everyone()
+
+
+class SaveOnSignal(TrainerCallback):
+    """On SIGTERM or Ctrl-C: finish the step, save, stop. All processes agree on the step."""
+
+    def __init__(self):
+        self.stopped = False
+        self._received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self._received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = torch.tensor(int(self._received), device=args.device)
+        if args.world_size > 1:
+            dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        if received.item():
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what is logged to ``metrics.jsonl``; a resumed run drops the rows after its checkpoint."""
+
+    def __init__(self, path: Path, resume_from: str | None):
+        self.path = path
+        if PartialState().is_main_process:
+            step = int(Path(resume_from).name.rpartition("-")[2]) if resume_from else -1
+            kept = [row for row in report.read_metrics(path) if row["step"] <= step]
+            report.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, row: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            self.write({"step": state.global_step, **logs})
+
+
+class HeldOut(TrainerCallback):
+    """Answers the held-out questions with the adapter off when training begins, and with it on when it ends.
+
+    As a callback it runs where DeepSpeed is set up: under ZeRO-3 a process holds only parts of the weights.
+    """
+
+    def __init__(self, config: TrainConfig, run: Path, processor, questions: list[Record], signals: SaveOnSignal):
+        self.config, self.run, self.processor, self.questions, self.signals = config, run, processor, questions, signals
+        self.before: list[Answer] = []
+        self.after: list[Answer] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not self.questions:
+            return
+        saved = self.run / "answers-before.jsonl"
+        if saved.is_file():  # an interrupted run has answered them already
+            self.before = _read_answers(saved)
+            return
+        with model.disable_adapter():
+            self.before = self._answer(args, model)
+        if state.is_world_process_zero:
+            _write_answers(saved, self.before)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.questions and not self.signals.stopped:
+            self.after = self._answer(args, model)
+            if state.is_world_process_zero:
+                _write_answers(self.run / "answers-after.jsonl", self.after)
+
+    def _answer(self, args, model) -> list[Answer]:
+        # Every process answers its share. The shares are made equally long, because under ZeRO-3 all processes
+        # must call the model equally often; what was added is taken off again.
+        rank, world = args.process_index, args.world_size
+        share = -(-len(self.questions) // world)
+        mine = [self.questions[min(i * world + rank, len(self.questions) - 1)] for i in range(share)]
+        answers = answer_questions(
+            model,
+            self.processor,
+            mine,
+            self.config.eval_batch_size,
+            self.config.eval_max_new_tokens,
+            progress=rank == 0,
+            synced_gpus=is_deepspeed_zero3_enabled(),
+        )
+        if world > 1:
+            gathered = gather_object(answers)
+            answers = [gathered[r * share + i] for i in range(share) for r in range(world)]
+        return answers[: len(self.questions)]
+
+
+def _write_answers(path: Path, answers: list[Answer]) -> None:
+    report.write_text(path, "".join(json.dumps(dataclasses.asdict(answer)) + "\n" for answer in answers))
+
+
+def _read_answers(path: Path) -> list[Answer]:
+    return [Answer(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------ the end
+
+
+def _describe(config, run, processor, model, dataset, checkpoint, console) -> None:
+    """Writes what the run is before it starts, and says it."""
+    processor.save_pretrained(run / "processor")
+    versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+    report.write_text(run / "versions.json", json.dumps(versions, indent=1))
+    trained, total = model.get_nb_trainable_parameters()
+    console.print(
+        f"FuRA trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of {config.model_name_or_path} "
+        f"on {len(dataset):,} records; the run folder is {run}"
+    )
+    if checkpoint:
+        console.print(f"Going on where the interrupted run stopped: {checkpoint}")
+
+
+def _save_adapter(trainer: FuraTrainer, folder: Path) -> None:
+    """The adapter as PEFT saves it, gathered from all processes under ZeRO-3; written beside and renamed."""
+    building = folder.with_name("adapter.tmp")
+    trainer.save_model(str(building))
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(building, folder)
+
+
+def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console) -> None:
+    """Pictures, the report and the closing words."""
+    rows = report.read_metrics(run / "metrics.jsonl")
+    report.plot_curve(rows, run / "loss.png")
+    lines = [f"# {run.name}", "", "![loss](loss.png)", ""]
+    if held_out.questions:
+        before, after = exact_match(held_out.before), exact_match(held_out.after)
+        blind = blind_guess(held_out.after)
+        report.plot_scores(before, after, blind, run / "scores.png")
+        report.plot_samples(held_out.before, held_out.after, run / "samples.png")
+        table = report.score_table(before, after, blind)
+        lines += ["Held-out questions, exact match in percent:", "", table, "", "![scores](scores.png)", ""]
+        lines += ["![samples](samples.png)", ""]
+        console.print(Markdown("Held-out questions, exact match in percent\n\n" + table))
+    report.write_text(run / FINISHED, "\n".join(lines))
+    adapter = f"--model_name_or_path {config.model_name_or_path} --adapter {run / 'adapter'}"
+    console.print(f"adapter     {run / 'adapter'}")
+    console.print(f"loss curve  {run / 'loss.png'}")
+    console.print(f"report      {run / FINISHED}, with sample answers in {run / 'samples.png'}" if held_out.questions else "")
+    console.print("\nWhat next:")
+    console.print(f"  fura-vlm answer {adapter} --data_path QUESTIONS.json", soft_wrap=True)

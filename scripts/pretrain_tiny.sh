@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Pretrains the embedded model on generated captions and text and writes data/tiny-llava (about 7 minutes on one H200):
+#
+#   bash scripts/pretrain_tiny.sh [--steps N] [--batch N] ...
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+cd "$ROOT"
+exec python -m fura_vlm.training.pretrain_tiny "$@"
