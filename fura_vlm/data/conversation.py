@@ -1,0 +1,190 @@
+"""The Vicuna v1 conversation, as text, as tokens, and as labels.
+
+What LLaVA v1.5 makes of a record in ``preprocess_multimodal`` and ``preprocess_v1``::
+
+    <s>A chat between ... questions. USER: <image>\\nWhat is this? ASSISTANT: A cat.</s>USER: Why? ...
+                                                                             supervised
+
+The ``<image>`` of a question moves to its front, on a line of its own. Labels are on each answer and its
+``</s>``. The space before an answer is part of it, because a Llama token carries the space before its word:
+the prompt ends with ``ASSISTANT:`` and the first token that the model has to say is ``▁A``.
+
+The text is tokenized in one piece, by the call that a processor makes when the model answers, so that
+training and inference see the same ids. LLaVA's scripts cut the text at ``<image>`` and tokenize the parts
+one by one, which gives a lone ``▁`` more between the image and its line break. What follows a special token
+depends on the tokenizer: with ``legacy=False`` no space is added (``</s>``, ``USER``), with ``legacy=True``
+one is (``</s>``, ``▁USER``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fura_vlm.data.records import IMAGE, Record, Turn
+from fura_vlm.errors import FuraVLMError
+
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+CHAT_TEMPLATE = Path(__file__).with_name("vicuna_v1.jinja").read_text(encoding="utf-8")
+"""The conversation as a chat template of transformers, with the answers marked by ``{% generation %}``.
+
+It takes text, or lists of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``, and writes what
+``render`` and ``prompt`` write. It leaves ``<s>`` to the tokenizer, as the templates of published LLaVAs do.
+"""
+
+IGNORE = -100
+"""The label of tokens without supervision."""
+
+
+class EncodingError(FuraVLMError):
+    """A conversation that cannot become tokens. The message is the reason, fit for a list of problems."""
+
+
+class Rendered(NamedTuple):
+    """A conversation as text, and the character ranges ``[start, end)`` that are supervised."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class Tokens(NamedTuple):
+    """An encoded conversation in which an image is still one token.
+
+    Args:
+        ids: (n,) int64.
+        supervised: (n,) bool.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+
+
+# ------------------------------------------------------------------------------------------------------ text
+
+
+def render(record: Record | Sequence[Turn], eos: str = "</s>") -> Rendered:
+    """The whole conversation, without the ``<s>`` that the tokenizer adds.
+
+    Args:
+        record: a record, or turns of human and gpt alternating.
+        eos: the token that ends an answer.
+    """
+    text, spans = SYSTEM_PROMPT + " ", []
+    for turn in _turns(record):
+        if turn.role == "human":
+            text += f"USER: {_image_first(turn.value)} "
+        else:
+            text += "ASSISTANT:"
+            answer = f" {turn.value}{eos}"
+            spans.append((len(text), len(text) + len(answer)))
+            text += answer
+    return Rendered(text, spans)
+
+
+def prompt(record: Record | Sequence[Turn], eos: str = "</s>") -> str:
+    """What the model is given to answer the last question: all before the answer, up to ``ASSISTANT:``."""
+    turns = list(_turns(record))
+    while turns and turns[-1].role == "gpt":
+        turns.pop()
+    return render(turns, eos).text + "ASSISTANT:"
+
+
+def _turns(record: Record | Sequence[Turn]) -> Sequence[Turn]:
+    return record.conversations if isinstance(record, Record) else record
+
+
+def _image_first(question: str) -> str:
+    if IMAGE not in question:
+        return question
+    return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
+
+
+# ---------------------------------------------------------------------------------------------------- tokens
+
+
+def encode(
+    record: Record | Sequence[Turn], tokenizer, num_image_tokens: int, max_length: int
+) -> dict[str, list[int]]:
+    """Input ids and labels of one conversation, the image spread over its tokens.
+
+    Args:
+        record: a record, or turns of human and gpt alternating.
+        tokenizer: a fast tokenizer that knows ``<image>`` as one token and adds ``<s>``.
+        num_image_tokens: tokens of an image.
+        max_length: longer conversations are cut on the right, as LLaVA v1.5 does.
+
+    Returns:
+        ``input_ids`` and ``labels``, equally long; -100 where there is no supervision.
+
+    Raises:
+        EncodingError: if the image does not fit into ``max_length``, if no token of an answer does, or if the
+            text has special tokens of the tokenizer.
+    """
+    [tokens] = tokenize([record], tokenizer)
+    if isinstance(tokens, EncodingError):
+        raise tokens
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    tokens = cut(tokens, image_token_id, num_image_tokens, max_length)
+    ids, labels = spread(tokens, image_token_id, num_image_tokens)
+    return {"input_ids": ids.tolist(), "labels": labels.tolist()}
+
+
+def tokenize(records: Sequence[Record | Sequence[Turn]], tokenizer) -> list[Tokens | EncodingError]:
+    """Many conversations at once; an image is one token. Where one fails, its error stands in its place.
+
+    Raises:
+        EncodingError: if the tokenizer itself will not do.
+    """
+    if not tokenizer.is_fast:
+        raise EncodingError("the tokenizer cannot tell where its tokens are: use a fast one")
+    if tokenizer.encode("x")[:1] != [tokenizer.bos_token_id]:
+        raise EncodingError(f"the tokenizer adds no {tokenizer.bos_token}: load it with add_bos_token=True")
+    special = [token for token in tokenizer.all_special_tokens if token != IMAGE]
+    rendered = [render(record, tokenizer.eos_token) for record in records]
+    encodings = tokenizer([text for text, _ in rendered], return_attention_mask=False).encodings
+    results: list[Tokens | EncodingError] = []
+    for record, (_, spans), encoding in zip(records, rendered, encodings, strict=True):
+        found = [token for token in special if any(token in turn.value for turn in _turns(record))]
+        if found:
+            results.append(EncodingError(f"the text has {found[0]}, a special token of the tokenizer"))
+            continue
+        supervised = np.zeros(len(encoding.ids), dtype=bool)
+        for start, end in spans:
+            first = encoding.char_to_token(start)
+            if first is None:  # tokenizers that do not count the space before a word as part of its token
+                first = encoding.char_to_token(start + 1)
+            supervised[first : encoding.char_to_token(end - 1) + 1] = True
+        results.append(Tokens(np.array(encoding.ids), supervised))
+    return results
+
+
+def cut(tokens: Tokens, image_token_id: int, num_image_tokens: int, max_length: int) -> Tokens:
+    """The first tokens, as many as fit into ``max_length`` once the image is spread.
+
+    Raises:
+        EncodingError: if the image would be cut, or if no supervised token is left.
+    """
+    images = np.flatnonzero(tokens.ids == image_token_id)
+    surplus = len(images) * (num_image_tokens - 1)  # what spreading adds
+    if len(images) and images[-1] + 1 + surplus > max_length:
+        needed = images[-1] + 1 + surplus
+        raise EncodingError(f"the image ends at token {needed}, beyond the maximum length of {max_length}")
+    kept = Tokens(*(part[: max_length - surplus] for part in tokens))
+    if not kept.supervised.any():
+        first = tokens.supervised.argmax() + surplus + 1
+        raise EncodingError(f"the answer begins at token {first}, beyond the maximum length of {max_length}")
+    return kept
+
+
+def spread(tokens: Tokens, image_token_id: int, num_image_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Input ids and labels, int64, with ``num_image_tokens`` copies of each image token."""
+    copies = np.where(tokens.ids == image_token_id, num_image_tokens, 1)
+    labels = np.where(tokens.supervised, tokens.ids, IGNORE)
+    return np.repeat(tokens.ids, copies), np.repeat(labels, copies)

@@ -1,0 +1,134 @@
+"""Image files as a vision-language model needs them: upright, opaque, 8-bit RGB; or else one clear error.
+
+LLaVA v1.5's scripts call ``Image.open(path).convert("RGB")``. This module differs where that loses the
+picture:
+
+- EXIF orientation is applied, so that a photo taken with the camera turned is upright.
+- 16-bit greyscale is scaled to 8 bit; ``convert`` clips it, which turns nearly all of it white.
+- Transparency is composited on white; ``convert`` uncovers whatever colour lies beneath it, often black.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fura_vlm.errors import FuraVLMError
+
+MAX_PIXELS = 100_000_000
+"""Images of this many pixels or more are refused: a small file can unpack to gigabytes."""
+
+# Pillow warns when it opens a large image. Such images get an error here, which also says which one it is;
+# and a warning cannot be silenced for a single call where threads share the filters.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(FuraVLMError):
+    """An image file that cannot be used. The message is one sentence: the file, the reason, the way out."""
+
+
+def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads an image file as 8-bit RGB, detached from the file.
+
+    The content decides the format, not the name. Of an animation it is the first frame. What is transparent
+    becomes white; 16-bit grey is scaled to 8 bit; CMYK and all else is converted by Pillow; EXIF orientation
+    is applied.
+
+    Args:
+        path: a file in a format that Pillow reads.
+        max_pixels: images of this many pixels or more are refused before they are decoded. Pillow itself
+            refuses twice ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million), whatever is given here.
+
+    Raises:
+        ImageError: if the file is missing, empty, truncated, too large or not an image.
+    """
+    with _open(path, max_pixels) as image:
+        try:
+            image.load()
+            return _rgb(_upright(image), path)
+        except ImageError:
+            raise
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+            reason = f"{path} is truncated or damaged ({error}): fetch it again or remove it"
+            raise ImageError(reason) from error
+
+
+def check_image(path: str | os.PathLike, decode: bool, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises the ``ImageError`` that ``load_image`` would raise.
+
+    Args:
+        path: the file.
+        decode: decode the pixels too. Otherwise only the header is read, which is many times faster: it finds
+            what is missing, empty, no image or too large, but not what is truncated after its header.
+        max_pixels: as in ``load_image``.
+    """
+    if decode:
+        load_image(path, max_pixels)
+    else:
+        _open(path, max_pixels).close()
+
+
+def _open(path: str | os.PathLike, max_pixels: int) -> Image.Image:
+    """The image with its header read and its size checked, nothing decoded."""
+    too_large = f"{path} has {{}} pixels, {max_pixels:,} or more are refused: make it smaller"
+    try:
+        if os.path.getsize(path) == 0:
+            raise ImageError(f"{path} is empty (0 bytes): fetch it again or remove it")
+        image = Image.open(path)
+    except FileNotFoundError as error:
+        raise ImageError(f"{path} does not exist: check the image folder and the record's path") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"{path} is a folder, not an image: correct the path in the record") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{path} is not an image that Pillow can read: convert it to PNG or JPEG, or remove it"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(too_large.format("too many")) from error
+    except ImageError:
+        raise
+    except Exception as error:  # no permission, a header that breaks Pillow's parser, ...
+        raise ImageError(f"{path} cannot be opened ({error}): repair or remove it") from error
+    width, height = image.size
+    if width * height >= max_pixels:
+        image.close()
+        raise ImageError(too_large.format(f"{width} x {height}"))
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged metadata does not make the picture unreadable; it has no orientation then
+        orientation = None
+    # Of a TIFF, Pillow has applied the tag while loading and has removed it.
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _rgb(image: Image.Image, path: str | os.PathLike) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):  # "I" is how 16-bit PGM comes out of Pillow
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{path} has 32-bit pixels, whose white is not defined: convert it to 8 bit")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 = 257 * 255
+    if image.mode == "F":
+        raise ImageError(f"{path} has float pixels, whose white is not defined: convert it to 8 bit")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    # A picture that is RGB already is copied: the caller must get one that lives without its file.
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()

@@ -1,0 +1,283 @@
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fura_vlm.data import records as module
+from fura_vlm.data.records import DataError, Problem, Turn, check_images, read_records, report_problems
+
+HUMAN = {"from": "human", "value": "What is this?"}
+SHOWN = {"from": "human", "value": "<image>\nWhat is this?"}
+GPT = {"from": "gpt", "value": "A cat."}
+TEXT = {"id": "text", "conversations": [HUMAN, GPT]}
+REAL = Path(__file__).parents[3] / "shared/real/real_mixture.json"
+
+
+def one_problem(path, **options) -> Problem:
+    """The only problem, of a record that is left out while the good record beside it is read."""
+    records, [problem] = read_records(path, **options)
+    assert problem.skipped and problem.file == str(path)
+    assert [record.id for record in records] == ["text"]
+    return problem
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def test_a_record_with_an_image(mixture, tmp_path):
+    conversations = [SHOWN, GPT, {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes"}]
+    path = mixture([{"id": "a", "image": "images/1.png", "conversations": conversations, "family": "gqa"}])
+    [record], problems = read_records(path)
+    assert not problems
+    assert record.conversations == tuple(Turn(turn["from"], turn["value"]) for turn in conversations)
+    assert (record.id, record.image, record.place) == ("a", "images/1.png", "record 1")
+    assert record.image_path == str(tmp_path / "images/1.png")
+    assert record.extra == {"family": "gqa"}
+
+
+def test_json_and_jsonl_give_the_same(mixture):
+    items = [
+        TEXT,
+        {"id": 7, "image": "x.png", "conversations": [SHOWN, GPT]},
+        {"conversations": [HUMAN, GPT]},
+    ]
+    in_list, _ = read_records(mixture(items, "a.jsonl"))  # the content decides, not the name
+    in_lines, _ = read_records(mixture("\n".join(map(json.dumps, items)) + "\n", "b.json"))
+    assert [r.conversations for r in in_list] == [r.conversations for r in in_lines]
+    assert [r.id for r in in_list] == ["text", "7", "record 3"]
+    assert [r.id for r in in_lines] == ["text", "7", "line 3"]
+
+
+def test_ids_may_repeat_and_image_may_be_null(mixture):
+    records, problems = read_records(mixture([TEXT, TEXT, {**TEXT, "image": None}]))
+    assert len(records) == 3 and not problems
+
+
+def test_image_folder(mixture, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    path = mixture([{"id": "a", "image": "1.png", "conversations": [SHOWN, GPT]}])
+    [record], _ = read_records(path, tmp_path / "pictures")
+    assert record.image_path == str(tmp_path / "pictures/1.png")
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        read_records(path, tmp_path / "nowhere")
+
+
+def test_a_byte_order_mark_is_no_matter(mixture):
+    records, _ = read_records(mixture(b"\xef\xbb\xbf" + json.dumps([TEXT]).encode()))
+    assert len(records) == 1
+
+
+def test_image_in_a_later_question(mixture):
+    conversations = [HUMAN, GPT, {"from": "human", "value": "And that? <image>"}, GPT]
+    records, problems = read_records(mixture([{"image": "1.png", "conversations": conversations}]))
+    assert len(records) == 1 and not problems
+
+
+def test_a_first_turn_of_gpt_is_left_out_and_noted(mixture):
+    [record], [problem] = read_records(mixture([{"id": "a", "conversations": [GPT, HUMAN, GPT]}]))
+    assert [turn.role for turn in record.conversations] == ["human", "gpt"]
+    assert not problem.skipped and "left out" in problem.reason
+
+
+# ------------------------------------------------------------------------------------------------ bad records
+
+
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        ({}, "no conversations"),
+        ({"conversations": None}, "no conversations"),
+        ({"conversations": "text"}, "should be a list of turns, it is text"),
+        ({"conversations": []}, "without a question"),
+        ({"conversations": [GPT]}, "without a question"),
+        ({"conversations": ["Hello"]}, "turn 1 should be an object"),
+        (
+            {"conversations": [{"from": "system", "value": "Be brief."}, HUMAN, GPT]},
+            "turn 1 is from 'system'",
+        ),
+        ({"conversations": [{"value": "Hello"}, GPT]}, "turn 1 is from None"),
+        ({"conversations": [HUMAN, HUMAN, GPT]}, "turns 1 and 2 are both from human"),
+        ({"conversations": [HUMAN, GPT, GPT]}, "turns 2 and 3 are both from gpt"),
+        ({"conversations": [GPT, HUMAN, HUMAN, GPT]}, "turns 2 and 3 are both from human"),
+        ({"conversations": [HUMAN]}, "the last question has no answer"),
+        ({"conversations": [HUMAN, GPT, HUMAN]}, "the last question has no answer"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": " \n"}]}, "turn 2 is an empty answer"),
+        ({"conversations": [{"from": "human", "value": ""}, GPT]}, "turn 1 is an empty question"),
+        (
+            {"conversations": [HUMAN, {"from": "gpt", "value": 3}]},
+            "value of turn 2 should be text, it is a number",
+        ),
+        ({"conversations": [HUMAN, {"from": "gpt"}]}, "value of turn 2 should be text, it is missing"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": "\ud83d"}]}, "half of a surrogate pair"),
+        ({"conversations": [SHOWN, GPT]}, "<image> in the conversation but no image"),
+        ({"image": "1.png", "conversations": [HUMAN, GPT]}, "an image but no <image>"),
+        ({"image": "1.png", "conversations": [SHOWN, GPT, SHOWN, GPT]}, "2 times <image> for one image"),
+        (
+            {"image": "1.png", "conversations": [HUMAN, {"from": "gpt", "value": "<image>"}]},
+            "<image> in an answer",
+        ),
+        ({"image": "", "conversations": [SHOWN, GPT]}, "image should be a path, it is empty"),
+        ({"image": ["1.png"], "conversations": [SHOWN, GPT]}, "image should be a path, it is a list"),
+        ({"image": "../1.png", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
+        ({"image": "a/../../1.png", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
+        ({"image": "/etc/passwd", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
+    ],
+)
+def test_bad_record(mixture, bad, reason):
+    problem = one_problem(mixture([{"id": "bad", **bad}, TEXT]))
+    assert reason in problem.reason
+    assert (problem.record, problem.place) == ("bad", "record 1")
+
+
+def test_something_that_is_no_record(mixture):
+    assert "this is a number" in one_problem(mixture([3, TEXT])).reason
+
+
+def test_absolute_paths_within_the_image_folder(mixture, tmp_path):
+    path = mixture([{"image": str(tmp_path / "1.png"), "conversations": [SHOWN, GPT]}])
+    [record], _ = read_records(path)
+    assert record.image_path == str(tmp_path / "1.png")
+
+
+def test_a_bad_line(mixture):
+    problem = one_problem(mixture(f'{{"id": "cut", "conv\n\n{json.dumps(TEXT)}\n', "mixture.jsonl"))
+    assert problem.place == "line 1" and "no valid JSON" in problem.reason
+
+
+# -------------------------------------------------------------------------------------------------- bad files
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (json.dumps([TEXT, TEXT], indent=1)[:-30], "is cut off at line 24"),
+        ('[\n{"conversations": "a\n', "is cut off at line 2"),
+        ('[\n{"conversations": [1]', "is cut off at line 2"),
+        ('[\n{"id": 1,}\n]', r"no valid JSON at line 2, column 1\d \("),
+        (b'[{"id": "caf\xe9"}]', "is not UTF-8 at byte 12"),
+        (json.dumps([TEXT]).encode("utf-16"), "is not UTF-8 at byte 0"),
+        ("", "is empty"),
+        ("[]", "holds no records"),
+        ("id,image\n1,2\n", "neither a JSON list nor JSONL"),
+        (json.dumps({"data": [TEXT]}, indent=1), "neither a JSON list nor JSONL"),
+        ("[" * 100_000, "cut off|nested too deeply"),
+    ],
+)
+def test_bad_file(mixture, content, reason):
+    path = mixture(content)
+    with pytest.raises(DataError, match=reason) as caught:
+        read_records(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(DataError, match="none.json cannot be read"):
+        read_records(tmp_path / "none.json")
+
+
+# ----------------------------------------------------------------------------------------------------- images
+
+
+@pytest.fixture
+def shown(mixture, tmp_path):
+    """Images: a good one (twice), a missing, an empty and a truncated one (twice); and a text."""
+    Image.effect_noise((64, 64), 80).save(tmp_path / "good.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:2000])
+    names = ["good", "good", "missing", "empty", "cut", "cut"]
+    items = [{"id": n, "image": f"{n}.png", "conversations": [SHOWN, GPT]} for n in names]
+    return read_records(mixture([*items, TEXT]))[0]
+
+
+def ids(records):
+    return [record.id for record in records]
+
+
+@pytest.mark.parametrize("verify", ["auto", "decode"])
+def test_images_are_decoded(shown, verify):
+    good, problems = check_images(shown, verify)
+    assert ids(good) == ["good", "good", "text"]
+    assert [problem.record for problem in problems] == ["missing", "empty", "cut", "cut"]
+    assert "missing.png does not exist" in problems[0].reason
+    assert "empty.png is empty" in problems[1].reason
+    assert "cut.png is truncated or damaged" in problems[2].reason
+
+
+def test_headers_only(shown):
+    good, problems = check_images(shown, "header")
+    assert ids(good) == ["good", "good", "cut", "cut", "text"] and len(problems) == 2
+
+
+def test_no_check(shown):
+    assert check_images(shown, "none") == (shown, [])
+
+
+def test_large_mixtures_have_headers_read(shown, monkeypatch):
+    monkeypatch.setattr(module, "DECODE_UP_TO", 3)  # there are four files
+    assert "cut" in ids(check_images(shown)[0])
+
+
+def test_each_file_is_checked_once(shown, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "check_image", lambda path, *options: seen.append(Path(path).name))
+    check_images(shown)
+    assert sorted(seen) == ["cut.png", "empty.png", "good.png", "missing.png"]
+
+
+# ------------------------------------------------------------------------------------------------- the report
+
+
+def test_report(tmp_path):
+    problems = [
+        Problem("m.json", "record 3", "é\udc80", "no conversations"),
+        Problem("m.json", "record 5", "b", "the end is cut off", skipped=False),
+    ]
+    line = report_problems(problems, kept=9, path=tmp_path / "run/skipped.jsonl")
+    assert line == f"1 of 10 records left out, 1 used in part: see {tmp_path / 'run/skipped.jsonl'}"
+    written = [json.loads(row) for row in (tmp_path / "run/skipped.jsonl").read_text("utf-8").splitlines()]
+    assert written[0] == {
+        "file": "m.json",
+        "place": "record 3",
+        "record": "é\udc80",
+        "reason": "no conversations",
+        "skipped": True,
+    }
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["skipped.jsonl"]
+
+
+def test_nothing_to_report(tmp_path):
+    assert report_problems([], kept=3, path=tmp_path / "skipped.jsonl", strict=True) == ""
+    assert (tmp_path / "skipped.jsonl").read_text() == ""
+
+
+def test_strict(tmp_path):
+    problems = [Problem("m.json", f"record {n}", str(n), f"reason {n}") for n in range(5)]
+    with pytest.raises(DataError, match="5 of 7 records cannot be used") as caught:
+        report_problems(problems, kept=2, path=tmp_path / "skipped.jsonl", strict=True)
+    message = str(caught.value)
+    assert "reason 2" in message and "reason 3" not in message and str(tmp_path / "skipped.jsonl") in message
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 5
+
+
+def test_strict_does_not_mind_notes(tmp_path):
+    note = Problem("m.json", "record 1", "1", "cut", skipped=False)
+    assert "1 used in part" in report_problems([note], 1, tmp_path / "skipped.jsonl", strict=True)
+
+
+def test_a_mixture_without_a_good_record(mixture, tmp_path):
+    records, problems = read_records(mixture([{"id": "a"}]))
+    with pytest.raises(DataError, match=r"None of the 1 records can be used.*record 1.*no conversations"):
+        report_problems(problems, len(records), tmp_path / "skipped.jsonl")
+
+
+# --------------------------------------------------------------------------------------------- a real mixture
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="the real mixture is not here")
+def test_real_mixture():
+    records, problems = read_records(REAL)
+    good, broken = check_images(records)
+    assert not problems and not broken
+    assert [record.id for record in good] == ["ironing-1", "ironing-2", "pier-1", "pier-2", "text-1"]
+    assert good[-1].image is None and len(good[0].conversations) == 6
