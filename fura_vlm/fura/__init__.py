@@ -1,0 +1,13 @@
+"""FuRA as a PEFT method. Importing this package registers it under the type ``"FURA"``."""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from fura_vlm.fura.config import FuraConfig, FuraType
+from fura_vlm.fura.layer import FuraLayer, FuraLinear
+from fura_vlm.fura.model import FuraModel
+
+PEFT_TYPE_TO_CONFIG_MAPPING[FuraType.FURA] = FuraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[FuraType.FURA] = FuraModel
+PEFT_TYPE_TO_PREFIX_MAPPING[FuraType.FURA] = FuraModel.prefix
+
+__all__ = ["FuraConfig", "FuraLayer", "FuraLinear", "FuraModel", "FuraType"]

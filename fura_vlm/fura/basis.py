@@ -1,0 +1,142 @@
+"""The spectral basis of a weight and the block-diagonal map FuRA makes of it: functions of tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+# Memory for the float64 copies that one step of the decomposition may make, unless a single block needs more.
+CHUNK_BYTES = 256 * 2**20
+
+# A block this many times larger than that of a square cut (b = sqrt(n)) is refused unless asked for by name:
+# it costs that many times more trainable parameters than the method is known for, n ** 1.5.
+MAX_BLOCK_RATIO = 8
+
+
+def factor_pair(n: int) -> tuple[int, int]:
+    """The factor pair ``(N, b)`` of ``n`` closest to a square, ``N <= b``: ``11008 = 86 * 128``."""
+    blocks = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
+    return blocks, n // blocks
+
+
+def block_shape(n: int, num_blocks: int | None, block_size: int | None, module: str) -> tuple[int, int]:
+    """Number and size of the blocks, ``(N, b)``, into which an axis of length ``n`` is cut.
+
+    Raises:
+        ValueError: ``n`` cannot be cut as asked; or, nothing being asked, ``n`` is prime or so lopsided that
+            its closest factor pair has a block more than ``MAX_BLOCK_RATIO`` times ``sqrt(n)``. A small
+            prime, which makes a single small block, passes.
+    """
+    for what, wanted in (("block_size", block_size), ("num_blocks", num_blocks)):
+        if wanted is not None and n % wanted:
+            raise ValueError(
+                f"{module}: {what}={wanted} does not divide its dimension {n}; choose a divisor."
+            )
+    if block_size is not None:
+        return n // block_size, block_size
+    if num_blocks is not None:
+        return num_blocks, n // num_blocks
+    blocks, size = factor_pair(n)
+    if size > MAX_BLOCK_RATIO * math.sqrt(n):
+        raise ValueError(
+            f"{module}: its dimension {n} cuts into no better blocks than {blocks} of {size}, which trains "
+            f"{n * size:,} parameters; accept that with block_size_pattern={{{module!r}: {size}}}, or leave "
+            "the module out with exclude_modules."
+        )
+    return blocks, size
+
+
+class Basis(NamedTuple):
+    """Frozen basis of one weight.
+
+    Attributes:
+        V: ``(N, b, r)``, orthonormal columns; the singular vectors of each block on the axis that was cut.
+        s0: ``(N, r)``, descending; the singular values, none below its block's floor.
+        guarded: how many singular values were below the floor and were raised to it.
+    """
+
+    V: torch.Tensor
+    s0: torch.Tensor
+    guarded: int
+
+
+@torch.no_grad()
+def spectral_basis(weight: torch.Tensor, num_blocks: int, floor: float) -> Basis:
+    """Singular vectors and values of the column blocks of a weight, without an SVD of any block.
+
+    Each block ``W_j (out, b)`` contributes the eigenvectors of its Gram matrix ``W_j^T W_j (b, b)``, in
+    float64 and batched; at most about ``CHUNK_BYTES`` of float64 copies are alive at a time (or one block's).
+    The Gram squares the condition number: in float64, singular values below about 1e-8 of their block's
+    largest are noise, and those above are good to about ``1e-16 * (s_max / s) ** 2`` relative. Neither moves
+    the starting point, which is the base model exactly whatever the basis, nor the space of reachable
+    weights, since V stays orthonormal.
+
+    The sign of each vector is chosen so that its largest component is positive. Nothing the method computes
+    depends on that choice, nor on the rotation inside a space of equal singular values; it only makes two
+    machines agree more often on the stored numbers.
+
+    Args:
+        weight: ``(out, n)``, any floating dtype, on any device that has float64; its columns are cut.
+        num_blocks: ``N``, a divisor of ``n``.
+        floor: fraction of the block's largest singular value below which singular values are raised to it.
+
+    Returns:
+        V and s0 in float64 on the weight's device. A block that is zero altogether has s0 = 1.
+    """
+    out, n = weight.shape
+    size = n // num_blocks
+    rank = min(out, size)
+    V = weight.new_empty(num_blocks, size, rank, dtype=torch.float64)
+    s0 = weight.new_empty(num_blocks, rank, dtype=torch.float64)
+    step = max(1, CHUNK_BYTES // (8 * size * (out + 4 * size)))
+    for start in range(0, num_blocks, step):
+        stop = min(start + step, num_blocks)
+        columns = weight[:, start * size : stop * size].to(torch.float64)
+        blocks = columns.reshape(out, stop - start, size).transpose(0, 1)
+        values, vectors = torch.linalg.eigh(blocks.mT @ blocks)
+        V[start:stop] = vectors[..., -rank:].flip(-1)
+        s0[start:stop] = values[..., -rank:].flip(-1).clamp(min=0).sqrt()
+
+    largest = V.gather(1, V.abs().argmax(dim=1, keepdim=True))
+    V *= torch.where(largest < 0, -1.0, 1.0)
+    lowest = floor * s0[:, :1]
+    guarded = int(((s0 < lowest) | (s0 == 0)).sum())
+    s0 = torch.where(s0[:, :1] > 0, torch.maximum(s0, lowest), 1.0)
+    return Basis(V, s0, guarded)
+
+
+def block_delta(dR: torch.Tensor, ds: torch.Tensor | None, V: torch.Tensor, s0: torch.Tensor) -> torch.Tensor:
+    """The block matrices ``D`` of an adapter: the adapted block is ``W_j (I + D_j)``.
+
+    With ``R = V^T + dR`` and ``s = s0 + ds``, ``W_j = U_j diag(s0) V^T`` becomes ``U_j diag(s) R``; and since
+    ``U_j = W_j V diag(1 / s0)``, ``D_j = V [ e * (V^T + dR) + dR ]`` with ``e = ds / s0`` scaling rows.
+    Exactly zero for ``dR = ds = 0``; the gradients are those of R and s.
+
+    Args:
+        dR: ``(N, r, b)``.
+        ds: ``(N, r)``, or None for frozen singular values.
+        V: ``(N, b, r)``.
+        s0: ``(N, r)``.
+
+    Returns:
+        ``(N, b, b)`` in the widest of the arguments' dtypes.
+    """
+    rows = dR
+    if ds is not None:
+        rows = (ds / s0).unsqueeze(-1) * (V.mT + dR) + dR
+    dtype = torch.promote_types(V.dtype, rows.dtype)
+    return V.to(dtype) @ rows.to(dtype)
+
+
+def apply_blocks(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+    """``blockdiag(D_1, ..., D_N) x`` of ``x (..., N * b)``, in x's dtype; ``D (N, b, b)``."""
+    blocks = x.unflatten(-1, D.shape[:2])
+    return torch.einsum("...nb,ncb->...nc", blocks, D.to(x.dtype)).flatten(-2)
+
+
+def multiply_columns(weight: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+    """``weight @ blockdiag(D_1, ..., D_N)``: ``weight (out, N * b)``, ``D (N, b, b)``, its dtype."""
+    blocks = weight.unflatten(-1, D.shape[:2])
+    return torch.einsum("onb,nbc->onc", blocks, D.to(weight.dtype)).flatten(-2)

@@ -1,0 +1,365 @@
+"""The adapted Linear: the base layer, left as it is, behind a block-diagonal map of its input or output."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import nn
+
+from fura_vlm.fura.basis import apply_blocks, block_delta, block_shape, multiply_columns, spectral_basis
+from fura_vlm.fura.config import FuraConfig
+from fura_vlm.fura.weights import dense_weight, fingerprint, gathered, is_partitioned
+
+# Below this fraction of the largest, a singular value is lost in the rounding of the float64 Gram matrix.
+GRAM_RESOLUTION = 1e-7
+
+
+class FuraLayer(BaseTunerLayer):
+    """Parameters of the FuRA adapters of one Linear.
+
+    Per adapter name, with ``N`` blocks of size ``b`` and rank ``r``:
+
+    - ``fura_dR (N, r, b)`` and ``fura_ds (N, r)``: trained; what has been added to the pretrained R and s.
+    - ``fura_V (N, b, r)`` and ``fura_s0 (N, r)``: the frozen basis. They are buffers, not frozen parameters:
+      DeepSpeed checkpoints of a PEFT model leave frozen parameters out, and dR is expressed in this very
+      basis, so that resuming over one computed anew, on a machine that decides signs otherwise, would be
+      wrong.
+    - ``fura_D (N, b, b)`` instead of all these for an adapter exported for inference.
+
+    With several adapters active their block matrices add, as LoRA's updates do, so that their order is of no
+    importance and merging gives the same: ``y = (I + sum D_out) W (I + sum D_in) x + bias``.
+    """
+
+    adapter_layer_names = ("fura_dR", "fura_ds")
+    other_param_names = ("fura_V", "fura_s0", "fura_D", "fura_side", "fura_blocks", "fura_guarded")
+
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs) -> None:
+        self.base_layer = base_layer
+        self.module_name = module_name  # for messages
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.fura_dR = nn.ParameterDict()
+        self.fura_ds = nn.ParameterDict()
+        self.fura_V = BufferDict(persistent=True)
+        self.fura_s0 = BufferDict(persistent=True)
+        self.fura_D = BufferDict(persistent=True)
+        self.fura_side: dict[str, str] = {}
+        self.fura_blocks: dict[str, tuple[int, int]] = {}
+        self.fura_guarded: dict[str, int] = {}
+        self.fingerprint: str | None = None
+        self._without_basis: dict[
+            str, float | None
+        ] = {}  # adapters waiting for one, and their singular_floor
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._unmerged: tuple[nn.Module, Callable[[], None]] | None = None
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.fura_side)
+
+    def update_layer(self, adapter_name: str, config: FuraConfig, inference_mode: bool = False) -> None:
+        """Add an adapter.
+
+        Its basis is computed here, unless the configuration comes from a saved adapter: then the basis is
+        about to be loaded with the weights, and is computed on first use only if it was not.
+
+        Raises:
+            ValueError: the weight is not 2-D, holds NaN or Inf, or its dimension cannot be cut into blocks.
+            TypeError: the weight is quantised in a way that cannot be dequantised.
+        """
+        layer = self.get_base_layer()
+        weight = getattr(layer, "weight", None)
+        shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
+        if self.quantization_backend is None and len(shape) != 2:
+            raise ValueError(
+                f"{self.module_name}: FuRA adapts 2-D weights and this one has shape {shape}; exclude it."
+            )
+
+        dim, other = self.in_features, self.out_features
+        if config.train_side == "output":
+            dim, other = other, dim
+        size = _pattern_value(config.block_size_pattern, self.module_name)
+        if size is not None:
+            N, b = block_shape(dim, None, size, self.module_name)
+        else:
+            N, b = block_shape(dim, config.num_blocks, config.block_size, self.module_name)
+        r = min(b, other)
+
+        device, _ = self._get_base_layer_device_and_dtype(layer)
+        dtype = self.base_dtype
+        basis_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        if config.basis_dtype is not None:
+            basis_dtype = getattr(torch, config.basis_dtype)
+
+        self.fura_side[adapter_name] = config.train_side
+        self.fura_blocks[adapter_name] = (N, b)
+        if config.delta_only:
+            self.fura_D[adapter_name] = torch.zeros(N, b, b, dtype=dtype, device=device)
+        else:
+            dR = torch.zeros(N, r, b, dtype=dtype, device=device)
+            ds = torch.zeros(N, r, dtype=dtype, device=device)
+            if not config.init_weights:
+                nn.init.normal_(dR, std=0.02)
+                nn.init.normal_(ds, std=0.02)
+            self.fura_dR[adapter_name] = nn.Parameter(dR)
+            if config.train_singular_values:
+                self.fura_ds[adapter_name] = nn.Parameter(ds)
+            # s0 = 0 is no basis: it marks one that is neither computed nor loaded
+            self.fura_V[adapter_name] = torch.zeros(N, b, r, dtype=basis_dtype, device=device)
+            self.fura_s0[adapter_name] = torch.zeros(N, r, dtype=basis_dtype, device=device)
+            self._without_basis[adapter_name] = config.singular_floor
+            if config.base_fingerprint is None and device != torch.device("meta"):
+                self.compute_basis(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The dtype the base layer computes in; float32 where a quantised layer does not say."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype is not None and dtype.is_floating_point else torch.float32
+
+    @torch.no_grad()
+    def compute_basis(self, adapter_name: str) -> None:
+        """Decompose the base weight into the adapter's V and s0, and take the weight's fingerprint.
+
+        Raises:
+            ValueError: the weight holds NaN or Inf.
+            TypeError: the weight is quantised in a way that cannot be dequantised.
+        """
+        layer = self.get_base_layer()
+        with gathered(layer):
+            try:
+                weight = dense_weight(layer, self.quantization_backend)
+            except (TypeError, NotImplementedError) as error:
+                raise TypeError(
+                    f"{self.module_name}: its {self.quantization_backend.backend_name} weight cannot be "
+                    "dequantised, so it has no basis here; train over a base that can be, such as NF4, "
+                    "and load the adapter over this one."
+                ) from error
+            if not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"{self.module_name}: the base weight holds NaN or Inf; repair or exclude it."
+                )
+            floor = self._without_basis[adapter_name]
+            if floor is None:
+                floor = max(torch.finfo(weight.dtype).eps, GRAM_RESOLUTION)
+            self.fingerprint = fingerprint(weight, self.quantization_backend)
+            # the output side is the input side of the transposed weight
+            oriented = weight if self.fura_side[adapter_name] == "input" else weight.T
+            basis = spectral_basis(oriented, self.fura_blocks[adapter_name][0], floor)
+        self.fura_V[adapter_name] = basis.V.to(self.fura_V[adapter_name].dtype)
+        self.fura_s0[adapter_name] = basis.s0.to(self.fura_s0[adapter_name].dtype)
+        self.fura_guarded[adapter_name] = basis.guarded
+        del self._without_basis[adapter_name]
+
+    def ensure_basis(self) -> None:
+        """Compute every basis that has been neither computed nor loaded, on the first use of an adapter."""
+        for name in list(self._without_basis):
+            if name in self.fura_s0 and not self.fura_s0[name].any():
+                self.compute_basis(name)
+        self._without_basis.clear()
+
+    def delta(self, adapter_name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The adapter's block matrices as they multiply a column from the left: ``(N, b, b)``.
+
+        ``y = W (x + D x)`` for an adapter of the input side, ``y = W x + D (W x)`` for one of the output
+        side.
+
+        Args:
+            dtype: dtype to compute in; None: the widest of the adapter's own.
+        """
+        if adapter_name in self.fura_D:
+            return self.fura_D[adapter_name].to(dtype)
+        ds = self.fura_ds[adapter_name] if adapter_name in self.fura_ds else None
+        parts = self.fura_dR[adapter_name], ds, self.fura_V[adapter_name], self.fura_s0[adapter_name]
+        if dtype is not None:
+            parts = [part if part is None else part.to(dtype) for part in parts]
+        D = block_delta(*parts)
+        return D if self.fura_side[adapter_name] == "input" else D.mT
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """What the adapter adds to the base weight: ``(out, in)``, in float32 or wider."""
+        weight = dense_weight(self.get_base_layer(), self.quantization_backend)
+        return self._adapted(weight, [adapter_name]) - weight
+
+    def _adapted(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """``(I + sum D_out) W (I + sum D_in)`` in float32, or the weight's dtype if wider."""
+        self.ensure_basis()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        by_side = {"input": [], "output": []}
+        for name in adapter_names:
+            by_side[self.fura_side[name]].append(self.delta(name, weight.dtype))
+        weight = sum((multiply_columns(weight, D) for D in by_side["input"]), weight)
+        return sum((multiply_columns(weight.T, D.mT).T for D in by_side["output"]), weight)
+
+    def cast_trained(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Cast what an adapter trains (or its D, if exported for inference); the basis keeps its dtype."""
+        for tensors in (self.fura_dR, self.fura_ds, self.fura_D):
+            if adapter_name in tensors:
+                tensors[adapter_name].data = tensors[adapter_name].data.to(dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+        """Move an adapter to the base layer's device. Its dtypes stay: the base's may be coarser."""
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for tensors in (self.fura_dR, self.fura_ds, self.fura_V, self.fura_s0, self.fura_D):
+            if device is not None and adapter_name in tensors and not tensors[adapter_name].is_meta:
+                tensors[adapter_name].data = tensors[adapter_name].data.to(device)
+
+
+class FuraLinear(nn.Module, FuraLayer):
+    """A Linear, plain or quantised, with FuRA adapters."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: FuraConfig, module_name: str, **kwargs
+    ) -> None:
+        super().__init__()
+        FuraLayer.__init__(self, base_layer, module_name, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+
+    def forward(
+        self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs
+    ) -> torch.Tensor:
+        """``x (..., in)`` to ``(..., out)``; while untrained, the base layer's own result bit for bit.
+
+        Args:
+            adapter_names: one adapter (or ``"__base__"``) per sample of the batch, instead of the active
+                ones.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if self._without_basis:
+            self.ensure_basis()
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        return self._forward_adapted(x, self.active_adapters, *args, **kwargs)
+
+    def _forward_adapted(self, x: torch.Tensor, adapter_names: list[str], *args, **kwargs) -> torch.Tensor:
+        adapted = x
+        for name in adapter_names:
+            if self.fura_side.get(name) == "input":
+                adapted = adapted + apply_blocks(x, self.delta(name))
+        y = self.base_layer(adapted, *args, **kwargs)
+        outer = [name for name in adapter_names if self.fura_side.get(name) == "output"]
+        if not outer:
+            return y
+        bias = getattr(self.get_base_layer(), "bias", None)
+        linear = y if bias is None else y - bias
+        for name in outer:
+            y = y + apply_blocks(linear, self.delta(name))
+        return y
+
+    def _forward_mixed(self, x: torch.Tensor, adapter_names: list[str], *args, **kwargs) -> torch.Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"{self.module_name}: its input holds {len(x)} samples, adapter_names {len(adapter_names)}."
+            )
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for name in dict.fromkeys(adapter_names):
+            rows = [i for i, other in enumerate(adapter_names) if other == name]
+            y[rows] = self._forward_adapted(x[rows], [name], *args, **kwargs).to(y.dtype)
+        return y
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the base weight by the adapted one, computed in float32 or wider and rounded once.
+
+        The original is kept beside it until [`unmerge`], which puts it back: no arithmetic undoes the
+        rounding of a merge. That costs one more copy of each adapted weight while merged; `merge_and_unload`
+        frees it layer by layer.
+
+        Args:
+            safe_merge: raise rather than write a weight that holds NaN or Inf.
+            adapter_names: adapters to merge; None: the active ones.
+
+        Raises:
+            ValueError: safe_merge found NaN or Inf.
+            RuntimeError: the weight is partitioned by ZeRO-3.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fura_side]
+        if not names:
+            return
+        if is_partitioned(self.get_base_layer().weight):
+            raise RuntimeError(
+                f"{self.module_name}: its weight is partitioned by ZeRO-3; save the adapter, merge it in one "
+                "process."
+            )
+        if self.merged:
+            names = self.merged_adapters + names
+            self.unmerge()
+        layer = self.get_base_layer()
+        original = dense_weight(layer, self.quantization_backend)
+        weight = self._adapted(original, names)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(
+                f"{self.module_name}: merging {', '.join(names)} gives NaN or Inf; the adapter is broken."
+            )
+        self._unmerged = layer, _restorer(layer, self.quantization_backend)
+        self.set_base_weight(weight.to(original.dtype))
+        self.merged_adapters = names
+
+    def unmerge(self) -> None:
+        """Put the original base weight back, exactly."""
+        if not self.merged:
+            warnings.warn(f"{self.module_name}: no adapter is merged; nothing to unmerge.", stacklevel=2)
+            return
+        layer, restore = self._unmerged
+        restore()
+        if self.get_base_layer() is not layer:  # some quantisation backends replace the layer itself
+            self.base_layer = layer
+        self._unmerged = None
+        self.merged_adapters = []
+
+    def __repr__(self) -> str:
+        return "fura." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+def _restorer(layer: nn.Module, backend: QuantizationBackend | None) -> Callable[[], None]:
+    """What puts the layer's weight back exactly as it is now."""
+    weight = layer.weight
+    if backend is None:
+        original = weight.data
+
+        def restore():
+            weight.data = original
+
+        return restore
+
+    # a backend makes a new weight, but changes attributes of the layer and of the old weight on the way
+    layer_attributes = {**layer.__dict__, "_parameters": dict(layer._parameters)}
+    if "state" in layer_attributes:
+        layer_attributes["state"] = copy.copy(layer.state)
+    weight_attributes = dict(weight.__dict__)
+
+    def restore():
+        layer.__dict__.clear()
+        layer.__dict__.update(layer_attributes)
+        weight.__dict__.clear()
+        weight.__dict__.update(weight_attributes)
+
+    return restore
+
+
+def _pattern_value(patterns: dict[str, int], module_name: str) -> int | None:
+    """The value of the first pattern that matches the module's full name, or a part of it after a dot."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module_name):
+            return value
+    return None

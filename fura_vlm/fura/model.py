@@ -1,0 +1,308 @@
+"""Puts FuRA adapters into a model, and takes them out again: PEFT's tuner for the method."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import defaultdict
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+
+from fura_vlm.fura.config import FuraConfig
+from fura_vlm.fura.layer import FuraLayer, FuraLinear
+from fura_vlm.fura.weights import compare_fingerprints, dense_weight, fingerprint, gathered
+
+logger = logging.getLogger(__name__)
+
+
+class FuraModel(BaseTuner):
+    """A model with FuRA adapters; made by `peft.get_peft_model` and `peft.PeftModel.from_pretrained`.
+
+    Raises (from adding or loading an adapter, which leaves the model as it was):
+        ValueError: a target matches nothing (PEFT's NoMatchingPeftModuleError, a ValueError); it lies in the
+            vision tower of a vision-language model without being named there; its weight is tied, is not 2-D,
+            holds NaN or Inf, or has a dimension that cannot be cut into blocks; the base model is not the one
+            a loaded adapter was made for.
+        TypeError: a target is not a Linear, or its quantisation cannot be dequantised.
+    """
+
+    prefix: str = "fura_"
+    tuner_layer_cls = FuraLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: FuraConfig, model_config: dict) -> FuraConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _prepare_model(self, peft_config: FuraConfig, model: nn.Module) -> None:
+        """What can be refused before the model is touched."""
+        merged = [layer for layer in _fura_layers(model) if layer.merged]
+        if merged:
+            warnings.warn("An adapter is merged; it is unmerged before another one is added.", stacklevel=2)
+            for layer in merged:
+                layer.unmerge()
+        if peft_config.base_fingerprint is None:
+            _check_vision(model, peft_config, self._check_target_module_exists)
+        else:
+            _check_base(model, peft_config.base_fingerprint)
+        self._shared_weights = _shared_weights(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Add an adapter; see the base class. One log line says how many singular values were guarded."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            _withdraw(model, adapter_name)
+            raise
+        config = self.peft_config[adapter_name]
+        layers = [layer for layer in _fura_layers(model) if adapter_name in layer.fura_side]
+        guarded = sum(layer.fura_guarded.get(adapter_name, 0) for layer in layers)
+        if guarded:
+            logger.warning(
+                "FuRA: %d of %d singular values lie below the floor of their block and are raised to it.",
+                guarded,
+                sum(layer.fura_s0[adapter_name].numel() for layer in layers),
+            )
+        unasked = config.num_blocks is None and config.block_size is None and not config.block_size_pattern
+        single = [layer for layer in layers if layer.fura_blocks[adapter_name][0] == 1]
+        if unasked and single:
+            logger.warning(
+                "FuRA: %s (of %d such) has a prime dimension, %d, and is one single block.",
+                single[0].module_name,
+                len(single),
+                single[0].fura_blocks[adapter_name][1],
+            )
+        if config.base_fingerprint is None and all(layer.fingerprint for layer in layers):
+            config.base_fingerprint = {layer.module_name: layer.fingerprint for layer in layers}
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
+        if isinstance(target, FuraLinear):
+            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            return
+        _check_linear(target, parent, current_key)
+        tied = self._shared_weights.get(id(target.weight))
+        if tied:
+            raise ValueError(
+                f"{current_key}: its weight is tied to {', '.join(n for n in tied if n != current_key)}, "
+                "which an adapter would not follow; untie them (tie_word_embeddings=False) or exclude it."
+            )
+        quantization = get_quantization_kwargs(self)
+        layer = FuraLinear(target, adapter_name, peft_config, module_name=current_key, **quantization)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        """Put a module in another's place. Layers are made on their device, so nothing is to be moved.
+
+        The base class also copies ``child.weight``, which a module of modules_to_save need not have: a LLaVA with
+        its projector there could not be unloaded.
+        """
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Give adapter parameters the base's dtype; with autocast_adapter_dtype at least float32."""
+        for layer in _fura_layers(self.model):
+            if adapter_name in layer.fura_side:
+                dtype = layer.base_dtype
+                if autocast_adapter_dtype:
+                    dtype = torch.promote_types(dtype, torch.float32)
+                layer.cast_trained(adapter_name, dtype)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights (see [`FuraLinear.merge`]); if one layer cannot be, none is.
+
+        Raises:
+            ValueError: safe_merge found NaN or Inf in a layer, named in the message.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        layers = _fura_layers(self.model)
+        if all(set(names) & set(layer.fura_side) <= set(layer.merged_adapters) for layer in layers):
+            warnings.warn(
+                f"{layers[0].module_name}: {', '.join(names)} is merged already, in this and every layer; "
+                "nothing to do.",
+                stacklevel=2,
+            )
+            return
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except Exception:
+            for layer in layers:
+                if layer.merged:
+                    layer.unmerge()
+            raise
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """Inside, a call with ``adapter_names=`` hands each sample's adapter name on to the adapted layers.
+
+        Raises:
+            ValueError: the model is in training mode or merged, beam search is on, or a name is no adapter's.
+        """
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names: mixed batches are for inference; call model.eval() first.")
+        if any(layer.merged for layer in _fura_layers(self.model)):
+            raise ValueError(
+                "adapter_names: mixed batches need the base weights; call unmerge_adapter() first."
+            )
+        if (kwargs.get("num_beams") or 1) > 1:
+            raise ValueError("adapter_names: mixed batches do not go with beam search; set num_beams=1.")
+        unknown = set(adapter_names) - {"__base__"} - set(self.peft_config)
+        if unknown:
+            raise ValueError(f"adapter_names: there is no adapter {', '.join(sorted(unknown))}.")
+        hook = partial(_name_adapters, adapter_names=list(adapter_names))
+        receivers = [m for m in self.modules() if isinstance(m, (FuraLayer, AuxiliaryTrainingWrapper))]
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in receivers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        waiting = [layer for layer in _fura_layers(model) if adapter_name in layer._without_basis]
+        for layer in waiting:
+            layer.ensure_basis()
+        selected = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        if waiting:  # the state dict was taken before, with zeros for the basis
+            now = model.state_dict()
+            selected = {key: now.get(key, value) for key, value in selected.items()}
+        return selected
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Read by DistributedDataParallel, through PeftModel. The frozen basis is the same in every process;
+        broadcasting it before each forward would cost as much traffic as the gradients do."""
+        return [f"base_model.{name}" for name, _ in self.named_buffers() if ".fura_" in name]
+
+
+def _fura_layers(model: nn.Module) -> list[FuraLayer]:
+    return [module for module in model.modules() if isinstance(module, FuraLayer)]
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Undo an injection that failed half way."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, FuraLayer) or adapter_name not in layer.fura_side:
+            continue
+        if len(layer.fura_side) > 1:
+            layer.delete_adapter(adapter_name)
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _name_adapters(
+    module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]
+) -> tuple[tuple, dict]:
+    """Forward pre-hook: pass the samples' adapter names to a layer."""
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _check_linear(target: nn.Module, parent: nn.Module, name: str) -> None:
+    """Refuse what FuRA cannot adapt."""
+    backend = resolve_quantization_backend(target)
+    linear = isinstance(target, nn.Linear) if backend is None else backend.layer_type == "linear"
+    if not linear or isinstance(target, BaseTunerLayer):
+        raise TypeError(
+            f"{name}: FuRA adapts torch.nn.Linear, plain or quantised, and this is {type(target).__name__}; "
+            "take it out of target_modules."
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TypeError(
+            f"{name}: torch.nn.MultiheadAttention reads its weight without calling it; exclude it."
+        )
+
+
+def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Names of all modules that hold a weight, by the parameter's id, where there is more than one."""
+    names = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            names[id(weight)].append(name)
+    return {key: found for key, found in names.items() if len(found) > 1}
+
+
+def _check_vision(model: nn.Module, config: FuraConfig, matches) -> None:
+    """Refuse targets inside the vision tower of a composite model, unless an entry of target_modules names
+    it.
+
+    A tower is any submodule whose own configuration is of the class of the model's ``vision_config``. Its
+    attention has the same names (``q_proj``, ...) as the language model's, so that a plain list of suffixes,
+    or ``"all-linear"``, would adapt it by mistake.
+    """
+    vision_config = getattr(getattr(model, "config", None), "vision_config", None)
+    if vision_config is None:
+        return
+    towers = [
+        n for n, m in model.named_modules() if n and type(getattr(m, "config", None)) is type(vision_config)
+    ]
+    towers = [tower for tower in towers if not any(tower.startswith(other + ".") for other in towers)]
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    for tower in towers:
+        short = tower.rpartition(".")[2]
+        if any(short in entry for entry in targets):
+            continue
+        for name, module in model.get_submodule(tower).named_modules(prefix=tower):
+            if [entry.lower() for entry in targets] == ["all-linear"]:
+                probe = FuraConfig(target_modules=[name], exclude_modules=config.exclude_modules)
+                hit = isinstance(module, nn.Linear) and matches(probe, name)
+            else:
+                hit = matches(config, name)
+            if hit:
+                raise ValueError(
+                    f"{name}: target_modules matches the vision tower without naming it; leave it out with "
+                    f"exclude_modules=r'.*{short}.*', or adapt it by naming {short!r} in target_modules."
+                )
+
+
+def _check_base(model: nn.Module, wanted: dict[str, str]) -> None:
+    """Compare the base weights with the fingerprints of an adapter about to be loaded.
+
+    Raises:
+        ValueError: a module is missing or its weight differs; the first one is named.
+    """
+    incomparable = []
+    for name, expected in wanted.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"{name}: the adapter was made for a base model with this module, this has none; load the "
+                "adapter over the base model it was trained on."
+            ) from None
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if not hasattr(layer, "weight") or layer.weight.is_meta:
+            continue
+        backend = resolve_quantization_backend(layer, **get_quantization_kwargs(model))
+        with gathered(layer):
+            try:
+                found = fingerprint(dense_weight(layer, backend), backend)
+            except (TypeError, NotImplementedError):  # cannot be dequantised: nothing to compare
+                incomparable.append(name)
+                continue
+        if not compare_fingerprints(name, expected, found):
+            incomparable.append(name)
+    if incomparable:
+        logger.warning(
+            "FuRA: %s (of %d such) is quantised otherwise than the base of the adapter; only its shape "
+            "was checked.",
+            incomparable[0],
+            len(incomparable),
+        )

@@ -1,0 +1,86 @@
+"""The dense weight behind a Linear, be it plain, quantised, or partitioned by DeepSpeed ZeRO-3."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+
+import torch
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import nn
+
+SAMPLE = 1024  # entries of a weight that its fingerprint looks at, evenly spread
+
+
+def is_partitioned(weight: torch.Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds only a part of this parameter in this process."""
+    return hasattr(weight, "ds_id")
+
+
+@contextmanager
+def gathered(layer: nn.Module):
+    """Inside, the layer's weight is whole in every process, also under ZeRO-3; then partitioned again."""
+    weight = getattr(layer, "weight", None)
+    if weight is None or not is_partitioned(weight):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        yield
+
+
+def dense_weight(layer: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
+    """The layer's weight ``(out, in)`` as a plain tensor, dequantised if need be. Not a copy otherwise."""
+    return layer.weight.data if backend is None else backend.get_base_weight(layer)
+
+
+def fingerprint(weight: torch.Tensor, backend: QuantizationBackend | None) -> str:
+    """What identifies a base weight to an adapter: ``"<out>x<in> <kind> <hash>"``.
+
+    The kind is ``float`` for float64, float32 and bfloat16, ``float16``, or the quantisation's name. The hash
+    covers ``SAMPLE`` entries spread evenly over the weight: rounded to bfloat16 for a float weight, so that
+    one checkpoint loaded in float32 and in bfloat16 has one fingerprint; only their signs for a quantised
+    weight, since the last bits of a dequantised entry differ between devices.
+
+    Args:
+        weight: the dense weight ``(out, in)``, dequantised if need be.
+        backend: PEFT's quantisation backend of the layer, or None.
+    """
+    flat = weight.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, min(SAMPLE, flat.numel()), dtype=torch.float64).long()
+    sample = flat[index.to(flat.device)].cpu()
+    if backend is not None:
+        kind, sample = backend.backend_name.replace(" ", "-"), sample.sign().to(torch.int8)
+    else:
+        kind = "float16" if weight.dtype == torch.float16 else "float"
+        sample = sample.to(torch.bfloat16).view(torch.int16)
+    digest = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+    return f"{weight.shape[0]}x{weight.shape[1]} {kind} {digest}"
+
+
+def compare_fingerprints(module: str, wanted: str, found: str) -> bool:
+    """Check one base weight against the fingerprint in an adapter.
+
+    Returns: True if they were comparable and agree; False if only the shapes could be compared, because one
+        of the two bases is quantised, or quantised in another way: an adapter trained over an NF4 base is
+        meant to be usable over its bfloat16 parent, and D, which multiplies the weight, stays valid there.
+
+    Raises:
+        ValueError: the weight has another shape, or is another weight.
+    """
+    wanted_shape, wanted_kind, wanted_hash = wanted.split()
+    found_shape, found_kind, found_hash = found.split()
+    if wanted_shape != found_shape:
+        raise ValueError(
+            f"{module}: the adapter was made for a weight of shape {wanted_shape} and this base model's is "
+            f"{found_shape}; load the adapter over the base model it was trained on."
+        )
+    if wanted_kind != found_kind:
+        return False
+    if wanted_hash != found_hash:
+        raise ValueError(
+            f"{module}: this base model's weight is not the one of the adapter; load it over the base model "
+            "it was trained on."
+        )
+    return True

@@ -1,0 +1,8 @@
+import pytest
+from fura_models import CASES
+
+
+@pytest.fixture(params=list(CASES))
+def case(request):
+    """A model builder and target_modules for it: Llama, LLaVA, GPT-NeoX."""
+    return CASES[request.param]
