@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Orders rows so that an optimizer step sees one modality and similar lengths; steps come in random order.
+    """Orders rows so that an optimizer step has one modality and similar lengths; the steps come at random.
 
     The idea is LLaVA v1.5's ``group_by_modality_length``. A global batch is what one optimizer step takes,
     ``world_size * gradient_accumulation_steps * batch_size`` rows. For each modality the rows are shuffled,
@@ -33,7 +33,8 @@ class ModalityLengthSampler(Sampler[int]):
         world_size: the number of processes.
         gradient_accumulation_steps: batches of a process in one optimizer step.
         seed: with the epoch, decides the order.
-        pool: global batches that are sorted together.
+        pool: global batches that are sorted together; at most a quarter of those of a modality, so that
+            epochs differ in small mixtures too.
 
     Raises:
         ValueError: if ``lengths`` and ``has_image`` differ in length, or a number is below 1.
@@ -47,7 +48,7 @@ class ModalityLengthSampler(Sampler[int]):
         world_size: int = 1,
         gradient_accumulation_steps: int = 1,
         seed: int = 0,
-        pool: int = 8,
+        pool: int = 16,
     ):
         self.lengths, self.has_image = np.asarray(lengths), np.asarray(has_image, dtype=bool)
         if self.lengths.shape != self.has_image.shape:
@@ -71,8 +72,9 @@ class ModalityLengthSampler(Sampler[int]):
             rows = rng.permutation(np.flatnonzero(self.has_image == modality))
             whole = len(rows) - len(rows) % self.global_batch
             rest.append(rows[whole:])
-            for start in range(0, whole, self.pool * self.global_batch):
-                pooled = slice(start, min(start + self.pool * self.global_batch, whole))
+            size = max(1, min(self.pool, whole // self.global_batch // 4)) * self.global_batch
+            for start in range(0, whole, size):
+                pooled = slice(start, min(start + size, whole))
                 rows[pooled] = self._by_length(rows[pooled])
             batches += list(rows[:whole].reshape(-1, self.global_batch))
         order = rng.permutation(len(batches))

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -281,3 +283,11 @@ def test_real_mixture():
     assert not problems and not broken
     assert [record.id for record in good] == ["ironing-1", "ironing-2", "pier-1", "pier-2", "text-1"]
     assert good[-1].image is None and len(good[0].conversations) == 6
+
+
+def test_reading_takes_no_torch():
+    """The command line reads records before it needs torch."""
+    code = (
+        "import sys; sys.argv = ['fura-vlm']; import fura_vlm.data.records; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
