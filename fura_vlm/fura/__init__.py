@@ -3,6 +3,8 @@
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from fura_vlm.fura.config import FuraConfig, FuraType
+from fura_vlm.fura.export import export_delta
+from fura_vlm.fura.inspect import plot_spectrum, spectrum_report, spectrum_table
 from fura_vlm.fura.layer import FuraLayer, FuraLinear
 from fura_vlm.fura.model import FuraModel
 
@@ -10,4 +12,14 @@ PEFT_TYPE_TO_CONFIG_MAPPING[FuraType.FURA] = FuraConfig
 PEFT_TYPE_TO_TUNER_MAPPING[FuraType.FURA] = FuraModel
 PEFT_TYPE_TO_PREFIX_MAPPING[FuraType.FURA] = FuraModel.prefix
 
-__all__ = ["FuraConfig", "FuraLayer", "FuraLinear", "FuraModel", "FuraType"]
+__all__ = [
+    "FuraConfig",
+    "FuraLayer",
+    "FuraLinear",
+    "FuraModel",
+    "FuraType",
+    "export_delta",
+    "plot_spectrum",
+    "spectrum_report",
+    "spectrum_table",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -13,6 +12,9 @@ CHUNK_BYTES = 256 * 2**20
 # A block this many times larger than that of a square cut (b = sqrt(n)) is refused unless asked for by name:
 # it costs that many times more trainable parameters than the method is known for, n ** 1.5.
 MAX_BLOCK_RATIO = 8
+
+# Below this fraction of the largest, a singular value is lost in the rounding of the float64 Gram matrix.
+GRAM_RESOLUTION = 1e-7
 
 
 def factor_pair(n: int) -> tuple[int, int]:
@@ -48,22 +50,8 @@ def block_shape(n: int, num_blocks: int | None, block_size: int | None, module: 
     return blocks, size
 
 
-class Basis(NamedTuple):
-    """Frozen basis of one weight.
-
-    Attributes:
-        V: ``(N, b, r)``, orthonormal columns; the singular vectors of each block on the axis that was cut.
-        s0: ``(N, r)``, descending; the singular values, none below its block's floor.
-        guarded: how many singular values were below the floor and were raised to it.
-    """
-
-    V: torch.Tensor
-    s0: torch.Tensor
-    guarded: int
-
-
 @torch.no_grad()
-def spectral_basis(weight: torch.Tensor, num_blocks: int, floor: float) -> Basis:
+def decompose(weight: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Singular vectors and values of the column blocks of a weight, without an SVD of any block.
 
     Each block ``W_j (out, b)`` contributes the eigenvectors of its Gram matrix ``W_j^T W_j (b, b)``, in
@@ -80,16 +68,15 @@ def spectral_basis(weight: torch.Tensor, num_blocks: int, floor: float) -> Basis
     Args:
         weight: ``(out, n)``, any floating dtype, on any device that has float64; its columns are cut.
         num_blocks: ``N``, a divisor of ``n``.
-        floor: fraction of the block's largest singular value below which singular values are raised to it.
 
-    Returns:
-        V and s0 in float64 on the weight's device. A block that is zero altogether has s0 = 1.
+    Returns: V ``(N, b, r)``, orthonormal columns, and s ``(N, r)``, descending, ``r = min(out, b)``; both in
+        float64 on the weight's device.
     """
     out, n = weight.shape
     size = n // num_blocks
     rank = min(out, size)
     V = weight.new_empty(num_blocks, size, rank, dtype=torch.float64)
-    s0 = weight.new_empty(num_blocks, rank, dtype=torch.float64)
+    s = weight.new_empty(num_blocks, rank, dtype=torch.float64)
     step = max(1, CHUNK_BYTES // (8 * size * (out + 4 * size)))
     for start in range(0, num_blocks, step):
         stop = min(start + step, num_blocks)
@@ -97,14 +84,31 @@ def spectral_basis(weight: torch.Tensor, num_blocks: int, floor: float) -> Basis
         blocks = columns.reshape(out, stop - start, size).transpose(0, 1)
         values, vectors = torch.linalg.eigh(blocks.mT @ blocks)
         V[start:stop] = vectors[..., -rank:].flip(-1)
-        s0[start:stop] = values[..., -rank:].flip(-1).clamp(min=0).sqrt()
-
+        s[start:stop] = values[..., -rank:].flip(-1).clamp(min=0).sqrt()
     largest = V.gather(1, V.abs().argmax(dim=1, keepdim=True))
     V *= torch.where(largest < 0, -1.0, 1.0)
-    lowest = floor * s0[:, :1]
-    guarded = int(((s0 < lowest) | (s0 == 0)).sum())
-    s0 = torch.where(s0[:, :1] > 0, torch.maximum(s0, lowest), 1.0)
-    return Basis(V, s0, guarded)
+    return V, s
+
+
+def relative_floor(wanted: float | None, dtype: torch.dtype) -> float:
+    """The fraction of a block's largest singular value below which the method does not divide by one.
+
+    ``wanted``, or else the resolution of the weight's dtype, below which a direction is rounding error of the
+    stored weight; in any case no less than what the Gram matrix resolves in a wide dtype.
+    """
+    return wanted if wanted is not None else max(torch.finfo(dtype).eps, GRAM_RESOLUTION)
+
+
+def raise_to_floor(s: torch.Tensor, floor: float) -> tuple[torch.Tensor, int]:
+    """Singular values ``(N, r)`` fit to divide by, and how many had to be raised.
+
+    None is left below ``floor`` times its block's largest. Along a raised direction training moves the weight
+    less than its singular value suggests, by the factor raised; a block of zeros, whose every change is zero,
+    gets 1.
+    """
+    lowest = floor * s[:, :1]
+    raised = int(((s < lowest) | (s == 0)).sum())
+    return torch.where(s[:, :1] > 0, torch.maximum(s, lowest), 1.0), raised
 
 
 def block_delta(dR: torch.Tensor, ds: torch.Tensor | None, V: torch.Tensor, s0: torch.Tensor) -> torch.Tensor:

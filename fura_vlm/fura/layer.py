@@ -14,12 +14,17 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
-from fura_vlm.fura.basis import apply_blocks, block_delta, block_shape, multiply_columns, spectral_basis
+from fura_vlm.fura.basis import (
+    apply_blocks,
+    block_delta,
+    block_shape,
+    decompose,
+    multiply_columns,
+    raise_to_floor,
+    relative_floor,
+)
 from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.weights import dense_weight, fingerprint, gathered, is_partitioned
-
-# Below this fraction of the largest, a singular value is lost in the rounding of the float64 Gram matrix.
-GRAM_RESOLUTION = 1e-7
 
 
 class FuraLayer(BaseTunerLayer):
@@ -148,16 +153,14 @@ class FuraLayer(BaseTunerLayer):
                 raise ValueError(
                     f"{self.module_name}: the base weight holds NaN or Inf; repair or exclude it."
                 )
-            floor = self._without_basis[adapter_name]
-            if floor is None:
-                floor = max(torch.finfo(weight.dtype).eps, GRAM_RESOLUTION)
             self.fingerprint = fingerprint(weight, self.quantization_backend)
             # the output side is the input side of the transposed weight
             oriented = weight if self.fura_side[adapter_name] == "input" else weight.T
-            basis = spectral_basis(oriented, self.fura_blocks[adapter_name][0], floor)
-        self.fura_V[adapter_name] = basis.V.to(self.fura_V[adapter_name].dtype)
-        self.fura_s0[adapter_name] = basis.s0.to(self.fura_s0[adapter_name].dtype)
-        self.fura_guarded[adapter_name] = basis.guarded
+            V, s = decompose(oriented, self.fura_blocks[adapter_name][0])
+            floor = relative_floor(self._without_basis[adapter_name], weight.dtype)
+        s0, self.fura_guarded[adapter_name] = raise_to_floor(s, floor)
+        self.fura_V[adapter_name] = V.to(self.fura_V[adapter_name].dtype)
+        self.fura_s0[adapter_name] = s0.to(self.fura_s0[adapter_name].dtype)
         del self._without_basis[adapter_name]
 
     def ensure_basis(self) -> None:
@@ -304,13 +307,25 @@ class FuraLinear(nn.Module, FuraLayer):
         layer = self.get_base_layer()
         original = dense_weight(layer, self.quantization_backend)
         weight = self._adapted(original, names)
-        if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(
-                f"{self.module_name}: merging {', '.join(names)} gives NaN or Inf; the adapter is broken."
-            )
+        if safe_merge:
+            self._check_finite(weight, names)
         self._unmerged = layer, _restorer(layer, self.quantization_backend)
         self.set_base_weight(weight.to(original.dtype))
         self.merged_adapters = names
+
+    @torch.no_grad()
+    def check_merge(self, adapter_names: list[str]) -> None:
+        """Raise ValueError, as `merge(safe_merge=True)` would, without merging."""
+        names = [
+            name for name in adapter_names if name in self.fura_side and name not in self.merged_adapters
+        ]
+        weight = dense_weight(self.get_base_layer(), self.quantization_backend)
+        self._check_finite(self._adapted(weight, names), names)
+
+    def _check_finite(self, weight: torch.Tensor, adapter_names: list[str]) -> None:
+        if not torch.isfinite(weight).all():
+            names = ", ".join(adapter_names)
+            raise ValueError(f"{self.module_name}: merging {names} gives NaN or Inf; the adapter is broken.")
 
     def unmerge(self) -> None:
         """Put the original base weight back, exactly."""

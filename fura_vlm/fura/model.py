@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
@@ -42,6 +42,11 @@ class FuraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: FuraConfig, model: nn.Module) -> None:
         """What can be refused before the model is touched."""
+        if peft_config.delta_only and not peft_config.inference_mode:
+            raise ValueError(
+                "FuRA: this adapter was exported for inference and cannot be trained; load the full adapter "
+                "instead, or this one with is_trainable=False."
+            )
         merged = [layer for layer in _fura_layers(model) if layer.merged]
         if merged:
             warnings.warn("An adapter is merged; it is unmerged before another one is added.", stacklevel=2)
@@ -103,8 +108,8 @@ class FuraModel(BaseTuner):
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         """Put a module in another's place. Layers are made on their device, so nothing is to be moved.
 
-        The base class also copies ``child.weight``, which a module of modules_to_save need not have: a LLaVA with
-        its projector there could not be unloaded.
+        The base class also copies ``child.weight``, which a module of modules_to_save need not have: a LLaVA
+        with its projector there could not be unloaded.
         """
         setattr(parent, child_name, new_module)
 
@@ -139,6 +144,15 @@ class FuraModel(BaseTuner):
                 if layer.merged:
                     layer.unmerge()
             raise
+
+    def _unload_and_optionally_merge(
+        self, merge=True, progressbar=False, safe_merge=False, adapter_names=None
+    ):
+        if merge and safe_merge:  # look at every layer before the first one is replaced
+            for layer in _fura_layers(self.model):
+                with onload_layer(layer):
+                    layer.check_merge(self.active_adapters if adapter_names is None else adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -278,15 +292,16 @@ def _check_base(model: nn.Module, wanted: dict[str, str]) -> None:
     Raises:
         ValueError: a module is missing or its weight differs; the first one is named.
     """
+    modules = dict(model.named_modules())
+    missing = sorted(set(wanted) - set(modules))
+    if missing:
+        raise ValueError(
+            f"{missing[0]}: the adapter was made for a base model with this module, this has none; load it "
+            "over the base model it was trained on."
+        )
     incomparable = []
-    for name, expected in wanted.items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(
-                f"{name}: the adapter was made for a base model with this module, this has none; load the "
-                "adapter over the base model it was trained on."
-            ) from None
+    for name in (name for name in modules if name in wanted):
+        module = modules[name]
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if not hasattr(layer, "weight") or layer.weight.is_meta:
             continue
@@ -297,7 +312,7 @@ def _check_base(model: nn.Module, wanted: dict[str, str]) -> None:
             except (TypeError, NotImplementedError):  # cannot be dequantised: nothing to compare
                 incomparable.append(name)
                 continue
-        if not compare_fingerprints(name, expected, found):
+        if not compare_fingerprints(name, wanted[name], found):
             incomparable.append(name)
     if incomparable:
         logger.warning(

@@ -32,7 +32,17 @@ def gathered(layer: nn.Module):
 
 def dense_weight(layer: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
     """The layer's weight ``(out, in)`` as a plain tensor, dequantised if need be. Not a copy otherwise."""
-    return layer.weight.data if backend is None else backend.get_base_weight(layer)
+    if backend is None:
+        return layer.weight.data
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # In its first forward on some CPUs, bitsandbytes repacks a 4-bit weight into an order that its own
+        # dequantisation does not know. The layer still computes with it: the images of the unit vectors are
+        # it.
+        identity = torch.eye(layer.in_features, dtype=layer.compute_dtype or torch.float32)
+        with torch.no_grad():
+            columns = layer(identity) if layer.bias is None else layer(identity) - layer.bias
+        return columns.T.contiguous()
+    return backend.get_base_weight(layer)
 
 
 def fingerprint(weight: torch.Tensor, backend: QuantizationBackend | None) -> str:

@@ -99,7 +99,7 @@ def test_save_and_load(case, side, low_cpu_mem_usage, tmp_path, monkeypatch):
     def decompose(*args):
         raise AssertionError("a basis was computed")
 
-    monkeypatch.setattr("fura_vlm.fura.layer.spectral_basis", decompose)
+    monkeypatch.setattr("fura_vlm.fura.layer.decompose", decompose)
     loaded = PeftModel.from_pretrained(case[0](), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(loaded), expected)
     assert not any(p.requires_grad for p in loaded.parameters())

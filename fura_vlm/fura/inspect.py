@@ -1,0 +1,135 @@
+"""The spectrum that an adapter starts from: condition numbers, guarded directions, a table and a picture."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fura_vlm.fura.basis import decompose, relative_floor
+from fura_vlm.fura.layer import FuraLayer
+from fura_vlm.fura.weights import dense_weight, gathered
+
+
+@dataclass
+class Spectrum:
+    """Singular values of one adapted weight, block by block, before any of them is raised to the floor.
+
+    Attributes:
+        module: name of the module.
+        side: ``"input"`` or ``"output"``, the axis that was cut.
+        block_size: ``b``.
+        values: ``(N, r)``, float64, descending along the last axis.
+        floor: fraction of a block's largest value below which a value is guarded.
+    """
+
+    module: str
+    side: str
+    block_size: int
+    values: torch.Tensor
+    floor: float
+
+    @property
+    def condition(self) -> torch.Tensor:
+        """Largest over smallest singular value of each block: ``(N,)``; inf if rank-deficient."""
+        return self.values[:, 0] / self.values[:, -1]
+
+    @property
+    def guarded(self) -> int:
+        """How many directions are guarded: below the floor, or zero."""
+        return int(((self.values < self.floor * self.values[:, :1]) | (self.values == 0)).sum())
+
+
+@torch.no_grad()
+def spectrum_report(model: nn.Module, adapter_name: str = "default") -> list[Spectrum]:
+    """Singular values of the base weight behind each layer of an adapter, computed anew from the weights.
+
+    Args:
+        model: a model with FuRA adapters, not merged.
+        adapter_name: which adapter; its blocks and floor are taken.
+
+    Raises:
+        ValueError: the model has no such adapter, or it is merged.
+    """
+    layers = [m for m in model.modules() if isinstance(m, FuraLayer) and adapter_name in m.fura_side]
+    if not layers:
+        raise ValueError(f"spectrum_report: the model has no FuRA adapter {adapter_name!r}.")
+    if any(layer.merged for layer in layers):
+        raise ValueError("spectrum_report: an adapter is merged into the base; call unmerge_adapter() first.")
+    config = model.peft_config[adapter_name]
+    report = []
+    for layer in layers:
+        base = layer.get_base_layer()
+        side, (N, b) = layer.fura_side[adapter_name], layer.fura_blocks[adapter_name]
+        with gathered(base):
+            weight = dense_weight(base, layer.quantization_backend)
+            _, values = decompose(weight if side == "input" else weight.T, N)
+        floor = relative_floor(config.singular_floor, weight.dtype)
+        report.append(Spectrum(layer.module_name, side, b, values.cpu(), floor))
+    return report
+
+
+def spectrum_table(report: list[Spectrum]) -> str:
+    """The report as a Markdown table, one line per layer and one for all of them."""
+    lines = [
+        "| layer | blocks | largest s | smallest s | condition, median | worst | guarded |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in report:
+        N, rank = entry.values.shape
+        values, condition = entry.values, entry.condition
+        lines.append(
+            f"| {entry.module} | {N} x {entry.block_size} | {values.max():.3g} | {values.min():.3g} "
+            f"| {condition.median():.3g} | {condition.max():.3g} | {entry.guarded} of {N * rank} |"
+        )
+    conditions = torch.cat([entry.condition for entry in report])
+    total = sum(entry.values.numel() for entry in report)
+    lines.append(
+        f"| all {len(report)} | {len(conditions)} | {max(e.values.max() for e in report):.3g} "
+        f"| {min(e.values.min() for e in report):.3g} | {conditions.median():.3g} | {conditions.max():.3g} "
+        f"| {sum(entry.guarded for entry in report)} of {total} |"
+    )
+    return "\n".join(lines)
+
+
+def plot_spectrum(report: list[Spectrum], path: str | os.PathLike) -> None:
+    """Draw the report: condition numbers along the layers, and the shape of the spectra, one colour per kind
+    of layer.
+
+    Args:
+        path: the picture to write; its suffix names the format (png, svg, pdf).
+    """
+    from matplotlib.figure import Figure
+
+    kinds = sorted({entry.module.rpartition(".")[2] for entry in report})
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_layer, by_index = figure.subplots(1, 2)
+    for i, kind in enumerate(kinds):
+        entries = [entry for entry in report if entry.module.rpartition(".")[2] == kind]
+        where = range(len(entries))
+        worst = [entry.condition.max().item() for entry in entries]
+        median = [entry.condition.median().item() for entry in entries]
+        by_layer.plot(where, median, color=f"C{i}", marker="o", markersize=3, label=kind)
+        by_layer.plot(where, worst, color=f"C{i}", linestyle=":", marker="x", markersize=4)
+        for entry in entries:
+            scaled = (entry.values / entry.values[:, :1].clamp(min=torch.finfo(torch.float64).tiny)).mean(0)
+            position = torch.linspace(0, 1, len(scaled))
+            by_index.plot(position, scaled, color=f"C{i}", alpha=0.4, linewidth=1)
+    by_index.axhline(report[0].floor, color="black", linestyle="--", linewidth=1, label="floor")
+    by_layer.set(
+        yscale="log",
+        xlabel="layer",
+        ylabel="condition number of a block",
+        title="median (o) and worst block (x)",
+    )
+    by_index.set(
+        yscale="log",
+        xlabel="place in the spectrum",
+        ylabel="s / largest s, mean over blocks",
+        title="singular values",
+    )
+    by_layer.legend(fontsize="small")
+    by_index.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
