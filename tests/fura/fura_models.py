@@ -81,3 +81,8 @@ def perturb(model, seed=0, scale=0.05):
             if "fura_dR" in name or "fura_ds" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
+
+
+def batch():
+    """Four short texts of ids, for runs whose processes share them."""
+    return torch.randint(0, 97, (4, 9), generator=torch.Generator().manual_seed(3))
