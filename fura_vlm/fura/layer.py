@@ -163,12 +163,19 @@ class FuraLayer(BaseTunerLayer):
         self.fura_s0[adapter_name] = s0.to(self.fura_s0[adapter_name].dtype)
         del self._without_basis[adapter_name]
 
-    def ensure_basis(self) -> None:
-        """Compute every basis that has been neither computed nor loaded, on the first use of an adapter."""
+    def ensure_basis(self, compute: bool = True) -> None:
+        """Take note of every basis that has been loaded, and compute those that were not.
+
+        Args:
+            compute: False leaves them for the first use of the adapter: the weights may be about to be
+                loaded.
+        """
         for name in list(self._without_basis):
-            if name in self.fura_s0 and not self.fura_s0[name].any():
+            s0 = self.fura_s0[name] if name in self.fura_s0 else None
+            if s0 is None or (not s0.is_meta and s0.any()):
+                del self._without_basis[name]
+            elif compute and not s0.is_meta:
                 self.compute_basis(name)
-        self._without_basis.clear()
 
     def delta(self, adapter_name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The adapter's block matrices as they multiply a column from the left: ``(N, b, b)``.

@@ -117,6 +117,7 @@ class FuraModel(BaseTuner):
         """Give adapter parameters the base's dtype; with autocast_adapter_dtype at least float32."""
         for layer in _fura_layers(self.model):
             if adapter_name in layer.fura_side:
+                layer.ensure_basis(compute=False)  # PEFT calls this before and after it loads an adapter
                 dtype = layer.base_dtype
                 if autocast_adapter_dtype:
                     dtype = torch.promote_types(dtype, torch.float32)

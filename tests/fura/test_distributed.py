@@ -102,7 +102,8 @@ def test_bfloat16_adapter_computes_in_one_process_what_was_trained(folder):
     tensors = load_file(folder / "zero2_bfloat16_adapter" / "adapter_model.safetensors")
     dtypes = {(key.rpartition(".")[2], tensor.dtype) for key, tensor in tensors.items()}
     assert dtypes == {
-        ("fura_dR", torch.bfloat16), ("fura_ds", torch.bfloat16), ("fura_V", torch.float32), ("fura_s0", torch.float32),
+        ("fura_dR", torch.bfloat16), ("fura_ds", torch.bfloat16),
+        ("fura_V", torch.float32), ("fura_s0", torch.float32),
     }  # fmt: skip
     base = LlamaForCausalLM.from_pretrained(folder / "base").eval()
     with torch.no_grad():

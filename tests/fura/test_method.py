@@ -134,7 +134,7 @@ def test_signs_of_the_basis_change_nothing():
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_untrained_is_the_base_bit_for_bit(case, dtype, autocast, side):
     build, targets = case
@@ -149,6 +149,33 @@ def test_untrained_is_the_base_bit_for_bit(case, dtype, autocast, side):
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
     trained = {p.dtype for p in adapted.parameters() if p.requires_grad}
     assert trained == {torch.float32 if autocast else dtype}
+
+
+def test_untrained_is_the_base_under_autocast_too(case):
+    build, targets = case
+    inputs = inputs_for(build())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = build()(**inputs).logits
+        for side in ("input", "output"):
+            adapted = get_peft_model(build(), FuraConfig(target_modules=targets, train_side=side))
+            assert torch.equal(adapted(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_compiles_to_one_graph(side):
+    """No graph break in forward or backward, and the same numbers."""
+    model, layer = adapted_linear(24, 36, dtype=torch.float32, train_side=side, init_weights=False)
+    x = torch.randn(2, 5, 36)
+    layer(x).square().mean().backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-6, atol=1e-6)
+    compiled(x).square().mean().backward()
+    found = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(found) == 2
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_untrained_keeps_signed_zeros():

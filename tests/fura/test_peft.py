@@ -101,6 +101,7 @@ def test_save_and_load(case, side, low_cpu_mem_usage, tmp_path, monkeypatch):
 
     monkeypatch.setattr("fura_vlm.fura.layer.decompose", decompose)
     loaded = PeftModel.from_pretrained(case[0](), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not any(layer._without_basis for layer in fura_layers(loaded).values())
     assert torch.equal(logits(loaded), expected)
     assert not any(p.requires_grad for p in loaded.parameters())
     ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
@@ -466,6 +467,24 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(g.abs().max() > 0 for g in grads[0])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_meta_device(tmp_path):
+    """A model without memory takes an adapter, runs, and takes the values later."""
+    model = adapted(CASES["llama"])
+    state, expected = model.state_dict(), logits(model)
+    with torch.device("meta"):
+        empty = get_peft_model(tiny_llama(), FuraConfig(target_modules=CASES["llama"][1]))
+        assert empty(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits.is_meta
+    assert all(t.is_meta for t in empty.state_dict().values())
+    assert empty.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+    layers = fura_layers(empty.to_empty(device="cpu")).values()
+    assert all(layer._without_basis for layer in layers)
+    empty.load_state_dict(state)
+    empty.base_model.model.model.rotary_emb = (
+        tiny_llama().model.rotary_emb
+    )  # its buffers are in no state dict
+    assert torch.equal(logits(empty), expected)
 
 
 def test_status_and_repr():
