@@ -24,7 +24,7 @@ from fura_vlm.fura.basis import (
     relative_floor,
 )
 from fura_vlm.fura.config import FuraConfig
-from fura_vlm.fura.weights import dense_weight, fingerprint, gathered, is_partitioned
+from fura_vlm.fura.weights import dense_weight, fingerprint, gathered, is_partitioned, keep_differentiable
 
 
 class FuraLayer(BaseTunerLayer):
@@ -87,6 +87,9 @@ class FuraLayer(BaseTunerLayer):
             raise ValueError(
                 f"{self.module_name}: FuRA adapts 2-D weights and this one has shape {shape}; exclude it."
             )
+
+        if not inference_mode:
+            keep_differentiable(layer, self.module_name)
 
         dim, other = self.in_features, self.out_features
         if config.train_side == "output":

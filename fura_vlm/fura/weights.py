@@ -30,14 +30,35 @@ def gathered(layer: nn.Module):
         yield
 
 
+def is_packed(layer: nn.Module) -> bool:
+    """Whether bitsandbytes has repacked the layer's 4-bit weight, as it does in inference on some CPUs."""
+    return getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+
+
+def keep_differentiable(layer: nn.Module, module: str) -> None:
+    """Keep bitsandbytes from repacking a 4-bit weight that is to be trained through.
+
+    On CPUs with AVX512-BF16 its first inference repacks the weight, and through a repacked weight no gradient
+    ever passes again: an evaluation would end the training without a word.
+
+    Raises:
+        ValueError: the weight has been repacked already.
+    """
+    if hasattr(layer, "support_avx512bf16_for_cpu"):
+        layer.support_avx512bf16_for_cpu = False
+        if is_packed(layer):
+            raise ValueError(
+                f"{module}: bitsandbytes has repacked its 4-bit weight for inference, and it passes no "
+                "gradients; load the base model again and add the adapter before its first use."
+            )
+
+
 def dense_weight(layer: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
     """The layer's weight ``(out, in)`` as a plain tensor, dequantised if need be. Not a copy otherwise."""
     if backend is None:
         return layer.weight.data
-    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-        # In its first forward on some CPUs, bitsandbytes repacks a 4-bit weight into an order that its own
-        # dequantisation does not know. The layer still computes with it: the images of the unit vectors are
-        # it.
+    if is_packed(layer):
+        # dequantisation does not know this order, but the layer does: unit vectors give its columns
         identity = torch.eye(layer.in_features, dtype=layer.compute_dtype or torch.float32)
         with torch.no_grad():
             columns = layer(identity) if layer.bias is None else layer(identity) - layer.bias
