@@ -44,7 +44,8 @@ def export_delta(
             layer.ensure_basis()
             for part in ("fura_dR", "fura_ds", "fura_V", "fura_s0"):
                 state.pop(f"{name}.{part}.{adapter_name}", None)
-            state[f"{name}.fura_D.{adapter_name}"] = layer.delta(adapter_name).to(dtype).contiguous()
+            D = layer.delta(adapter_name)
+            state[f"{name}.fura_D.{adapter_name}"] = D.to(dtype or D.dtype).contiguous()
 
     config = model.peft_config[adapter_name]
     was = config.delta_only

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
-from collections.abc import Callable
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
 from fura_vlm.fura.basis import (
@@ -24,7 +21,14 @@ from fura_vlm.fura.basis import (
     relative_floor,
 )
 from fura_vlm.fura.config import FuraConfig
-from fura_vlm.fura.weights import dense_weight, fingerprint, gathered, is_partitioned, keep_differentiable
+from fura_vlm.fura.weights import (
+    SavedWeight,
+    dense_weight,
+    fingerprint,
+    gathered,
+    is_partitioned,
+    keep_differentiable,
+)
 
 
 class FuraLayer(BaseTunerLayer):
@@ -60,12 +64,11 @@ class FuraLayer(BaseTunerLayer):
         self.fura_blocks: dict[str, tuple[int, int]] = {}
         self.fura_guarded: dict[str, int] = {}
         self.fingerprint: str | None = None
-        self._without_basis: dict[
-            str, float | None
-        ] = {}  # adapters waiting for one, and their singular_floor
+        # adapters whose basis is neither computed nor loaded yet, and their singular_floor
+        self._without_basis: dict[str, float | None] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-        self._unmerged: tuple[nn.Module, Callable[[], None]] | None = None
+        self._unmerged: SavedWeight | None = None  # the base weight, while it is replaced by a merged one
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.fura_side)
@@ -190,7 +193,8 @@ class FuraLayer(BaseTunerLayer):
             dtype: dtype to compute in; None: the widest of the adapter's own.
         """
         if adapter_name in self.fura_D:
-            return self.fura_D[adapter_name].to(dtype)
+            D = self.fura_D[adapter_name]
+            return D if dtype is None else D.to(dtype)
         ds = self.fura_ds[adapter_name] if adapter_name in self.fura_ds else None
         parts = self.fura_dR[adapter_name], ds, self.fura_V[adapter_name], self.fura_s0[adapter_name]
         if dtype is not None:
@@ -319,7 +323,7 @@ class FuraLinear(nn.Module, FuraLayer):
         weight = self._adapted(original, names)
         if safe_merge:
             self._check_finite(weight, names)
-        self._unmerged = layer, _restorer(layer, self.quantization_backend)
+        self._unmerged = SavedWeight(layer, self.quantization_backend)
         self.set_base_weight(weight.to(original.dtype))
         self.merged_adapters = names
 
@@ -342,8 +346,7 @@ class FuraLinear(nn.Module, FuraLayer):
         if not self.merged:
             warnings.warn(f"{self.module_name}: no adapter is merged; nothing to unmerge.", stacklevel=2)
             return
-        layer, restore = self._unmerged
-        restore()
+        layer = self._unmerged.restore()
         if self.get_base_layer() is not layer:  # some quantisation backends replace the layer itself
             self.base_layer = layer
         self._unmerged = None
@@ -354,32 +357,6 @@ class FuraLinear(nn.Module, FuraLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
-
-
-def _restorer(layer: nn.Module, backend: QuantizationBackend | None) -> Callable[[], None]:
-    """What puts the layer's weight back exactly as it is now."""
-    weight = layer.weight
-    if backend is None:
-        original = weight.data
-
-        def restore():
-            weight.data = original
-
-        return restore
-
-    # a backend makes a new weight, but changes attributes of the layer and of the old weight on the way
-    layer_attributes = {**layer.__dict__, "_parameters": dict(layer._parameters)}
-    if "state" in layer_attributes:
-        layer_attributes["state"] = copy.copy(layer.state)
-    weight_attributes = dict(weight.__dict__)
-
-    def restore():
-        layer.__dict__.clear()
-        layer.__dict__.update(layer_attributes)
-        weight.__dict__.clear()
-        weight.__dict__.update(weight_attributes)
-
-    return restore
 
 
 def _pattern_value(patterns: dict[str, int], module_name: str) -> int | None:

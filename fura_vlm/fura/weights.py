@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from contextlib import contextmanager
 
@@ -64,6 +65,37 @@ def dense_weight(layer: nn.Module, backend: QuantizationBackend | None) -> torch
             columns = layer(identity) if layer.bias is None else layer(identity) - layer.bias
         return columns.T.contiguous()
     return backend.get_base_weight(layer)
+
+
+class SavedWeight:
+    """A layer's weight as it is now, to be put back exactly after it has been replaced.
+
+    Holds the weight itself, not a copy: merging makes a new one.
+    """
+
+    def __init__(self, layer: nn.Module, backend: QuantizationBackend | None) -> None:
+        self.layer, self.weight, self.quantised = layer, layer.weight, backend is not None
+        if not self.quantised:
+            self.data = layer.weight.data
+            return
+        # a backend makes a new parameter, but changes attributes of the layer and of the old one on the way
+        self.layer_attributes = {**layer.__dict__, "_parameters": dict(layer._parameters)}
+        if "state" in self.layer_attributes:
+            self.layer_attributes["state"] = copy.copy(layer.state)
+        self.weight_attributes = dict(layer.weight.__dict__)
+
+    def restore(self) -> nn.Module:
+        """Put the weight back; returns the layer that holds it."""
+        if not self.quantised:
+            self.weight.data = self.data
+            return self.layer
+        for target, attributes in (
+            (self.layer, self.layer_attributes),
+            (self.weight, self.weight_attributes),
+        ):
+            target.__dict__.clear()
+            target.__dict__.update(attributes)
+        return self.layer
 
 
 def fingerprint(weight: torch.Tensor, backend: QuantizationBackend | None) -> str:

@@ -193,6 +193,20 @@ def test_unmerge_is_exact(case, dtype):
     assert torch.equal(logits(model), expected)
 
 
+def test_a_copy_of_a_merged_model_is_its_own():
+    """Unmerging the copy restores the copy's weights, and leaves the original merged."""
+    model = adapted(CASES["llama"])
+    expected = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert torch.equal(logits(twin), expected)
+    assert torch.equal(logits(model), merged) and not torch.equal(merged, expected)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
 def test_bfloat16_merge_is_the_rounded_exact_product():
     """One rounding of W (I + D), not several: against float64."""
     model = perturb(get_peft_model(tiny_llama(torch.bfloat16), FuraConfig(target_modules=["q_proj"])))
