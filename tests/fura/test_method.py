@@ -240,6 +240,7 @@ def test_basis_is_an_orthonormal_eigenbasis_in_any_chunking(monkeypatch):
         torch.testing.assert_close(V.T @ V, torch.eye(8).double(), rtol=0, atol=1e-12)
         torch.testing.assert_close((block @ V).norm(dim=0), s, rtol=1e-10, atol=0)
         torch.testing.assert_close(s, torch.linalg.svdvals(block), rtol=1e-10, atol=0)
+        assert (V.gather(0, V.abs().argmax(0, keepdim=True)) > 0).all()  # the convention for signs
 
 
 def test_deficient_blocks_are_guarded(caplog):
