@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import sys
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from fura_vlm import __version__
+from fura_vlm.chat.config import ChatConfig
+from fura_vlm.data.embedded import EmbeddedConfig, write_embedded
+from fura_vlm.errors import FuraVLMError
+from fura_vlm.evaluation.config import EvalConfig
+from fura_vlm.modelling.config import MergeConfig
 from fura_vlm.training.config import TrainConfig
 
 
@@ -16,12 +22,11 @@ class Parser(ArgumentParser):
     """jsonargparse's parser; an unknown key is answered with the nearest one that exists."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        known = [name.rpartition(".")[2] for name in vars(self.get_defaults(skip_validation=True)) if name != "config"]
-        for unknown in re.findall(r"--([\w.]+)|[Kk]ey ['\"]([\w.]+)['\"]", message):
-            word = next(filter(None, unknown)).rpartition(".")[2]
-            near = difflib.get_close_matches(word, known, n=1)
-            if word not in known and near:
-                message += f"\nDid you mean {near[0]!r}?"
+        known = _keys(self)
+        for unknown in re.findall(r"(?:--|option ['\"])([\w.]+)", message):
+            near = difflib.get_close_matches(unknown, known, n=1)
+            if unknown not in known and near:
+                message = f"there is no {unknown!r}. Did you mean {near[0]!r}?"
                 break
         super().error(message, ex)
 
@@ -31,18 +36,77 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"fura-vlm {__version__}")
     commands = parser.add_subcommands(dest="command", required=True)
 
-    train = Parser(description="Fine-tune a LLaVA on a visual instruction mixture (start it with scripts/finetune_fura.sh).")
-    train.add_argument("--config", action=ActionConfigFile, help="a recipe, such as scripts/configs/tiny.yaml")
-    train.add_class_arguments(TrainConfig)
-    train.add_argument("--local_rank", type=int, default=-1, help="set by the DeepSpeed launcher")
-    commands.add_subcommand("train", train)
+    def command(group, name: str, config: type, positional: tuple[str, ...] = ()) -> Parser:
+        title = (config.__doc__ or "").split("\n")[0]
+        words = " ".join(word.upper() for word in positional)
+        usage = f"fura-vlm {name} {words}{' ' if words else ''}[--config FILE.yaml] [--KEY VALUE ...]"
+        sub = Parser(description=title, usage=usage)
+        sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of the settings below")
+        sub.add_class_arguments(config, as_positional=True)
+        group.add_subcommand(name.split()[-1], sub, help=title)
+        return sub
+
+    command(commands, "train", TrainConfig)
+    command(commands, "eval", EvalConfig, ("model",))
+    command(commands, "chat", ChatConfig, ("model", "image"))
+    command(commands, "merge", MergeConfig, ("model", "output_dir"))
+    data = Parser(description="Prepare data sets.", usage="fura-vlm data NAME ...")
+    commands.add_subcommand("data", data, help="Prepare data sets.")
+    command(data.add_subcommands(dest="name", required=True), "data embedded", EmbeddedConfig)
     return parser
 
 
+def _keys(parser) -> set[str]:
+    """The names of all settings of a parser and of the commands below it."""
+    names = set()
+    for action in parser._actions:
+        below = getattr(action, "choices", None)
+        if isinstance(below, dict):
+            names.update(*(_keys(sub) for sub in below.values()))
+        else:
+            names.add(action.dest)
+    return names
+
+
+def _run(command: str, options: dict) -> None:
+    if command == "train":
+        from fura_vlm.training.train import train
+
+        train(TrainConfig(**options))
+    elif command == "eval":
+        from fura_vlm.evaluation.heldout import evaluate
+
+        evaluate(EvalConfig(**options))
+    elif command == "chat":
+        from fura_vlm.chat.terminal import chat
+
+        chat(ChatConfig(**options))
+    elif command == "merge":
+        from fura_vlm.modelling.load import merge
+
+        merge(MergeConfig(**options))
+    elif command == "data embedded":
+        wrote = write_embedded(EmbeddedConfig(**options))
+        print(f"The embedded mixture is in {options['output_dir']}" + (" (made before)" if not wrote else ""))
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    print(options)
+    options = build_parser().parse_args(arguments).as_dict()
+    command = options.pop("command")
+    options = options[command]
+    if "name" in options:  # a command of two words
+        name = options.pop("name")
+        command, options = f"{command} {name}", options[name]
+    options.pop("config")
+    try:
+        _run(command, options)
+    except FuraVLMError as error:
+        sys.exit(f"fura-vlm {command}: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        place = f" for {error.filename}" if error.filename else ""
+        sys.exit(f"fura-vlm {command}: the disk is full{place}: make room and start the same command again")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ from tqdm import tqdm
 
 from fura_vlm.data.questions import FAMILIES, SHORT, ask
 from fura_vlm.data.scenes import Scene, draw, make_scene
+from fura_vlm.errors import FuraVLMError
+
+class EmbeddedError(FuraVLMError, ValueError):
+    """Settings or a folder that cannot be used."""
+
 
 VERSION = 1  # raised when the same settings give other files
 
@@ -52,15 +57,15 @@ def write_embedded(config: EmbeddedConfig) -> bool:
     The files are written beside ``output_dir`` first and moved there when complete.
 
     Raises:
-        ValueError: if a number is out of range, or if ``output_dir`` holds something else.
+        EmbeddedError: if a number is out of range, or if ``output_dir`` holds something else.
     """
     if config.train_records < 1 or config.eval_per_family < 1 or config.turns < 1 or not 0 <= config.text_share < 1:
-        raise ValueError("train_records, turns and eval_per_family must be at least 1 and text_share in [0, 1)")
+        raise EmbeddedError("train_records, turns and eval_per_family must be at least 1 and text_share in [0, 1)")
     target = Path(config.output_dir)
     recipe = json.dumps({"version": VERSION, **asdict(config), "output_dir": None}, indent=1)
     if target.exists() and any(target.iterdir()):
         if not (target / "recipe.json").is_file():
-            raise ValueError(f"{target} exists and is no embedded mixture: name another --output_dir")
+            raise EmbeddedError(f"{target} exists and is no embedded mixture: name another --output_dir")
         if (target / "recipe.json").read_text() == recipe:
             return False
     building = target.with_name(target.name + ".tmp")

@@ -107,3 +107,23 @@ def blind_guess(answers: list[Answer]) -> dict[str, float]:
     scores = {family: counts.most_common(1)[0][1] / counts.total() for family, counts in expected.items()}
     scores["mean"] = sum(scores.values()) / len(scores)
     return scores
+
+
+def evaluate(config: EvalConfig) -> dict[str, float]:
+    """Answers the questions of ``config.data_path``, prints a table and returns the scores (:func:`exact_match`)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    records = load_questions(config.data_path, config.image_folder)
+    model, processor = load_any(config.model)
+    folder = config.image_folder or Path(config.data_path).parent
+    answers = answer_questions(model, processor, records, folder, config.batch_size, config.max_new_tokens)
+    if config.output_path:
+        write_answers(config.output_path, answers)
+    scores, blind = exact_match(answers), blind_guess(answers)
+    table = Table("family", "questions", "exact match, %", "blind guess, %", title=config.model)
+    for family, score in scores.items():
+        number = sum(family in (answer.family, "mean") for answer in answers)
+        table.add_row(family, str(number), f"{100 * score:.1f}", f"{100 * blind[family]:.1f}")
+    Console().print(table)
+    return scores

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 import fura_vlm.fura  # noqa: F401  registers FuRA with PEFT
+from fura_vlm.errors import FuraVLMError
+from fura_vlm.modelling.config import MergeConfig
 
 
-class ModelError(Exception):
+class ModelError(FuraVLMError):
     """A base model or adapter that cannot be used; the message says which and what to do."""
 
 
@@ -56,6 +58,48 @@ def load_adapter(model: LlavaForConditionalGeneration, path: str) -> PeftModel:
         return PeftModel.from_pretrained(model, path).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The adapter at {path} cannot be used: {_first_line(error)}") from error
+
+
+def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
+    """What a user means by a path, ready to answer on the GPU if there is one: model and processor.
+
+    Args:
+        path: a run folder, an adapter's folder, or a LLaVA (folder or name on the hub).
+
+    Raises:
+        ModelError: if it is none of these, or a part of it is missing.
+    """
+    folder = Path(path)
+    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    if (adapter / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        model = load_adapter(load_base(base, dtype), str(adapter))
+        processor = load_processor(str(folder / "processor") if (folder / "processor").is_dir() else base)
+    elif (folder / "config.yaml").is_file():
+        raise ModelError(f"{path} is a run without an adapter: it was interrupted; start its command again to finish it")
+    else:
+        model, processor = load_base(path, dtype), load_processor(path)
+    return model.to("cuda" if cuda else "cpu").eval(), processor
+
+
+def merge(config: MergeConfig) -> None:
+    """Writes base and adapter merged into one plain LLaVA with its processor.
+
+    Raises:
+        ModelError: if ``output_dir`` exists, or ``model`` has no adapter.
+    """
+    target = Path(config.output_dir)
+    if target.exists():
+        raise ModelError(f"{target} exists already: choose another --output_dir")
+    model, processor = load_any(config.model)
+    if not isinstance(model, PeftModel):
+        raise ModelError(f"{config.model} is a model without an adapter: there is nothing to merge")
+    building = target.with_name(target.name + ".tmp")
+    model.merge_and_unload(safe_merge=True).save_pretrained(building)
+    processor.save_pretrained(building)
+    building.rename(target)
 
 
 def use_all_parts(model: torch.nn.Module) -> None:

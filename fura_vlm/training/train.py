@@ -37,6 +37,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.dataset import ConversationDataset
 from fura_vlm.data.sampler import ModalityLengthSampler
+from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.heldout import Answer, answer_questions, blind_guess, exact_match
 from fura_vlm.fura import FuraConfig
 from fura_vlm.modelling.load import load_base, load_processor, use_all_parts
@@ -47,7 +48,7 @@ FINISHED = "report.md"  # written last
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
 
 
-class TrainingError(Exception):
+class TrainingError(FuraVLMError):
     """A run that cannot start or go on; the message says why and what to do."""
 
 
