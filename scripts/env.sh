@@ -10,14 +10,19 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${FURA_VLM_VENV:-$ROOT/.venv}"
 
 _fura_env() {
-    local extras requirement wanted stamp
-    extras="$(IFS=,; echo "$*")"
-    requirement="$ROOT${extras:+[$extras]}"
-    stamp="$VENV/.fura-vlm-installed-${extras:-core}"
-    wanted="$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum) $ROOT"
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-        return 0
+    local stamp="$VENV/.fura-vlm-installed" wanted installed="" extra missing="" extras
+    wanted="$ROOT $(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)"
+    if [ -f "$stamp" ]; then  # first line: what was installed from; second line: the extras
+        installed="$(sed -n 2p "$stamp")"
+        [ "$(sed -n 1p "$stamp")" = "$wanted" ] || missing=all
+    else
+        missing=all
     fi
+    for extra in "$@"; do
+        case " $installed " in *" $extra "*) ;; *) missing="$missing $extra"; installed="$installed $extra" ;; esac
+    done
+    [ -n "$missing" ] || return 0
+
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "FuRA-VLM needs Python 3.10 or newer; name one with PYTHON=/path/to/python3 $0" >&2
         return 1
@@ -27,12 +32,13 @@ _fura_env() {
         echo "Could not create $VENV: install your system's venv package (Debian: apt install python3-venv)" >&2
         return 1
     }
+    extras="$(echo $installed | tr ' ' ',')"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$ROOT/constraints.txt" --editable "$requirement" || {
+        --constraint "$ROOT/constraints.txt" --editable "$ROOT${extras:+[$extras]}" || {
         echo "Installing the packages into $VENV failed; mend the cause above and run the same command again" >&2
         return 1
     }
-    echo "$wanted" > "$stamp.tmp" && mv "$stamp.tmp" "$stamp"
+    printf '%s\n' "$wanted" "$(echo $installed)" > "$stamp.tmp" && mv "$stamp.tmp" "$stamp"
 }
 
 _fura_env "$@" || exit 1

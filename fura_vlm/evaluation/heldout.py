@@ -5,8 +5,10 @@ The quick check that ends a training run. The benchmarks proper are the business
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +16,8 @@ from tqdm import tqdm
 
 from fura_vlm.data.conversation import prompt
 from fura_vlm.data.images import load_image
-from fura_vlm.data.records import Record
+from fura_vlm.data.records import DataError, Record, check_images, read_records
+from fura_vlm.evaluation.config import EvalConfig
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,26 @@ def normalise(text: str) -> str:
     return text.strip().removesuffix(".").casefold()
 
 
-@torch.inference_mode()
+def load_questions(path: str | Path, image_folder: str | Path | None = None) -> list[Record]:
+    """The held-out questions of a file in the LLaVA format. Unlike training, an evaluation leaves nothing out.
+
+    Raises:
+        DataError: if a record or its image cannot be used; the message names it.
+    """
+    records, problems = read_records(path, image_folder)
+    records, broken = check_images(records, "decode")
+    for problem in problems + broken:
+        if problem.skipped:
+            raise DataError(f"{problem.file}, {problem.place} (id {problem.record}): {problem.reason}")
+    return records
+
+
+# Not inference_mode: under ZeRO-3 the weights gathered here would stay inference tensors, useless for training.
+@torch.no_grad()
 def answer_questions(
     model,
     processor,
     records: list[Record],
-    image_folder: str | Path,
     batch_size: int = 32,
     max_new_tokens: int = 16,
     progress: bool = True,
@@ -55,7 +72,6 @@ def answer_questions(
         model: a ``LlavaForConditionalGeneration`` or a PEFT model around one; it is left in the mode it was in.
         processor: its ``LlavaProcessor``.
         records: the questions; ``record.extra["family"]`` groups them, where it is there.
-        image_folder: where the records' image paths start.
         synced_gpus: as in ``generate``: needed where several processes share the weights (ZeRO-3).
     """
     training, tokenizer = model.training, processor.tokenizer
@@ -65,8 +81,8 @@ def answer_questions(
     for start in tqdm(steps, desc="held-out questions", disable=not progress, mininterval=2, leave=False):
         batch = records[start : start + batch_size]
         inputs = processor(
-            text=[prompt(record) for record in batch],
-            images=[load_image(Path(image_folder) / record.image) for record in batch if record.image] or None,
+            text=[prompt(record.conversations[:1]) for record in batch],
+            images=[load_image(record.image_path) for record in batch if record.image_path] or None,
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -84,7 +100,7 @@ def answer_questions(
         for record, text in zip(batch, texts, strict=True):
             question, expected = (turn.value for turn in record.conversations[:2])
             family = record.extra.get("family", "all")
-            answers.append(Answer(record.id, family, question, expected, text.strip(), record.image))
+            answers.append(Answer(record.id, family, question, expected, text.strip(), record.image_path))
     model.train(training)
     return answers
 
@@ -109,15 +125,28 @@ def blind_guess(answers: list[Answer]) -> dict[str, float]:
     return scores
 
 
+def write_answers(path: str | Path, answers: list[Answer]) -> None:
+    """Writes answers as JSONL, under a temporary name first."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
+    os.replace(temporary, path)
+
+
+def read_answers(path: str | Path) -> list[Answer]:
+    """What :func:`write_answers` wrote."""
+    return [Answer(**json.loads(line)) for line in Path(path).read_text().splitlines()]
+
+
 def evaluate(config: EvalConfig) -> dict[str, float]:
     """Answers the questions of ``config.data_path``, prints a table and returns the scores (:func:`exact_match`)."""
     from rich.console import Console
     from rich.table import Table
 
+    from fura_vlm.modelling.load import load_any
+
     records = load_questions(config.data_path, config.image_folder)
     model, processor = load_any(config.model)
-    folder = config.image_folder or Path(config.data_path).parent
-    answers = answer_questions(model, processor, records, folder, config.batch_size, config.max_new_tokens)
+    answers = answer_questions(model, processor, records, config.batch_size, config.max_new_tokens)
     if config.output_path:
         write_answers(config.output_path, answers)
     scores, blind = exact_match(answers), blind_guess(answers)

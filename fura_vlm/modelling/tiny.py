@@ -64,7 +64,9 @@ def train_tokenizer(seed: int, lines: int = 20_000) -> LlamaTokenizer:
 
     trained = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
-    tokenizer = LlamaTokenizer(vocab=trained["vocab"], merges=merges, pad_token="<pad>", model_max_length=CONTEXT)
+    tokenizer = LlamaTokenizer(
+        vocab=trained["vocab"], merges=merges, pad_token="<pad>", model_max_length=CONTEXT, add_bos_token=True
+    )
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     return tokenizer
 

@@ -21,7 +21,9 @@ class TrainConfig:
         model_name_or_path: the base, a folder or hub name of a ``LlavaForConditionalGeneration`` with its processor.
         data_path: the mixture, a JSON or JSONL file in the LLaVA format.
         image_folder: where the mixture's image paths start; by default the folder of ``data_path``.
-        eval_data_path: held-out questions in the same format (one turn each); answered before and after training.
+        eval_data_path: held-out questions in the same format; the first of each record is answered before and after
+            training.
+        eval_image_folder: where the questions' image paths start; by default the folder of ``eval_data_path``.
         output_dir: the run folder. An interrupted run in it is resumed; after a finished one the name gets a number.
         strict: refuse to train while any record cannot be used, instead of listing and leaving it out.
         verify_images: how images are checked before training: decode each, read headers only, or not at all.
@@ -43,6 +45,7 @@ class TrainConfig:
     data_path: str = "data/embedded/train.json"
     image_folder: str | None = None
     eval_data_path: str | None = None
+    eval_image_folder: str | None = None
     output_dir: str = "runs/fura"
     strict: bool = False
     verify_images: Literal["auto", "decode", "header", "none"] = "auto"

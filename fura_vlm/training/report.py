@@ -78,7 +78,7 @@ def plot_scores(before: dict, after: dict, blind: dict, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_samples(before: list[Answer], after: list[Answer], image_folder: Path, path: Path, number: int = 8) -> None:
+def plot_samples(before: list[Answer], after: list[Answer], path: Path, number: int = 8) -> None:
     """Pictures with question, expected answer, and the answers before and after; families take turns."""
     import matplotlib
 
@@ -101,7 +101,7 @@ def plot_samples(before: list[Answer], after: list[Answer], image_folder: Path, 
     for axis in axes.flat:
         axis.axis("off")
     for axis, answer in zip(axes.flat, shown, strict=False):
-        axis.imshow(load_image(image_folder / answer.image))
+        axis.imshow(load_image(answer.image))
         question = answer.question.replace("<image>", "").strip()
         question = question.replace("\nAnswer the question using a single word or phrase.", "")
         question = question.replace("\nAnswer with the option's letter from the given choices directly.", "")

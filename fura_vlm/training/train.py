@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import signal
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,9 +37,18 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.dataset import ConversationDataset
+from fura_vlm.data.records import Record, check_images, read_records, report_problems
 from fura_vlm.data.sampler import ModalityLengthSampler
 from fura_vlm.errors import FuraVLMError
-from fura_vlm.evaluation.heldout import Answer, answer_questions, blind_guess, exact_match
+from fura_vlm.evaluation.heldout import (
+    Answer,
+    answer_questions,
+    blind_guess,
+    exact_match,
+    load_questions,
+    read_answers,
+    write_answers,
+)
 from fura_vlm.fura import FuraConfig
 from fura_vlm.modelling.load import load_base, load_processor, use_all_parts
 from fura_vlm.training import report
@@ -62,14 +72,17 @@ def train(config: TrainConfig) -> Path:
         TrainingError, ModelError, DataError: with one sentence each, before anything is trained.
         SystemExit: 143 after SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    state = PartialState()
+    state = _join()
     set_seed(config.seed)
     run = _agree(lambda: _choose_run(config))
     arguments = _training_arguments(config, run)  # before the model: ZeRO-3 partitions it while loading
     console = Console(quiet=not state.is_main_process)
 
     processor = load_processor(config.model_name_or_path)
-    dataset, questions = _load_data(config, processor, run, console)
+    processor.image_processor.do_pad = True  # LLaVA v1.5's recipe; published processors crop the centre instead
+    dataset, questions, said = _agree(lambda: _load_data(config, processor, run))
+    if said:
+        console.print(said, style="yellow", soft_wrap=True)
     model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation)
     model.config.use_cache = False
     model = get_peft_model(model, _fura_config(config))
@@ -109,8 +122,19 @@ def train(config: TrainConfig) -> Path:
 # --------------------------------------------------------------------------------------------------- preparation
 
 
+def _join() -> PartialState:
+    """Meets the other processes. They wait an hour for one another: the main one may have many images to check."""
+    try:
+        return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise TrainingError(f"Port {port} is in use: set MASTER_PORT to a free one, or leave it unset") from error
+
+
 def _agree(decide):
-    """The main process decides, all others follow; its error is everybody's."""
+    """The main process decides, all others follow; its error ends them too."""
     state = PartialState()
     outcome = [None]
     if state.is_main_process:
@@ -121,7 +145,9 @@ def _agree(decide):
     if state.num_processes > 1:
         dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
-        raise outcome[0]
+        if state.is_main_process:
+            raise outcome[0]
+        raise SystemExit(1)  # once on the screen is enough
     return outcome[0]
 
 
@@ -147,6 +173,21 @@ def _choose_run(config: TrainConfig) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     report.write_text(saved, yaml.safe_dump(settings, sort_keys=False))
     return run
+
+
+def _load_data(
+    config: TrainConfig, processor, run: Path
+) -> tuple[ConversationDataset, list[Record], str]:
+    """The mixture, the held-out questions, and a line about records that cannot be used (``skipped.jsonl``)."""
+    questions = []
+    if config.eval_data_path:
+        questions = load_questions(config.eval_data_path, config.eval_image_folder)
+    records, problems = read_records(config.data_path, config.image_folder)
+    records, broken = check_images(records, config.verify_images)
+    dataset = ConversationDataset(records, processor, config.model_max_length)
+    problems += broken + dataset.problems
+    said = report_problems(problems, len(dataset), run / "skipped.jsonl", config.strict)
+    return dataset, questions, said
 
 
 def _training_arguments(config: TrainConfig, run: Path) -> TrainingArguments:
@@ -206,10 +247,6 @@ class FuraTrainer(Trainer):
             seed=self.args.seed,
         )
 
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        return loader
-
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -257,6 +294,8 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self):
         self.stopped = False
         self._received = False
+        # By way of the CPU: asking a GPU would make every step wait for it.
+        self._group = dist.new_group(backend="gloo") if PartialState().num_processes > 1 else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
@@ -264,9 +303,9 @@ class SaveOnSignal(TrainerCallback):
         self._received = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        received = torch.tensor(int(self._received), device=args.device)
-        if args.world_size > 1:
-            dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        received = torch.tensor(int(self._received))
+        if self._group is not None:
+            dist.all_reduce(received, op=dist.ReduceOp.MAX, group=self._group)
         if received.item():
             self.stopped = control.should_save = control.should_training_stop = True
 
@@ -306,18 +345,18 @@ class HeldOut(TrainerCallback):
             return
         saved = self.run / "answers-before.jsonl"
         if saved.is_file():  # an interrupted run has answered them already
-            self.before = _read_answers(saved)
+            self.before = read_answers(saved)
             return
         with model.disable_adapter():
             self.before = self._answer(args, model)
         if state.is_world_process_zero:
-            _write_answers(saved, self.before)
+            write_answers(saved, self.before)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.questions and not self.signals.stopped:
             self.after = self._answer(args, model)
             if state.is_world_process_zero:
-                _write_answers(self.run / "answers-after.jsonl", self.after)
+                write_answers(self.run / "answers-after.jsonl", self.after)
 
     def _answer(self, args, model) -> list[Answer]:
         # Every process answers its share. The shares are made equally long, because under ZeRO-3 all processes
@@ -338,14 +377,6 @@ class HeldOut(TrainerCallback):
             gathered = gather_object(answers)
             answers = [gathered[r * share + i] for i in range(share) for r in range(world)]
         return answers[: len(self.questions)]
-
-
-def _write_answers(path: Path, answers: list[Answer]) -> None:
-    report.write_text(path, "".join(json.dumps(dataclasses.asdict(answer)) + "\n" for answer in answers))
-
-
-def _read_answers(path: Path) -> list[Answer]:
-    return [Answer(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------------ the end
@@ -390,9 +421,12 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
         lines += ["![samples](samples.png)", ""]
         console.print(Markdown("Held-out questions, exact match in percent\n\n" + table))
     report.write_text(run / FINISHED, "\n".join(lines))
-    adapter = f"--model_name_or_path {config.model_name_or_path} --adapter {run / 'adapter'}"
     console.print(f"adapter     {run / 'adapter'}")
     console.print(f"loss curve  {run / 'loss.png'}")
     console.print(f"report      {run / FINISHED}, with sample answers in {run / 'samples.png'}" if held_out.questions else "")
-    console.print("\nWhat next:")
-    console.print(f"  fura-vlm answer {adapter} --data_path QUESTIONS.json", soft_wrap=True)
+    console.print("What next:")
+    image = next((answer.image for answer in held_out.after if answer.image), "IMAGE")
+    questions = f" --data_path {config.eval_data_path}" if config.eval_data_path else " --data_path QUESTIONS.json"
+    console.print(f"  .venv/bin/fura-vlm eval {run}{questions}", soft_wrap=True)
+    console.print(f"  .venv/bin/fura-vlm chat {run} {image}", soft_wrap=True)
+    console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)
