@@ -44,7 +44,7 @@ class EmbeddedConfig:
     """
 
     output_dir: str = "data/embedded"
-    train_records: int = 4000
+    train_records: int = 3200
     text_share: float = 0.04
     turns: int = 4
     eval_per_family: int = 100

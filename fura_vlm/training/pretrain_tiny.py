@@ -52,7 +52,7 @@ class Pretraining(Dataset):
         else:
             scene = make_scene(self.seed, self.split, index)
             picture = np.asarray(draw(scene)).transpose(2, 0, 1)
-            row["pixels"] = torch.from_numpy(self.processor.image_processor.pad_to_square(picture, self.background))
+            row["pixels"] = torch.tensor(self.processor.image_processor.pad_to_square(picture, self.background))
             words = tokenizer("<image>\n" + caption(scene, rng, rng.randint(1, 7) if whole else 13)).input_ids
             at = words.index(tokenizer.convert_tokens_to_ids("<image>"))
             ids = words[:at] + [words[at]] * IMAGE_TOKENS + words[at + 1 :]

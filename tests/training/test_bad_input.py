@@ -1,0 +1,88 @@
+"""What a user does wrong ends in one sentence that says where and what to do."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+
+import pytest
+from PIL import Image
+
+
+def said(job) -> str:
+    """What the command says when it ends, as one line."""
+    lines = [line for line in job.output.splitlines() if line.startswith("fura-vlm train:")]
+    assert len(lines) == 1, job.output  # once, whatever the number of processes
+    assert "Traceback" not in job.output
+    return lines[0]
+
+
+def test_bad_records_are_listed_once(launch, mixture):
+    folder = launch.folder / "mixture"
+    shutil.copytree(mixture, folder)
+    records = json.loads((folder / "train.json").read_text())[:12]
+    with_image = [record for record in records if "image" in record]
+    (folder / "images" / "cut.png").write_bytes((folder / with_image[0]["image"]).read_bytes()[:200])
+    Image.new("CMYK", (40, 30)).save(folder / "images" / "cmyk.jpg")
+    bad = [
+        with_image[0] | {"id": "missing", "image": "images/nowhere.png"},
+        with_image[0] | {"id": "cut", "image": "images/cut.png"},
+        {"id": "silent", "image": with_image[0]["image"]},
+    ]
+    good = [with_image[0] | {"id": "cmyk", "image": "images/cmyk.jpg"}]
+    (folder / "mixed.json").write_text(json.dumps(records + bad + good))
+
+    job = launch("lenient", data_path=str(folder / "mixed.json"), max_steps=1)
+    assert job.status == 0, job.output
+    assert "3 of 16 records left out" in job.output
+    report = [json.loads(line) for line in (job.run / "skipped.jsonl").read_text().splitlines()]
+    assert {row["record"] for row in report} == {"missing", "cut", "silent"}
+    assert all(row["file"].endswith("mixed.json") and row["place"] and row["reason"] for row in report)
+
+    job = launch("strict", data_path=str(folder / "mixed.json"), strict=True, processes=2)
+    assert job.status != 0
+    assert "3 of 16 records cannot be used" in said(job)
+
+
+def test_empty_mixture(launch):
+    path = launch.folder / "empty.json"
+    path.write_text("[]")
+    assert f"{path} holds no records" in said(launch("empty", data_path=str(path)))
+
+
+def test_missing_base(launch):
+    assert "There is no model at data/nowhere" in said(launch("base", model_name_or_path="data/nowhere"))
+
+
+def test_missing_deepspeed_configuration(launch):
+    assert "There is no DeepSpeed configuration at zero9.json" in said(launch("ds", deepspeed="zero9.json"))
+
+
+def test_port_in_use(launch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"Port {port} is in use" in said(launch("port", env={"MASTER_PORT": str(port)}))
+
+
+def test_unknown_setting_names_the_nearest(launch):
+    job = launch("typo", learning_rat=1e-3)
+    assert job.status != 0
+    assert "Did you mean 'learning_rate'?" in re.sub(r"\s+", " ", job.output)
+
+
+def test_full_disk(launch):
+    disk = launch.folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        job = launch("full", output_dir=str(disk / "run"), max_steps=2, save_steps=1)
+        assert "the disk is full" in said(job)
+        assert not list((disk / "run").glob("checkpoint-*"))
+    finally:
+        subprocess.run(["umount", os.fspath(disk)], check=True)

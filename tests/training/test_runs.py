@@ -1,0 +1,164 @@
+"""The training command as a user starts it: what a run leaves, many processes, interruption, resumption."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from fura_vlm.evaluation.heldout import exact_match, read_answers
+
+REAL = Path(__file__).parents[3] / "shared" / "real" / "real_mixture.json"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared_launch, mixture):
+    job = shared_launch("uninterrupted", eval_data_path=str(mixture / "eval.json"), report_to=["tensorboard"])
+    assert job.status == 0, job.output
+    return job
+
+
+def wait_for(condition, process, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def weights(job):
+    return load_file(job.run / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_adapter(one, other, tolerance=0.0):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert (one[name] - other[name]).abs().max() <= tolerance, name
+
+
+def test_run_folder_is_complete(uninterrupted):
+    run = uninterrupted.run
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["max_steps"] == 6 and config["weight_decay"] == 0.0  # what was given and what was not
+    assert json.loads((run / "versions.json").read_text())["deepspeed"]
+    assert sorted(uninterrupted.losses()) == [1, 2, 3, 4, 5, 6]
+    assert (run / "skipped.jsonl").read_text() == ""
+    for picture in ("loss.png", "scores.png", "samples.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events*"))
+    assert not list(run.rglob("*.bin"))
+    assert isinstance(AutoProcessor.from_pretrained(run / "processor").image_token, str)
+
+
+def test_table_says_what_the_answers_say(uninterrupted):
+    after = exact_match(read_answers(uninterrupted.run / "answers-after.jsonl"))
+    table = (uninterrupted.run / "report.md").read_text()
+    for family, score in after.items():
+        assert f"| {100 * score:.1f} |" in next(line for line in table.splitlines() if line.startswith(f"| {family} "))
+    assert "fura-vlm eval" in uninterrupted.output and "fura-vlm chat" in uninterrupted.output
+
+
+def test_adapter_is_pefts_own(uninterrupted):
+    base = LlavaForConditionalGeneration.from_pretrained("data/tiny-llava")
+    model = PeftModel.from_pretrained(base, str(uninterrupted.run / "adapter"))
+    names = {name for name, _ in model.named_modules() if name.endswith("q_proj.fura_block") or hasattr(_, "fura_R")}
+    assert not any("vision_tower" in name for name in names)
+    assert model.peft_config["default"].peft_type == "FURA"
+
+
+def test_finished_run_is_left_alone(uninterrupted, shared_launch):
+    job = shared_launch("uninterrupted", max_steps=1)
+    assert job.status == 0, job.output
+    assert "uninterrupted-2" in job.output
+    assert (uninterrupted.run / "report.md").is_file()
+    assert len(uninterrupted.losses()) == 6
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_train_as_one(stage, uninterrupted, launch):
+    job = launch("two", processes=2, per_device_train_batch_size=2, deepspeed=f"scripts/zero{stage}.json")
+    assert job.status == 0, job.output
+    alone, together = uninterrupted.losses(), job.losses()
+    assert together == pytest.approx(alone, rel=2e-4)
+    assert alone[6] < 0.5 * alone[1]  # and it is training that agrees
+    assert weights(job).keys() == weights(uninterrupted).keys()
+
+
+def test_killed_run_resumes_to_the_same_end(uninterrupted, launch, mixture):
+    settings = {"save_steps": 2, "eval_data_path": str(mixture / "eval.json"), "report_to": ["tensorboard"]}
+    process = launch.start("killed", **settings)
+    run = launch.folder / "killed"
+    wait_for((run / "checkpoint-4").exists, process)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
+    process.communicate()
+    assert not (run / "adapter").exists()
+
+    job = launch("killed", **settings)
+    assert job.status == 0, job.output
+    assert "checkpoint-4" in job.output  # it says where it goes on
+    assert job.losses() == pytest.approx(uninterrupted.losses(), rel=1e-6)
+    assert_same_adapter(job, uninterrupted, 1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_first(number, uninterrupted, launch):
+    process = launch.start("stopped", processes=2, per_device_train_batch_size=2)
+    run = launch.folder / "stopped"
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
+    os.kill(process.pid, number)
+    stopped = launch.finish(process, "stopped")
+    assert stopped.status == 143, stopped.output
+    assert "goes on from there" in stopped.output
+    [checkpoint] = run.glob("checkpoint-*")
+    step = int(checkpoint.name.rpartition("-")[2])
+    assert 2 <= step < 6
+
+    job = launch("stopped", processes=2, per_device_train_batch_size=2)
+    assert job.status == 0, job.output
+    assert str(checkpoint) in job.output.replace("\n", "")
+    assert job.losses() == pytest.approx(uninterrupted.losses(), rel=2e-4)
+
+
+def test_changed_settings_do_not_resume(launch):
+    process = launch.start("changed", save_steps=1)
+    wait_for((launch.folder / "changed" / "checkpoint-1").exists, process)
+    os.kill(process.pid, signal.SIGTERM)
+    launch.finish(process, "changed")
+    job = launch("changed", save_steps=1, learning_rate=1e-4)
+    assert job.status != 0
+    assert "another learning_rate" in job.output and "output_dir" in job.output
+
+
+def test_options_together(launch):
+    job = launch(
+        "options",
+        max_steps=2,
+        gradient_checkpointing=True,
+        compile_layers=True,
+        bf16=True,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        deepspeed="scripts/zero1.json",
+    )
+    assert job.status == 0, job.output
+    assert all(0 < loss < 20 for loss in job.losses().values())
+
+
+def test_real_photographs(launch):
+    if not REAL.is_file():
+        pytest.skip("the real mixture is not here")
+    job = launch("real", data_path=str(REAL), max_steps=4, model_max_length=1024)
+    assert job.status == 0, job.output
+    losses = job.losses()
+    assert losses[4] < losses[1]
