@@ -19,7 +19,10 @@ from fura_vlm.training.config import TrainConfig
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser; an unknown key is answered with the nearest one that exists."""
+    """jsonargparse's parser; an unknown key is answered with the nearest one that exists, and never guessed."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         known = _keys(self)
@@ -41,7 +44,9 @@ def build_parser() -> Parser:
         words = " ".join(word.upper() for word in positional)
         usage = f"fura-vlm {name} {words}{' ' if words else ''}[--config FILE.yaml] [--KEY VALUE ...]"
         sub = Parser(description=title, usage=usage)
-        sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of the settings below")
+        sub.add_argument(
+            "--config", action=ActionConfigFile, help="a YAML file with any of the settings below"
+        )
         sub.add_class_arguments(config, as_positional=True)
         group.add_subcommand(name.split()[-1], sub, help=title)
         return sub
@@ -90,6 +95,16 @@ def _run(command: str, options: dict) -> None:
         print(f"The embedded mixture is in {options['output_dir']}" + (" (made before)" if not wrote else ""))
 
 
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether this is the reason, be it said by Python, by safetensors or by torch's writer of checkpoints."""
+    while error is not None:
+        words = ("No space left on device", "file write failed", "unexpected pos")
+        if getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments).as_dict()
     command = options.pop("command")
@@ -102,11 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
         _run(command, options)
     except FuraVLMError as error:
         sys.exit(f"fura-vlm {command}: {error}")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not _disk_is_full(error):
             raise
-        place = f" for {error.filename}" if error.filename else ""
-        sys.exit(f"fura-vlm {command}: the disk is full{place}: make room and start the same command again")
+        sys.exit(f"fura-vlm {command}: the disk is full: make room and start the same command again")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ launch() {
         processes=1
     fi
     if ! nvidia-smi -L > /dev/null 2>&1; then  # processes share the cores
+        export DS_ACCELERATOR=cpu
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + processes - 1) / processes ))}"
     fi
     local port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains the embedded model on generated captions and text and writes data/tiny-llava (about 6 minutes on one H200):
+# Pretrains the embedded model on generated captions and text and writes data/tiny-llava (about 8 minutes on one H200):
 #
 #   bash scripts/pretrain_tiny.sh [--steps N] [--batch N] ...
 set -euo pipefail

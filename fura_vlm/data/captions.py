@@ -34,7 +34,10 @@ def text(rng: random.Random, sentences: int = 8) -> str:
 
 
 def _list(scene, rng):
-    things = [f"a {t.size} {t.color} {t.shape} at the {t.place}" for t in rng.sample(scene.things, len(scene.things))]
+    things = [
+        f"a {t.size} {t.color} {t.shape} at the {t.place}"
+        for t in rng.sample(scene.things, len(scene.things))
+    ]
     return "We see " + ", ".join(things) + "."
 
 
@@ -92,7 +95,11 @@ def _role(scene, rng):
     if given is None:
         return None
     hint, name, thing = given
-    rest = [f"The {name} is {thing.color}.", f"The {name} is at the {thing.place}.", f"The {name} is {thing.size}."]
+    rest = [
+        f"The {name} is {thing.color}.",
+        f"The {name} is at the {thing.place}.",
+        f"The {name} is {thing.size}.",
+    ]
     if rng.random() < 0.3:
         return f"{hint} The number of {plural(name)} is {scene.count(shape=thing.shape)}."
     return f"{hint} {rng.choice(rest)}"
@@ -120,7 +127,7 @@ def _options(scene, rng):
 
 def _lettered(choices, rng):
     separator, end = rng.choice(((", ", "."), ("\n", "\n"), (" ", ".")))
-    return separator.join(f"{letter}. {choice}" for letter, choice in zip("ABCDE", choices)) + end
+    return separator.join(f"{letter}. {choice}" for letter, choice in zip("ABCDE", choices, strict=False)) + end
 
 
 _STATEMENTS = (
@@ -159,7 +166,8 @@ def _asking(rng):
 def _manner(rng):
     return rng.choice((
         SYSTEM_PROMPT, f"Some tasks end like this: {SHORT}", f"Some tasks end like this: {LETTER}",
-        "USER is the one who asks.", "ASSISTANT is the one who helps.", "USER: and ASSISTANT: begin the lines of a chat.",
+        "USER is the one who asks.", "ASSISTANT is the one who helps.",
+        "USER: and ASSISTANT: begin the lines of a chat.",
         "Yes and No are short answers.", "A, B, C and D are letters of options.",
         "Context: what comes before a question.", "Any answer may be a word, a number, a letter or a phrase.",
     ))  # fmt: skip

@@ -23,6 +23,7 @@ from fura_vlm.data.questions import FAMILIES, SHORT, ask
 from fura_vlm.data.scenes import Scene, draw, make_scene
 from fura_vlm.errors import FuraVLMError
 
+
 class EmbeddedError(FuraVLMError, ValueError):
     """Settings or a folder that cannot be used."""
 
@@ -59,8 +60,15 @@ def write_embedded(config: EmbeddedConfig) -> bool:
     Raises:
         EmbeddedError: if a number is out of range, or if ``output_dir`` holds something else.
     """
-    if config.train_records < 1 or config.eval_per_family < 1 or config.turns < 1 or not 0 <= config.text_share < 1:
-        raise EmbeddedError("train_records, turns and eval_per_family must be at least 1 and text_share in [0, 1)")
+    if (
+        config.train_records < 1
+        or config.eval_per_family < 1
+        or config.turns < 1
+        or not 0 <= config.text_share < 1
+    ):
+        raise EmbeddedError(
+            "train_records, turns and eval_per_family must be at least 1 and text_share in [0, 1)"
+        )
     target = Path(config.output_dir)
     recipe = json.dumps({"version": VERSION, **asdict(config), "output_dir": None}, indent=1)
     if target.exists() and any(target.iterdir()):
@@ -84,7 +92,10 @@ def _training_records(config: EmbeddedConfig, folder: Path):
     rng = random.Random(f"{config.seed}/train/records")
     for number in tqdm(range(config.train_records), desc="training records", mininterval=1):
         if rng.random() < config.text_share:
-            yield {"id": f"text-{number}", "conversations": _turns(_text_only(rng) for _ in range(config.turns))}
+            yield {
+                "id": f"text-{number}",
+                "conversations": _turns(_text_only(rng) for _ in range(config.turns)),
+            }
             continue
         # Every second scene has a sign, so that there are as many words to read as other questions to ask.
         scene = make_scene(config.seed, "train", number, with_sign=number % 2 == 0)
@@ -92,7 +103,11 @@ def _training_records(config: EmbeddedConfig, folder: Path):
         asked = [(q.text, q.answer) for q in _questions(scene, families, config.turns, rng)]
         mark = "<image>\n{}" if rng.random() < 0.7 else "{}\n<image>"
         asked[0] = (mark.format(asked[0][0]), asked[0][1])
-        yield {"id": f"train-{number}", "image": _save(scene, folder, f"train-{number}"), "conversations": _turns(asked)}
+        yield {
+            "id": f"train-{number}",
+            "image": _save(scene, folder, f"train-{number}"),
+            "conversations": _turns(asked),
+        }
 
 
 def _held_out_records(config: EmbeddedConfig, folder: Path):

@@ -50,7 +50,8 @@ class Question:
     def text(self) -> str:
         if self.family != "scienceqa":
             return f"{self.question}\n{self.instruction}"
-        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDE", self.extra["choices"]))
+        lettered = zip("ABCDE", self.extra["choices"], strict=False)
+        choices = "\n".join(f"{letter}. {choice}" for letter, choice in lettered)
         return f"Context: {self.extra['hint']}\n{self.question}\n{choices}\n{self.instruction}"
 
 
@@ -83,9 +84,13 @@ def _attribute(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
         return None
     kind = rng.choice(("color", "shape", "size", "place"))
     if kind == "color" and thing.shape in names:
-        return rng.choice((f"What color is the {thing.shape}?", f"Which color does the {thing.shape} have?")), thing.color
+        return rng.choice(
+            (f"What color is the {thing.shape}?", f"Which color does the {thing.shape} have?")
+        ), thing.color
     if kind == "shape" and f"{thing.color} object" in names:
-        return rng.choice((f"What shape is the {thing.color} object?", f"What is the {thing.color} object?")), thing.shape
+        return rng.choice(
+            (f"What shape is the {thing.color} object?", f"What is the {thing.color} object?")
+        ), thing.shape
     name = rng.choice(names)
     if kind == "size":
         return f"Is the {name} small or large?", thing.size
@@ -136,7 +141,9 @@ def _pope(scene: Scene, rng: random.Random) -> Question:
         elif category == "popular":
             shape = max(absent, key=lambda s: (SHAPES[s], rng.random()))
         else:
-            shape = max(absent, key=lambda s: (sum(s in c and bool(present & set(c)) for c in COMPANY), rng.random()))
+            shape = max(
+                absent, key=lambda s: (sum(s in c and bool(present & set(c)) for c in COMPANY), rng.random())
+            )
     return Question("pope", f"Is there a {shape} in the image?", answer, SHORT, {"category": category})
 
 
@@ -150,7 +157,9 @@ def _textvqa(scene: Scene, rng: random.Random) -> Question | None:
     if len(scene.signs) == 1 and rng.random() < 0.5:
         question = rng.choice(("What does the sign say?", "What word is written on the sign?"))
     else:
-        question = rng.choice((f"What does the {sign.color} sign say?", f"What is written on the {sign.color} sign?"))
+        question = rng.choice(
+            (f"What does the {sign.color} sign say?", f"What is written on the {sign.color} sign?")
+        )
     return Question("textvqa", question, sign.word, SHORT)
 
 

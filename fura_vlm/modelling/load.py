@@ -30,7 +30,9 @@ def load_processor(path: str) -> LlavaProcessor:
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
 
 
-def load_base(path: str, dtype: torch.dtype, attn_implementation: str = "sdpa") -> LlavaForConditionalGeneration:
+def load_base(
+    path: str, dtype: torch.dtype, attn_implementation: str = "sdpa"
+) -> LlavaForConditionalGeneration:
     """The base model on the CPU (or wherever ZeRO-3 puts its parts), all parameters frozen.
 
     Raises:
@@ -78,7 +80,9 @@ def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, Llav
         model = load_adapter(load_base(base, dtype), str(adapter))
         processor = load_processor(str(folder / "processor") if (folder / "processor").is_dir() else base)
     elif (folder / "config.yaml").is_file():
-        raise ModelError(f"{path} is a run without an adapter: it was interrupted; start its command again to finish it")
+        raise ModelError(
+            f"{path} is a run without an adapter: it was interrupted; start its command again to finish it"
+        )
     else:
         model, processor = load_base(path, dtype), load_processor(path)
     return model.to("cuda" if cuda else "cpu").eval(), processor

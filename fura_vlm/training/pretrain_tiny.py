@@ -2,7 +2,8 @@
 
 Every step sees new scenes, drawn by the data loader's workers; three rows in four are a picture with true sentences
 about it, the fourth is text. All parameters are trained, the loss is on the words. A stopped run goes on from its
-last checkpoint.
+last checkpoint. Rows carry no ``<s>``: of two bases, the one pretrained without it learned to follow instructions from
+fewer records (README of the model).
 """
 
 from __future__ import annotations
@@ -47,13 +48,17 @@ class Pretraining(Dataset):
         # Half of the rows are cut where the row is full, half end by themselves, so that the model learns to stop.
         whole = rng.random() < 0.5
         if index % TEXT_EVERY == TEXT_EVERY - 1:
-            ids = tokenizer(text(rng, rng.randint(1, 8) if whole else 16)).input_ids
+            ids = tokenizer(text(rng, rng.randint(1, 8) if whole else 16), add_special_tokens=False).input_ids
             masked = 1
         else:
             scene = make_scene(self.seed, self.split, index)
             picture = np.asarray(draw(scene)).transpose(2, 0, 1)
-            row["pixels"] = torch.tensor(self.processor.image_processor.pad_to_square(picture, self.background))
-            words = tokenizer("<image>\n" + caption(scene, rng, rng.randint(1, 7) if whole else 13)).input_ids
+            row["pixels"] = torch.tensor(
+                self.processor.image_processor.pad_to_square(picture, self.background)
+            )
+            words = tokenizer(
+                "<image>\n" + caption(scene, rng, rng.randint(1, 7) if whole else 13), add_special_tokens=False
+            ).input_ids
             at = words.index(tokenizer.convert_tokens_to_ids("<image>"))
             ids = words[:at] + [words[at]] * IMAGE_TOKENS + words[at + 1 :]
             masked = at + IMAGE_TOKENS
@@ -76,7 +81,8 @@ class PretrainingTrainer(Trainer):
     def __init__(self, *args, image_processor, **kwargs):
         super().__init__(*args, **kwargs)
         self.mean, self.std = (
-            torch.tensor(value).view(1, 3, 1, 1) for value in (image_processor.image_mean, image_processor.image_std)
+            torch.tensor(value).view(1, 3, 1, 1)
+            for value in (image_processor.image_mean, image_processor.image_std)
         )
 
     def _get_train_sampler(self, train_dataset=None):
@@ -93,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/pretrain-tiny"))
     parser.add_argument("--model_dir", type=Path, default=Path("data/tiny-llava"))
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=4700)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

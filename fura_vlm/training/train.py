@@ -1,14 +1,14 @@
 """A training run, from a configuration to a run folder.
 
-    <output_dir>/adapter/            the PEFT adapter
-    <output_dir>/processor/          the processor it was trained with
-    <output_dir>/config.yaml         every setting, defaults included
-    <output_dir>/versions.json       the libraries
-    <output_dir>/metrics.jsonl       a row each time something was logged
-    <output_dir>/skipped.jsonl       records that could not be used, with the reason
-    <output_dir>/answers-*.jsonl     the held-out questions with the answers before and after
-    <output_dir>/report.md, *.png    for people
-    <output_dir>/checkpoint-*/       DeepSpeed checkpoints; tensorboard/ the event files
+<output_dir>/adapter/            the PEFT adapter
+<output_dir>/processor/          the processor it was trained with
+<output_dir>/config.yaml         every setting, defaults included
+<output_dir>/versions.json       the libraries
+<output_dir>/metrics.jsonl       a row each time something was logged
+<output_dir>/skipped.jsonl       records that could not be used, with the reason
+<output_dir>/answers-*.jsonl     the held-out questions with the answers before and after
+<output_dir>/report.md, *.png    for people
+<output_dir>/checkpoint-*/       DeepSpeed checkpoints; tensorboard/ the event files
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def train(config: TrainConfig) -> Path:
     console = Console(quiet=not state.is_main_process)
 
     processor = load_processor(config.model_name_or_path)
-    processor.image_processor.do_pad = True  # LLaVA v1.5's recipe; published processors crop the centre instead
+    processor.image_processor.do_pad = (
+        True  # LLaVA v1.5's recipe; published processors crop the centre instead
+    )
     dataset, questions, said = _agree(lambda: _load_data(config, processor, run))
     if said:
         console.print(said, style="yellow", soft_wrap=True)
@@ -108,7 +110,9 @@ def train(config: TrainConfig) -> Path:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if signals.stopped:
-        console.print(f"Stopped and saved at step {trainer.state.global_step}; the same command goes on from there.")
+        console.print(
+            f"Stopped and saved at step {trainer.state.global_step}; the same command goes on from there."
+        )
         state.wait_for_everyone()
         raise SystemExit(128 + signal.SIGTERM)
 
@@ -130,7 +134,9 @@ def _join() -> PartialState:
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ.get("MASTER_PORT")
-        raise TrainingError(f"Port {port} is in use: set MASTER_PORT to a free one, or leave it unset") from error
+        raise TrainingError(
+            f"Port {port} is in use: set MASTER_PORT to a free one, or leave it unset"
+        ) from error
 
 
 def _agree(decide):
@@ -175,9 +181,7 @@ def _choose_run(config: TrainConfig) -> Path:
     return run
 
 
-def _load_data(
-    config: TrainConfig, processor, run: Path
-) -> tuple[ConversationDataset, list[Record], str]:
+def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationDataset, list[Record], str]:
     """The mixture, the held-out questions, and a line about records that cannot be used (``skipped.jsonl``)."""
     questions = []
     if config.eval_data_path:
@@ -192,7 +196,9 @@ def _load_data(
 
 def _training_arguments(config: TrainConfig, run: Path) -> TrainingArguments:
     if not Path(config.deepspeed).is_file():
-        raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
+        raise TrainingError(
+            f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3"
+        )
     cuda = torch.cuda.is_available()
     bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
     same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -335,8 +341,16 @@ class HeldOut(TrainerCallback):
     As a callback it runs where DeepSpeed is set up: under ZeRO-3 a process holds only parts of the weights.
     """
 
-    def __init__(self, config: TrainConfig, run: Path, processor, questions: list[Record], signals: SaveOnSignal):
-        self.config, self.run, self.processor, self.questions, self.signals = config, run, processor, questions, signals
+    def __init__(
+        self, config: TrainConfig, run: Path, processor, questions: list[Record], signals: SaveOnSignal
+    ):
+        self.config, self.run, self.processor, self.questions, self.signals = (
+            config,
+            run,
+            processor,
+            questions,
+            signals,
+        )
         self.before: list[Answer] = []
         self.after: list[Answer] = []
 
@@ -389,8 +403,9 @@ def _describe(config, run, processor, model, dataset, checkpoint, console) -> No
     report.write_text(run / "versions.json", json.dumps(versions, indent=1))
     trained, total = model.get_nb_trainable_parameters()
     console.print(
-        f"FuRA trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of {config.model_name_or_path} "
-        f"on {len(dataset):,} records; the run folder is {run}"
+        f"FuRA trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of "
+        f"{config.model_name_or_path} on {len(dataset):,} records; the run folder is {run}",
+        soft_wrap=True,
     )
     if checkpoint:
         console.print(f"Going on where the interrupted run stopped: {checkpoint}")
@@ -423,10 +438,16 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
     report.write_text(run / FINISHED, "\n".join(lines))
     console.print(f"adapter     {run / 'adapter'}")
     console.print(f"loss curve  {run / 'loss.png'}")
-    console.print(f"report      {run / FINISHED}, with sample answers in {run / 'samples.png'}" if held_out.questions else "")
+    console.print(
+        f"report      {run / FINISHED}, with sample answers in {run / 'samples.png'}"
+        if held_out.questions
+        else ""
+    )
     console.print("What next:")
     image = next((answer.image for answer in held_out.after if answer.image), "IMAGE")
-    questions = f" --data_path {config.eval_data_path}" if config.eval_data_path else " --data_path QUESTIONS.json"
+    questions = (
+        f" --data_path {config.eval_data_path}" if config.eval_data_path else " --data_path QUESTIONS.json"
+    )
     console.print(f"  .venv/bin/fura-vlm eval {run}{questions}", soft_wrap=True)
     console.print(f"  .venv/bin/fura-vlm chat {run} {image}", soft_wrap=True)
     console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)

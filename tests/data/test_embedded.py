@@ -44,7 +44,8 @@ def test_no_scene_is_in_both_splits():
 
 def test_written_pictures_of_the_splits_differ(mixture):
     pictures = {
-        split: {Image.open(p).tobytes() for p in (mixture / "images").glob(f"{split}-*.png")} for split in ("train", "eval")
+        split: {Image.open(p).tobytes() for p in (mixture / "images").glob(f"{split}-*.png")}
+        for split in ("train", "eval")
     }
     assert len(pictures["eval"]) == 4 * SMALL["eval_per_family"]
     assert not pictures["train"] & pictures["eval"]
@@ -57,7 +58,9 @@ def test_objects_are_where_the_scene_says_and_have_its_colors():
         height, width = pixels.shape[:2]
         for thing in scene.things:
             row, column = thing.cell
-            part = pixels[height * row // 3 : height * (row + 1) // 3, width * column // 3 : width * (column + 1) // 3]
+            part = pixels[
+                height * row // 3 : height * (row + 1) // 3, width * column // 3 : width * (column + 1) // 3
+            ]
             exact = (part == COLORS[thing.color]).all(-1).mean()
             assert exact > 0.02, (index, thing)
             others = [c for c in COLORS if c != thing.color]
@@ -166,7 +169,9 @@ def test_the_files_are_in_the_llava_format(mixture):
         if "image" in record:
             assert (mixture / record["image"]).is_file()
     first_turns = [r["conversations"][0]["value"] for r in train if "image" in r]
-    assert any(t.startswith("<image>") for t in first_turns) and any(t.endswith("<image>") for t in first_turns)
+    assert any(t.startswith("<image>") for t in first_turns) and any(
+        t.endswith("<image>") for t in first_turns
+    )
     assert any("image" not in record for record in train)
 
 
@@ -177,7 +182,11 @@ def test_the_held_out_questions_cover_the_families(mixture):
     assert Counter(answers["pope"]) == {"Yes": 6, "No": 6}
     assert set(answers["scienceqa"]) <= set("ABCD")
     assert all(answer.isupper() for answer in answers["textvqa"])
-    assert {r.get("category") for r in held_out if r["family"] == "pope"} <= {"random", "popular", "adversarial"}
+    assert {r.get("category") for r in held_out if r["family"] == "pope"} <= {
+        "random",
+        "popular",
+        "adversarial",
+    }
 
 
 def test_writing_again_changes_nothing_and_other_settings_write_anew(mixture, tmp_path):

@@ -62,14 +62,20 @@ def test_table_says_what_the_answers_say(uninterrupted):
     after = exact_match(read_answers(uninterrupted.run / "answers-after.jsonl"))
     table = (uninterrupted.run / "report.md").read_text()
     for family, score in after.items():
-        assert f"| {100 * score:.1f} |" in next(line for line in table.splitlines() if line.startswith(f"| {family} "))
+        assert f"| {100 * score:.1f} |" in next(
+            line for line in table.splitlines() if line.startswith(f"| {family} ")
+        )
     assert "fura-vlm eval" in uninterrupted.output and "fura-vlm chat" in uninterrupted.output
 
 
 def test_adapter_is_pefts_own(uninterrupted):
     base = LlavaForConditionalGeneration.from_pretrained("data/tiny-llava")
     model = PeftModel.from_pretrained(base, str(uninterrupted.run / "adapter"))
-    names = {name for name, _ in model.named_modules() if name.endswith("q_proj.fura_block") or hasattr(_, "fura_R")}
+    names = {
+        name
+        for name, _ in model.named_modules()
+        if name.endswith("q_proj.fura_block") or hasattr(_, "fura_R")
+    }
     assert not any("vision_tower" in name for name in names)
     assert model.peft_config["default"].peft_type == "FURA"
 

@@ -1,0 +1,54 @@
+"""The command line as a user types it."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "fura_vlm.cli", *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys; sys.argv = ['fura-vlm', '--help']\n"
+        "from fura_vlm.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'deepspeed', 'datasets', 'gradio'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "eval", "chat", "merge", "data"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (("train", "--learning_rat", "1"), "learning_rate"),
+        (("train", "--gradient_acumulation_steps", "2"), "gradient_accumulation_steps"),
+        (("eval", "somewhere", "--batchsize", "2"), "batch_size"),
+    ],
+)
+def test_unknown_setting_names_the_nearest(arguments, hint):
+    done = run(*arguments)
+    assert done.returncode != 0
+    assert f"Did you mean '{hint}'?" in done.stderr
+
+
+def test_wrong_type_is_refused():
+    done = run("train", "--learning_rate", "fast")
+    assert done.returncode != 0
+    assert "learning_rate" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_missing_model_is_one_sentence():
+    done = run("eval", "./nowhere")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("fura-vlm eval: There is no model at ./nowhere")
+    assert "Traceback" not in done.stderr
