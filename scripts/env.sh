@@ -1,6 +1,7 @@
 # Sourced by the other scripts: makes and activates the project's own environment.
 #
-#   source scripts/env.sh [EXTRA ...]     the extras of pyproject.toml to install (eval, demo, quant, dev)
+#   source scripts/env.sh core|EXTRA ...  the extras of pyproject.toml to install (eval, demo, quant, dev), or core
+#                                         for none: a script sourced without arguments sees those of its caller
 #
 # The first call creates .venv and installs the tested versions of constraints.txt; later calls find the stamp
 # of what is installed and take no time. PYTHON names the interpreter to start from (default python3, >= 3.10).
@@ -19,6 +20,7 @@ _fura_env() {
         missing=all
     fi
     for extra in "$@"; do
+        [ "$extra" != core ] || continue
         case " $installed " in *" $extra "*) ;; *) missing="$missing $extra"; installed="$installed $extra" ;; esac
     done
     [ -n "$missing" ] || return 0

@@ -3,6 +3,6 @@
 #
 #   bash scripts/pretrain_tiny.sh [--steps N] [--batch N] ...
 set -euo pipefail
-source "$(dirname "$0")/env.sh"
+source "$(dirname "$0")/env.sh" core
 cd "$ROOT"
 exec python -m fura_vlm.training.pretrain_tiny "$@"
