@@ -44,9 +44,7 @@ def build_parser() -> Parser:
         words = " ".join(word.upper() for word in positional)
         usage = f"fura-vlm {name} {words}{' ' if words else ''}[--config FILE.yaml] [--KEY VALUE ...]"
         sub = Parser(description=title, usage=usage)
-        sub.add_argument(
-            "--config", action=ActionConfigFile, help="a YAML file with any of the settings below"
-        )
+        sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of the settings below")
         sub.add_class_arguments(config, as_positional=True)
         group.add_subcommand(name.split()[-1], sub, help=title)
         return sub

@@ -7,15 +7,20 @@
 # Ctrl-C and SIGTERM reach the training processes alone. They save a checkpoint and end by themselves; the launcher
 # would give them 30 seconds and then kill them.
 
-# Sends SIGTERM to the training processes below a launcher, and to nothing else.
+# Sends SIGTERM to the training processes below a launcher, and neither to itself nor to their data workers, which
+# are copies of them.
 stop_training() {
     python - "$1" << 'PYTHON'
 import sys
 import psutil
 
+
+def trains(process):
+    return ("-m", "fura_vlm.cli") in zip(process.cmdline(), process.cmdline()[1:])
+
+
 for process in psutil.Process(int(sys.argv[1])).children(recursive=True):
-    command = process.cmdline()
-    if "-m" in command and "fura_vlm.cli" in command:
+    if trains(process) and not trains(process.parent()):
         process.terminate()
 PYTHON
 }

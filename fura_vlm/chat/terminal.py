@@ -26,12 +26,8 @@ def chat(config: ChatConfig) -> None:
         turns.append({"role": "user", "content": [text] if turns else [{"type": "image"}, text]})
         prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
         inputs = processor(text=prompt, images=[image], return_tensors="pt").to(model.device, model.dtype)
-        generated = model.generate(
-            **inputs, streamer=streamer, do_sample=False, max_new_tokens=config.max_new_tokens
-        )
-        answer = processor.tokenizer.decode(
-            generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        generated = model.generate(**inputs, streamer=streamer, do_sample=False, max_new_tokens=config.max_new_tokens)
+        answer = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]})
         if config.question:
             return

@@ -34,10 +34,7 @@ def text(rng: random.Random, sentences: int = 8) -> str:
 
 
 def _list(scene, rng):
-    things = [
-        f"a {t.size} {t.color} {t.shape} at the {t.place}"
-        for t in rng.sample(scene.things, len(scene.things))
-    ]
+    things = [f"a {t.size} {t.color} {t.shape} at the {t.place}" for t in rng.sample(scene.things, len(scene.things))]
     return "We see " + ", ".join(things) + "."
 
 

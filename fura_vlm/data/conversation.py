@@ -109,9 +109,7 @@ def _image_first(question: str) -> str:
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
-def encode(
-    record: Record | Sequence[Turn], tokenizer, num_image_tokens: int, max_length: int
-) -> dict[str, list[int]]:
+def encode(record: Record | Sequence[Turn], tokenizer, num_image_tokens: int, max_length: int) -> dict[str, list[int]]:
     """Input ids and labels of one conversation, the image spread over its tokens.
 
     Args:

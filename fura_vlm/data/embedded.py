@@ -60,15 +60,8 @@ def write_embedded(config: EmbeddedConfig) -> bool:
     Raises:
         EmbeddedError: if a number is out of range, or if ``output_dir`` holds something else.
     """
-    if (
-        config.train_records < 1
-        or config.eval_per_family < 1
-        or config.turns < 1
-        or not 0 <= config.text_share < 1
-    ):
-        raise EmbeddedError(
-            "train_records, turns and eval_per_family must be at least 1 and text_share in [0, 1)"
-        )
+    if config.train_records < 1 or config.eval_per_family < 1 or config.turns < 1 or not 0 <= config.text_share < 1:
+        raise EmbeddedError("train_records, turns and eval_per_family must be at least 1 and text_share in [0, 1)")
     target = Path(config.output_dir)
     recipe = json.dumps({"version": VERSION, **asdict(config), "output_dir": None}, indent=1)
     if target.exists() and any(target.iterdir()):

@@ -141,9 +141,7 @@ def _pope(scene: Scene, rng: random.Random) -> Question:
         elif category == "popular":
             shape = max(absent, key=lambda s: (SHAPES[s], rng.random()))
         else:
-            shape = max(
-                absent, key=lambda s: (sum(s in c and bool(present & set(c)) for c in COMPANY), rng.random())
-            )
+            shape = max(absent, key=lambda s: (sum(s in c and bool(present & set(c)) for c in COMPANY), rng.random()))
     return Question("pope", f"Is there a {shape} in the image?", answer, SHORT, {"category": category})
 
 
@@ -157,9 +155,7 @@ def _textvqa(scene: Scene, rng: random.Random) -> Question | None:
     if len(scene.signs) == 1 and rng.random() < 0.5:
         question = rng.choice(("What does the sign say?", "What word is written on the sign?"))
     else:
-        question = rng.choice(
-            (f"What does the {sign.color} sign say?", f"What is written on the {sign.color} sign?")
-        )
+        question = rng.choice((f"What does the {sign.color} sign say?", f"What is written on the {sign.color} sign?"))
     return Question("textvqa", question, sign.word, SHORT)
 
 

@@ -137,13 +137,9 @@ def make_scene(seed: int, split: str, index: int, with_sign: bool | None = None)
 def _draw_lots(rng: random.Random, with_sign: bool | None) -> Scene:
     free = {(row, column) for row in range(3) for column in range(3)}
     signs = []
-    number = (
-        rng.choices((0, 1, 2), (45, 40, 15))[0] if with_sign is None else with_sign * rng.choice((1, 1, 2))
-    )
+    number = rng.choices((0, 1, 2), (45, 40, 15))[0] if with_sign is None else with_sign * rng.choice((1, 1, 2))
     rows = rng.sample(range(3), number)
-    for row, color, word in zip(
-        rows, rng.sample(SIGN_COLORS, number), rng.sample(WORDS, number), strict=True
-    ):
+    for row, color, word in zip(rows, rng.sample(SIGN_COLORS, number), rng.sample(WORDS, number), strict=True):
         cell = (row, rng.randrange(2))
         signs.append(Sign(word, color, cell))
         free -= {cell, (row, cell[1] + 1)}
@@ -171,9 +167,7 @@ def draw(scene: Scene) -> Image.Image:
     for thing in scene.things:
         row, column = thing.cell
         center = ((column + 0.5) * cell_w, (row + 0.5) * cell_h)
-        _draw_shape(
-            pen, thing.shape, center, SIZES[thing.size] * min(cell_w, cell_h), COLORS[thing.color], scene
-        )
+        _draw_shape(pen, thing.shape, center, SIZES[thing.size] * min(cell_w, cell_h), COLORS[thing.color], scene)
     for sign in scene.signs:
         row, column = sign.cell
         x, y = (column + 1) * cell_w, (row + 0.5) * cell_h

@@ -33,9 +33,7 @@ def block_shape(n: int, num_blocks: int | None, block_size: int | None, module: 
     """
     for what, wanted in (("block_size", block_size), ("num_blocks", num_blocks)):
         if wanted is not None and n % wanted:
-            raise ValueError(
-                f"{module}: {what}={wanted} does not divide its dimension {n}; choose a divisor."
-            )
+            raise ValueError(f"{module}: {what}={wanted} does not divide its dimension {n}; choose a divisor.")
     if block_size is not None:
         return n // block_size, block_size
     if num_blocks is not None:

@@ -98,9 +98,7 @@ class FuraConfig(PeftConfig):
             if value is not None and value < 1:
                 raise ValueError(f"FuraConfig: `{name}` must be at least 1, not {value}.")
         if self.singular_floor is not None and not 0 < self.singular_floor < 1:
-            raise ValueError(
-                f"FuraConfig: `singular_floor` must lie between 0 and 1, not {self.singular_floor}."
-            )
+            raise ValueError(f"FuraConfig: `singular_floor` must lie between 0 and 1, not {self.singular_floor}.")
         for name, allowed in (
             ("bias", ("none", "all", "fura_only")),
             ("train_side", ("input", "output")),

@@ -87,9 +87,7 @@ class FuraLayer(BaseTunerLayer):
         weight = getattr(layer, "weight", None)
         shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
         if self.quantization_backend is None and len(shape) != 2:
-            raise ValueError(
-                f"{self.module_name}: FuRA adapts 2-D weights and this one has shape {shape}; exclude it."
-            )
+            raise ValueError(f"{self.module_name}: FuRA adapts 2-D weights and this one has shape {shape}; exclude it.")
 
         if not inference_mode:
             keep_differentiable(layer, self.module_name)
@@ -156,9 +154,7 @@ class FuraLayer(BaseTunerLayer):
                     "and load the adapter over this one."
                 ) from error
             if not torch.isfinite(weight).all():
-                raise ValueError(
-                    f"{self.module_name}: the base weight holds NaN or Inf; repair or exclude it."
-                )
+                raise ValueError(f"{self.module_name}: the base weight holds NaN or Inf; repair or exclude it.")
             self.fingerprint = fingerprint(weight, self.quantization_backend)
             # the output side is the input side of the transposed weight
             oriented = weight if self.fura_side[adapter_name] == "input" else weight.T
@@ -244,9 +240,7 @@ class FuraLinear(nn.Module, FuraLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 
-    def forward(
-        self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
         """``x (..., in)`` to ``(..., out)``; while untrained, the base layer's own result bit for bit.
 
         Args:
@@ -312,8 +306,7 @@ class FuraLinear(nn.Module, FuraLayer):
             return
         if is_partitioned(self.get_base_layer().weight):
             raise RuntimeError(
-                f"{self.module_name}: its weight is partitioned by ZeRO-3; save the adapter, merge it in one "
-                "process."
+                f"{self.module_name}: its weight is partitioned by ZeRO-3; save the adapter, merge it in one process."
             )
         if self.merged:
             names = self.merged_adapters + names
@@ -330,9 +323,7 @@ class FuraLinear(nn.Module, FuraLayer):
     @torch.no_grad()
     def check_merge(self, adapter_names: list[str]) -> None:
         """Raise ValueError, as `merge(safe_merge=True)` would, without merging."""
-        names = [
-            name for name in adapter_names if name in self.fura_side and name not in self.merged_adapters
-        ]
+        names = [name for name in adapter_names if name in self.fura_side and name not in self.merged_adapters]
         weight = dense_weight(self.get_base_layer(), self.quantization_backend)
         self._check_finite(self._adapted(weight, names), names)
 

@@ -146,9 +146,7 @@ class FuraModel(BaseTuner):
                     layer.unmerge()
             raise
 
-    def _unload_and_optionally_merge(
-        self, merge=True, progressbar=False, safe_merge=False, adapter_names=None
-    ):
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge and safe_merge:  # look at every layer before the first one is replaced
             for layer in _fura_layers(self.model):
                 with onload_layer(layer):
@@ -169,9 +167,7 @@ class FuraModel(BaseTuner):
         if self.training:
             raise ValueError("adapter_names: mixed batches are for inference; call model.eval() first.")
         if any(layer.merged for layer in _fura_layers(self.model)):
-            raise ValueError(
-                "adapter_names: mixed batches need the base weights; call unmerge_adapter() first."
-            )
+            raise ValueError("adapter_names: mixed batches need the base weights; call unmerge_adapter() first.")
         if (kwargs.get("num_beams") or 1) > 1:
             raise ValueError("adapter_names: mixed batches do not go with beam search; set num_beams=1.")
         unknown = set(adapter_names) - {"__base__"} - set(self.peft_config)
@@ -191,9 +187,7 @@ class FuraModel(BaseTuner):
         waiting = [layer for layer in _fura_layers(model) if adapter_name in layer._without_basis]
         for layer in waiting:
             layer.ensure_basis()
-        selected = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if waiting:  # the state dict was taken before, with zeros for the basis
             now = model.state_dict()
             selected = {key: now.get(key, value) for key, value in selected.items()}
@@ -222,9 +216,7 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
-def _name_adapters(
-    module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]
-) -> tuple[tuple, dict]:
+def _name_adapters(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     """Forward pre-hook: pass the samples' adapter names to a layer."""
     return args, {**kwargs, "adapter_names": adapter_names}
 
@@ -239,9 +231,7 @@ def _check_linear(target: nn.Module, parent: nn.Module, name: str) -> None:
             "take it out of target_modules."
         )
     if isinstance(parent, nn.MultiheadAttention):
-        raise TypeError(
-            f"{name}: torch.nn.MultiheadAttention reads its weight without calling it; exclude it."
-        )
+        raise TypeError(f"{name}: torch.nn.MultiheadAttention reads its weight without calling it; exclude it.")
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -265,9 +255,7 @@ def _check_vision(model: nn.Module, config: FuraConfig, matches) -> None:
     vision_config = getattr(getattr(model, "config", None), "vision_config", None)
     if vision_config is None:
         return
-    towers = [
-        n for n, m in model.named_modules() if n and type(getattr(m, "config", None)) is type(vision_config)
-    ]
+    towers = [n for n, m in model.named_modules() if n and type(getattr(m, "config", None)) is type(vision_config)]
     towers = [tower for tower in towers if not any(tower.startswith(other + ".") for other in towers)]
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     for tower in towers:
@@ -317,8 +305,7 @@ def _check_base(model: nn.Module, wanted: dict[str, str]) -> None:
             incomparable.append(name)
     if incomparable:
         logger.warning(
-            "FuRA: %s (of %d such) is quantised otherwise than the base of the adapter; only its shape "
-            "was checked.",
+            "FuRA: %s (of %d such) is quantised otherwise than the base of the adapter; only its shape was checked.",
             incomparable[0],
             len(incomparable),
         )

@@ -30,9 +30,7 @@ def load_processor(path: str) -> LlavaProcessor:
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
 
 
-def load_base(
-    path: str, dtype: torch.dtype, attn_implementation: str = "sdpa"
-) -> LlavaForConditionalGeneration:
+def load_base(path: str, dtype: torch.dtype, attn_implementation: str = "sdpa") -> LlavaForConditionalGeneration:
     """The base model on the CPU (or wherever ZeRO-3 puts its parts), all parameters frozen.
 
     Raises:

@@ -60,9 +60,7 @@ def train_tokenizer(seed: int, lines: int = 20_000) -> LlamaTokenizer:
     )
     bpe.train_from_iterator(corpus, trainer)
     if bpe.get_vocab_size() != VOCAB_SIZE - 2:
-        raise ValueError(
-            f"the corpus gave {bpe.get_vocab_size()} pieces, not {VOCAB_SIZE - 2}: make it longer"
-        )
+        raise ValueError(f"the corpus gave {bpe.get_vocab_size()} pieces, not {VOCAB_SIZE - 2}: make it longer")
 
     trained = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]

@@ -53,9 +53,7 @@ class Pretraining(Dataset):
         else:
             scene = make_scene(self.seed, self.split, index)
             picture = np.asarray(draw(scene)).transpose(2, 0, 1)
-            row["pixels"] = torch.tensor(
-                self.processor.image_processor.pad_to_square(picture, self.background)
-            )
+            row["pixels"] = torch.tensor(self.processor.image_processor.pad_to_square(picture, self.background))
             words = tokenizer(
                 "<image>\n" + caption(scene, rng, rng.randint(1, 7) if whole else 13), add_special_tokens=False
             ).input_ids
@@ -81,8 +79,7 @@ class PretrainingTrainer(Trainer):
     def __init__(self, *args, image_processor, **kwargs):
         super().__init__(*args, **kwargs)
         self.mean, self.std = (
-            torch.tensor(value).view(1, 3, 1, 1)
-            for value in (image_processor.image_mean, image_processor.image_std)
+            torch.tensor(value).view(1, 3, 1, 1) for value in (image_processor.image_mean, image_processor.image_std)
         )
 
     def _get_train_sampler(self, train_dataset=None):

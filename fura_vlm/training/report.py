@@ -97,9 +97,7 @@ def plot_samples(before: list[Answer], after: list[Answer], path: Path, number: 
         return
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 4.6 * rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 4.6 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, answer in zip(axes.flat, shown, strict=False):

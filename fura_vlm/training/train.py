@@ -23,6 +23,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
+import deepspeed
 import torch
 import torch.distributed as dist
 import yaml
@@ -33,6 +34,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from fura_vlm.data.collator import Collator
@@ -79,9 +81,7 @@ def train(config: TrainConfig) -> Path:
     console = Console(quiet=not state.is_main_process)
 
     processor = load_processor(config.model_name_or_path)
-    processor.image_processor.do_pad = (
-        True  # LLaVA v1.5's recipe; published processors crop the centre instead
-    )
+    processor.image_processor.do_pad = True  # LLaVA v1.5's recipe; published processors crop the centre instead
     dataset, questions, said = _agree(lambda: _load_data(config, processor, run))
     if said:
         console.print(said, style="yellow", soft_wrap=True)
@@ -111,7 +111,8 @@ def train(config: TrainConfig) -> Path:
     trainer.train(resume_from_checkpoint=checkpoint)
     if signals.stopped:
         console.print(
-            f"Stopped and saved at step {trainer.state.global_step}; the same command goes on from there."
+            f"Stopped and saved at step {trainer.state.global_step}; the same command goes on from there.",
+            soft_wrap=True,
         )
         state.wait_for_everyone()
         raise SystemExit(128 + signal.SIGTERM)
@@ -128,15 +129,16 @@ def train(config: TrainConfig) -> Path:
 
 def _join() -> PartialState:
     """Meets the other processes. They wait an hour for one another: the main one may have many images to check."""
+    cuda = torch.cuda.is_available()
     try:
-        return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
+        if "RANK" in os.environ:  # by way of DeepSpeed, which else believes itself alone under ZeRO-3
+            deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(hours=1), auto_mpi_discovery=False)
+        return PartialState(cpu=not cuda)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ.get("MASTER_PORT")
-        raise TrainingError(
-            f"Port {port} is in use: set MASTER_PORT to a free one, or leave it unset"
-        ) from error
+        raise TrainingError(f"Port {port} is in use: set MASTER_PORT to a free one, or leave it unset") from error
 
 
 def _agree(decide):
@@ -196,9 +198,7 @@ def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationD
 
 def _training_arguments(config: TrainConfig, run: Path) -> TrainingArguments:
     if not Path(config.deepspeed).is_file():
-        raise TrainingError(
-            f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3"
-        )
+        raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
     cuda = torch.cuda.is_available()
     bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
     same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -269,6 +269,10 @@ class FuraTrainer(Trainer):
             ]
             self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
         return self.optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink()  # a pickle; config.yaml says it all
 
     def _get_output_dir(self, trial):
         run = super()._get_output_dir(trial)
@@ -341,9 +345,7 @@ class HeldOut(TrainerCallback):
     As a callback it runs where DeepSpeed is set up: under ZeRO-3 a process holds only parts of the weights.
     """
 
-    def __init__(
-        self, config: TrainConfig, run: Path, processor, questions: list[Record], signals: SaveOnSignal
-    ):
+    def __init__(self, config: TrainConfig, run: Path, processor, questions: list[Record], signals: SaveOnSignal):
         self.config, self.run, self.processor, self.questions, self.signals = (
             config,
             run,
@@ -408,7 +410,7 @@ def _describe(config, run, processor, model, dataset, checkpoint, console) -> No
         soft_wrap=True,
     )
     if checkpoint:
-        console.print(f"Going on where the interrupted run stopped: {checkpoint}")
+        console.print(f"Going on where the interrupted run stopped: {checkpoint}", soft_wrap=True)
 
 
 def _save_adapter(trainer: FuraTrainer, folder: Path) -> None:
@@ -439,15 +441,11 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
     console.print(f"adapter     {run / 'adapter'}")
     console.print(f"loss curve  {run / 'loss.png'}")
     console.print(
-        f"report      {run / FINISHED}, with sample answers in {run / 'samples.png'}"
-        if held_out.questions
-        else ""
+        f"report      {run / FINISHED}, with sample answers in {run / 'samples.png'}" if held_out.questions else ""
     )
     console.print("What next:")
     image = next((answer.image for answer in held_out.after if answer.image), "IMAGE")
-    questions = (
-        f" --data_path {config.eval_data_path}" if config.eval_data_path else " --data_path QUESTIONS.json"
-    )
+    questions = f" --data_path {config.eval_data_path}" if config.eval_data_path else " --data_path QUESTIONS.json"
     console.print(f"  .venv/bin/fura-vlm eval {run}{questions}", soft_wrap=True)
     console.print(f"  .venv/bin/fura-vlm chat {run} {image}", soft_wrap=True)
     console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)

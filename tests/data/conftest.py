@@ -17,15 +17,11 @@ def make_tokenizer(**kwargs) -> LlamaTokenizer:
     bpe = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=1, special_tokens=special, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, special_tokens=special, show_progress=False)
     bpe.train_from_iterator([f" {SYSTEM_PROMPT} {WORDS}", *WORDS.split()], trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    tokenizer = LlamaTokenizer(
-        vocab=model["vocab"], merges=merges, pad_token="<pad>", add_bos_token=True, **kwargs
-    )
+    tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, pad_token="<pad>", add_bos_token=True, **kwargs)
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     return tokenizer
 
@@ -42,9 +38,7 @@ def legacy_tokenizer():
 
 @pytest.fixture(scope="session")
 def processor(tokenizer):
-    images = LlavaImageProcessorPil(
-        do_pad=True, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-    )
+    images = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,

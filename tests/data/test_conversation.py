@@ -18,9 +18,7 @@ from fura_vlm.data.records import Record, Turn
 
 SYSTEM = [
     *("<s> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant.").split(),
-    *(
-        "▁The ▁assistant ▁gives ▁helpful, ▁detailed, ▁and ▁polite ▁answers ▁to ▁the ▁user's ▁questions."
-    ).split(),
+    *("▁The ▁assistant ▁gives ▁helpful, ▁detailed, ▁and ▁polite ▁answers ▁to ▁the ▁user's ▁questions.").split(),
 ]
 NEWLINE = "<0x0A>"
 
@@ -92,9 +90,7 @@ def test_prompt_ends_where_the_answer_begins():
 # ----------------------------------------------------------------------------------------------------- tokens
 
 
-@pytest.mark.parametrize(
-    "question", ["<image>\nWhat is this?", "What is this?\n<image>", "What <image>\nis this?"]
-)
+@pytest.mark.parametrize("question", ["<image>\nWhat is this?", "What is this?\n<image>", "What <image>\nis this?"])
 def test_image_anywhere_in_the_first_question(tokenizer, question):
     words = "What ▁is ▁this?".split()
     if question == "What <image>\nis this?":
@@ -165,9 +161,7 @@ def test_a_row_that_keeps_no_answer_is_refused(tokenizer):
     conversation = turns("<image>\nWhat is this?", "A cat")
     first = len(SYSTEM) + 11 + 1  # USER: ▁ 4 x image, newline, three words, ASSISTANT: and then the answer
     assert encoded(conversation, tokenizer, max_length=first)[-1] == "[▁A]"
-    with pytest.raises(
-        EncodingError, match=f"the answer begins at token {first}, beyond the maximum length of"
-    ):
+    with pytest.raises(EncodingError, match=f"the answer begins at token {first}, beyond the maximum length of"):
         encode(conversation, tokenizer, 4, first - 1)
 
 
@@ -238,9 +232,7 @@ def test_the_template_takes_lists_of_parts(tokenizer):
 
 def test_the_template_takes_several_parts_and_images(tokenizer):
     image, a, b = {"type": "image"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}
-    written = tokenizer.apply_chat_template(
-        messages([a, image, b, image]), chat_template=CHAT_TEMPLATE, tokenize=False
-    )
+    written = tokenizer.apply_chat_template(messages([a, image, b, image]), chat_template=CHAT_TEMPLATE, tokenize=False)
     assert written == f"{SYSTEM_PROMPT} USER: <image>\n<image>\na\nb "
 
 

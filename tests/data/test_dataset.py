@@ -93,9 +93,7 @@ def test_what_does_not_fit(processor, records):
 
     dataset = ConversationDataset(records, processor, int(whole[1]))  # too short for the rows with an image
     assert [problem.record for problem in dataset.problems if problem.skipped] == ["1", "3"]
-    assert (
-        len(dataset) == 1 and len(dataset[0]["input_ids"]) == len(dataset[0]["labels"]) == dataset.lengths[0]
-    )
+    assert len(dataset) == 1 and len(dataset[0]["input_ids"]) == len(dataset[0]["labels"]) == dataset.lengths[0]
 
 
 def test_special_tokens_in_a_text_are_a_problem(processor, records):
@@ -148,9 +146,7 @@ def test_a_llava_takes_the_batch(processor, records):
     assert torch.isfinite(model(**batch).loss)
 
 
-@pytest.mark.parametrize(
-    "strategy, additional, expected", [("default", 1, 4), ("full", 1, 5), ("default", 0, 3)]
-)
+@pytest.mark.parametrize("strategy, additional, expected", [("default", 1, 4), ("full", 1, 5), ("default", 0, 3)])
 def test_count_image_tokens(processor, monkeypatch, strategy, additional, expected):
     monkeypatch.setattr(processor, "vision_feature_select_strategy", strategy)
     monkeypatch.setattr(processor, "num_additional_image_tokens", additional)

@@ -58,9 +58,7 @@ def test_objects_are_where_the_scene_says_and_have_its_colors():
         height, width = pixels.shape[:2]
         for thing in scene.things:
             row, column = thing.cell
-            part = pixels[
-                height * row // 3 : height * (row + 1) // 3, width * column // 3 : width * (column + 1) // 3
-            ]
+            part = pixels[height * row // 3 : height * (row + 1) // 3, width * column // 3 : width * (column + 1) // 3]
             exact = (part == COLORS[thing.color]).all(-1).mean()
             assert exact > 0.02, (index, thing)
             others = [c for c in COLORS if c != thing.color]
@@ -169,9 +167,7 @@ def test_the_files_are_in_the_llava_format(mixture):
         if "image" in record:
             assert (mixture / record["image"]).is_file()
     first_turns = [r["conversations"][0]["value"] for r in train if "image" in r]
-    assert any(t.startswith("<image>") for t in first_turns) and any(
-        t.endswith("<image>") for t in first_turns
-    )
+    assert any(t.startswith("<image>") for t in first_turns) and any(t.endswith("<image>") for t in first_turns)
     assert any("image" not in record for record in train)
 
 

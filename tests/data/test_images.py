@@ -23,9 +23,7 @@ def close(image, expected, tolerance=0):
 # ------------------------------------------------------------------------------------------- what can be read
 
 
-@pytest.mark.parametrize(
-    "options", [{"format": "PNG"}, {"format": "BMP"}, {"format": "WEBP", "lossless": True}]
-)
+@pytest.mark.parametrize("options", [{"format": "PNG"}, {"format": "BMP"}, {"format": "WEBP", "lossless": True}])
 def test_lossless_formats_are_exact(photo, tmp_path, options):
     photo.save(tmp_path / "image", **options)
     close(load_image(tmp_path / "image"), photo)
@@ -82,9 +80,7 @@ def test_palette_with_transparency(tmp_path):
 
 
 def test_colour_key_transparency(tmp_path):
-    Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8)).save(
-        tmp_path / "i.png", transparency=(1, 2, 3)
-    )
+    Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8)).save(tmp_path / "i.png", transparency=(1, 2, 3))
     assert np.asarray(load_image(tmp_path / "i.png")).tolist() == [[[255] * 3, [9] * 3]]
 
 
@@ -166,9 +162,7 @@ def test_zero_bytes(tmp_path):
     refused(tmp_path / "image.jpg", "is empty")
 
 
-@pytest.mark.parametrize(
-    "content", [b"<html>404</html>", b'<svg xmlns="http://www.w3.org/2000/svg"/>', b"\x00" * 999]
-)
+@pytest.mark.parametrize("content", [b"<html>404</html>", b'<svg xmlns="http://www.w3.org/2000/svg"/>', b"\x00" * 999])
 def test_not_an_image(tmp_path, content):
     (tmp_path / "image.png").write_bytes(content)
     refused(tmp_path / "image.png", "not an image that Pillow can read")
@@ -186,9 +180,7 @@ def test_truncated(tmp_path, options):
     refused(tmp_path / "image", "truncated or damaged", header_too=False)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::PIL.Image.DecompressionBombWarning"
-)  # pytest drops the module's own filter
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest drops the module's own filter
 def test_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 100_000

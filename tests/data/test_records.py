@@ -287,7 +287,5 @@ def test_real_mixture():
 
 def test_reading_takes_no_torch():
     """The command line reads records before it needs torch."""
-    code = (
-        "import sys; sys.argv = ['fura-vlm']; import fura_vlm.data.records; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; sys.argv = ['fura-vlm']; import fura_vlm.data.records; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

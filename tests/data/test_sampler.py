@@ -49,9 +49,7 @@ def test_a_mixture_of_one_modality(lengths, only):
 
 
 def test_optimizer_steps_have_one_modality(lengths):
-    sampler = ModalityLengthSampler(
-        lengths, HAS_IMAGE, batch_size=4, world_size=2, gradient_accumulation_steps=4
-    )
+    sampler = ModalityLengthSampler(lengths, HAS_IMAGE, batch_size=4, world_size=2, gradient_accumulation_steps=4)
     kinds = [set(HAS_IMAGE[step]) for step in steps(list(sampler), 32)]
     mixed = [n for n, kind in enumerate(kinds) if len(kind) > 1]
     assert set(mixed) <= {len(kinds) - 1, len(kinds) - 2}  # the rest of both modalities comes last
@@ -62,9 +60,7 @@ def test_optimizer_steps_have_one_modality(lengths):
 
 
 def test_the_processes_see_one_modality_at_a_time(lengths):
-    sampler = ModalityLengthSampler(
-        lengths, HAS_IMAGE, batch_size=4, world_size=4, gradient_accumulation_steps=2
-    )
+    sampler = ModalityLengthSampler(lengths, HAS_IMAGE, batch_size=4, world_size=4, gradient_accumulation_steps=2)
     times = micro_steps(sampler, 4, 4)
     mixed = [n for n, time in enumerate(times) if len(set(HAS_IMAGE[sum(time, [])])) > 1]
     assert len(mixed) <= 1 and all(n >= len(times) - 4 for n in mixed)
@@ -97,9 +93,7 @@ def test_all_processes_agree(lengths):
 
 def test_the_longest_row_is_in_the_first_step(lengths):
     order = list(ModalityLengthSampler(lengths, HAS_IMAGE, batch_size=8, world_size=2))
-    whole = [
-        row for step in steps(order, 16) if len(step) == 16 and len(set(HAS_IMAGE[step])) == 1 for row in step
-    ]
+    whole = [row for step in steps(order, 16) if len(step) == 16 and len(set(HAS_IMAGE[step])) == 1 for row in step]
     assert lengths[order[:16]].max() == lengths[whole].max()
 
 

@@ -34,9 +34,7 @@ def half(rank):
 
 
 def distributed_data_parallel(folder, rank):
-    model = get_peft_model(
-        LlamaForCausalLM.from_pretrained(folder / "base"), FuraConfig(target_modules="all-linear")
-    )
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), FuraConfig(target_modules="all-linear"))
     parallel = DistributedDataParallel(model)
     broadcast = [buffer for buffer in parallel.modules_buffers]
     frozen = {id(b) for name, b in model.named_buffers() if "fura_" in name}
@@ -106,18 +104,14 @@ def zero3(folder, rank):
 
     # loaded over a partitioned base: the fingerprint of each layer is compared, and nothing decomposed
     whole.clear()
-    again = PeftModel.from_pretrained(
-        LlamaForCausalLM.from_pretrained(folder / "base"), folder / "zero3_adapter"
-    )
+    again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), folder / "zero3_adapter")
     assert not whole
     layer = next(m for m in again.modules() if isinstance(m, FuraLinear))
     assert layer.base_layer.weight.numel() == 0
     if rank == 0:
         save_file(fura_state(again.state_dict()), folder / "zero3_loaded.safetensors")
     try:
-        PeftModel.from_pretrained(
-            LlamaForCausalLM.from_pretrained(folder / "other"), folder / "zero3_adapter"
-        )
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "other"), folder / "zero3_adapter")
     except ValueError as error:
         assert str(error).startswith("model.layers.1.mlp.up_proj: "), error
     else:

@@ -37,9 +37,7 @@ def test_vision_tower_is_not_adapted_unasked(targets):
 
 def test_vision_tower_left_out_or_asked_for():
     def adapted(**config):
-        return {
-            layer.module_name for layer in fura_layers(get_peft_model(tiny_llava(), FuraConfig(**config)))
-        }
+        return {layer.module_name for layer in fura_layers(get_peft_model(tiny_llava(), FuraConfig(**config)))}
 
     way_out = adapted(target_modules=["q_proj", "v_proj"], exclude_modules=r".*vision_tower.*")
     assert len(way_out) == 4 and all("language_model" in name for name in way_out)
@@ -142,9 +140,7 @@ def test_merging_twice_and_unmerging_nothing():
         model.unmerge_adapter()
     model.merge_adapter()
     once = [layer.base_layer.weight.clone() for layer in fura_layers(model)]
-    with pytest.warns(
-        UserWarning, match=r"^model\.layers\.0\.self_attn\.q_proj: default is merged already"
-    ) as seen:
+    with pytest.warns(UserWarning, match=r"^model\.layers\.0\.self_attn\.q_proj: default is merged already") as seen:
         model.merge_adapter()
     assert len(seen) == 1
     twice = [layer.base_layer.weight for layer in fura_layers(model)]

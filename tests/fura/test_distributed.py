@@ -39,9 +39,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """The same training in one process: FuRA's state at the start and after the steps."""
-    model = get_peft_model(
-        LlamaForCausalLM.from_pretrained(folder / "base"), FuraConfig(target_modules="all-linear")
-    )
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), FuraConfig(target_modules="all-linear"))
 
     def state():
         return {key: value.clone() for key, value in model.state_dict().items() if ".fura_" in key}
@@ -60,9 +58,7 @@ def agree(found, expected, atol):
     moved = max(value.abs().max() for key, value in expected.items() if "fura_dR" in key)
     assert moved > 0.5 * LR
     for key, value in expected.items():
-        torch.testing.assert_close(
-            found[key], value.float(), rtol=0, atol=atol, msg=lambda m, k=key: f"{k}: {m}"
-        )
+        torch.testing.assert_close(found[key], value.float(), rtol=0, atol=atol, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_zero3_starts_from_the_basis_of_one_process(folder, alone):
@@ -79,9 +75,7 @@ def test_ddp_trains_as_one_process(folder, alone):
 def test_zero3_trains_saves_and_loads_as_one_process(folder, alone):
     found = load_file(folder / "zero3_loaded.safetensors")
     agree(found, alone[1], 2e-4)
-    model = PeftModel.from_pretrained(
-        LlamaForCausalLM.from_pretrained(folder / "base"), folder / "zero3_adapter"
-    )
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), folder / "zero3_adapter")
     assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items() if key in found)
 
 

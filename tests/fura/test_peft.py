@@ -182,14 +182,10 @@ def test_unmerge_is_exact(case, dtype):
     for _ in range(2):
         model.merge_adapter(safe_merge=True)
         assert all(layer.merged_adapters == ["default"] for layer in fura_layers(model).values())
-        assert any(
-            not torch.equal(layer.base_layer.weight, weights[n]) for n, layer in fura_layers(model).items()
-        )
+        assert any(not torch.equal(layer.base_layer.weight, weights[n]) for n, layer in fura_layers(model).items())
         close(logits(model).float(), expected.float(), 1e-5 if dtype == torch.float32 else 0.05)
         model.unmerge_adapter()
-        assert all(
-            torch.equal(layer.base_layer.weight, weights[n]) for n, layer in fura_layers(model).items()
-        )
+        assert all(torch.equal(layer.base_layer.weight, weights[n]) for n, layer in fura_layers(model).items())
     assert torch.equal(logits(model), expected)
 
 
@@ -212,9 +208,7 @@ def test_bfloat16_merge_is_the_rounded_exact_product():
     model = perturb(get_peft_model(tiny_llama(torch.bfloat16), FuraConfig(target_modules=["q_proj"])))
     layer = next(iter(fura_layers(model).values()))
     W = layer.base_layer.weight.double()
-    V, s0, dR, ds = (
-        getattr(layer, "fura_" + n)["default"].double().detach() for n in ("V", "s0", "dR", "ds")
-    )
+    V, s0, dR, ds = (getattr(layer, "fura_" + n)["default"].double().detach() for n in ("V", "s0", "dR", "ds"))
     exact = torch.cat(
         [
             block @ (torch.eye(8) + V[j] @ torch.diag(1 + ds[j] / s0[j]) @ (V[j].T + dR[j]) - V[j] @ V[j].T)
@@ -332,12 +326,8 @@ def test_target_modules_forms():
     linears = {n for n, m in tiny_llama().named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     assert names(target_modules="all-linear") == names() == linears
     assert names(target_modules=["q_proj"]) == {n for n in linears if n.endswith("q_proj")}
-    assert names(target_modules=r".*\.1\..*(k|v)_proj") == {
-        f"model.layers.1.self_attn.{x}_proj" for x in "kv"
-    }
-    assert names(target_modules="all-linear", exclude_modules=r".*mlp.*") == {
-        n for n in linears if "mlp" not in n
-    }
+    assert names(target_modules=r".*\.1\..*(k|v)_proj") == {f"model.layers.1.self_attn.{x}_proj" for x in "kv"}
+    assert names(target_modules="all-linear", exclude_modules=r".*mlp.*") == {n for n in linears if "mlp" not in n}
     assert names(target_modules=["q_proj"], layers_to_transform=[1]) == {"model.layers.1.self_attn.q_proj"}
     assert names(target_modules=["q_proj"], layers_to_transform=0, layers_pattern="layers") == {
         "model.layers.0.self_attn.q_proj"
@@ -349,13 +339,9 @@ def test_target_modules_forms():
 def test_block_sizes_per_module():
     model = get_peft_model(
         tiny_llama(),
-        FuraConfig(
-            target_modules="all-linear", num_blocks=4, block_size_pattern={"down_proj": 96, r"0\..*q_proj": 6}
-        ),
+        FuraConfig(target_modules="all-linear", num_blocks=4, block_size_pattern={"down_proj": 96, r"0\..*q_proj": 6}),
     )
-    blocks = {
-        n.removeprefix("base_model.model.model.layers."): m.fura_blocks for n, m in fura_layers(model).items()
-    }
+    blocks = {n.removeprefix("base_model.model.model.layers."): m.fura_blocks for n, m in fura_layers(model).items()}
     assert blocks["0.self_attn.q_proj"] == {"default": (8, 6)}
     assert blocks["1.self_attn.q_proj"] == {"default": (4, 12)}
     assert blocks["1.mlp.down_proj"] == {"default": (1, 96)}
@@ -495,9 +481,7 @@ def test_meta_device(tmp_path):
     layers = fura_layers(empty.to_empty(device="cpu")).values()
     assert all(layer._without_basis for layer in layers)
     empty.load_state_dict(state)
-    empty.base_model.model.model.rotary_emb = (
-        tiny_llama().model.rotary_emb
-    )  # its buffers are in no state dict
+    empty.base_model.model.model.rotary_emb = tiny_llama().model.rotary_emb  # its buffers are in no state dict
     assert torch.equal(logits(empty), expected)
 
 
@@ -505,7 +489,5 @@ def test_status_and_repr():
     model = adapted(CASES["llama"])
     status = model.get_model_status()
     assert status.peft_types == {"default": "FURA"} and status.available_adapters == ["default"]
-    assert (
-        status.num_adapter_layers == 14 and status.trainable_params == model.get_nb_trainable_parameters()[0]
-    )
+    assert status.num_adapter_layers == 14 and status.trainable_params == model.get_nb_trainable_parameters()[0]
     assert "fura.FuraLinear" in repr(model)

@@ -108,9 +108,7 @@ def test_export(case, side, low_cpu_mem_usage, tmp_path):
     assert all(key.endswith(".fura_D") for key in delta)
     ratio = sum(t.numel() for t in delta.values()) / sum(t.numel() for t in full.values())
     assert 0.4 < ratio < 0.55
-    small, large = (
-        (tmp_path / kind / "adapter_model.safetensors").stat().st_size for kind in ("delta", "full")
-    )
+    small, large = ((tmp_path / kind / "adapter_model.safetensors").stat().st_size for kind in ("delta", "full"))
     assert small < 0.6 * large
 
     loaded = PeftModel.from_pretrained(build(), tmp_path / "delta", low_cpu_mem_usage=low_cpu_mem_usage)
@@ -150,9 +148,7 @@ def test_spectrum_report(tmp_path):
         base.model.layers[0].self_attn.q_proj.weight[:, 8:16] = 0.0
         base.model.layers[0].self_attn.q_proj.weight[:, 16] *= 1e-9
     model = get_peft_model(base, FuraConfig(target_modules=CASES["llama"][1], train_side="input"))
-    model.add_adapter(
-        "rows", FuraConfig(target_modules=["down_proj"], train_side="output", singular_floor=0.7)
-    )
+    model.add_adapter("rows", FuraConfig(target_modules=["down_proj"], train_side="output", singular_floor=0.7))
     report = spectrum_report(model)
     assert [entry.module for entry in report] == [layer.module_name for layer in fura_layers(model)]
     for entry in report:
@@ -165,9 +161,7 @@ def test_spectrum_report(tmp_path):
     assert torch.equal(first.condition[0], first.values[0, 0] / first.values[0, -1])
     rows = spectrum_report(model, "rows")
     assert len(rows) == 2 and rows[0].side == "output"
-    s = torch.stack(
-        [torch.linalg.svdvals(b) for b in base.model.layers[0].mlp.down_proj.weight.double().split(8)]
-    )
+    s = torch.stack([torch.linalg.svdvals(b) for b in base.model.layers[0].mlp.down_proj.weight.double().split(8)])
     torch.testing.assert_close(rows[0].values, s, rtol=1e-6, atol=1e-7)
     assert rows[0].guarded == int((s < 0.7 * s[:, :1]).sum()) > 0
 

@@ -89,9 +89,7 @@ def test_basis_is_that_of_the_dequantised_weight(parent, kind):
         N, b = layer.fura_blocks["default"]
         s = torch.stack([torch.linalg.svdvals(block) for block in dense(layer).split(b, dim=1)])
         tolerance = 2e-3 if kind == "nf4" else 0.03  # an int8 product also rounds its input
-        torch.testing.assert_close(
-            layer.fura_s0["default"], s[:, : min(b, 64)], rtol=tolerance, atol=tolerance
-        )
+        torch.testing.assert_close(layer.fura_s0["default"], s[:, : min(b, 64)], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -121,9 +119,7 @@ def test_merge_requantises_and_unmerge_is_exact(parent, kind):
     model = perturb(get_peft_model(load(parent, kind), FuraConfig(target_modules=LAYERS)), scale=0.3)
     layers = fura_layers(model)
     base, expected = logits(unpacked(load(parent, kind))), logits(model)
-    originals = [
-        (layer.base_layer, layer.base_layer.weight, layer.base_layer.weight.data.clone()) for layer in layers
-    ]
+    originals = [(layer.base_layer, layer.base_layer.weight, layer.base_layer.weight.data.clone()) for layer in layers]
     for _ in range(2):
         wanted = [dense(layer) + layer.get_delta_weight("default").float() for layer in layers]
         model.merge_adapter(safe_merge=True)
@@ -154,9 +150,7 @@ def test_evaluating_does_not_end_the_training(parent):
 
 
 def test_merging_after_inference_with_repacked_weights(parent, tmp_path):
-    perturb(
-        get_peft_model(load(parent, "nf4"), FuraConfig(target_modules=LAYERS)), scale=0.3
-    ).save_pretrained(tmp_path)
+    perturb(get_peft_model(load(parent, "nf4"), FuraConfig(target_modules=LAYERS)), scale=0.3).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(load(parent, "nf4"), tmp_path)
     expected = logits(model)
     layer = fura_layers(model)[0]
@@ -184,17 +178,13 @@ def test_adapter_of_a_quantised_base_loads_over_its_parent(parent, tmp_path, cap
     plain = logits(load(parent))
     assert (logits(over) - expected).abs().mean() < 0.5 * (plain - expected).abs().mean()
     merged = logits(over.merge_and_unload())
-    torch.testing.assert_close(
-        merged, logits(PeftModel.from_pretrained(load(parent), tmp_path)), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(merged, logits(PeftModel.from_pretrained(load(parent), tmp_path)), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="q_proj.*shape 64x64.*48x48"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
 def test_another_quantised_base_is_refused(parent, tmp_path):
-    perturb(get_peft_model(load(parent, "nf4"), FuraConfig(target_modules=LAYERS))).save_pretrained(
-        tmp_path / "a"
-    )
+    perturb(get_peft_model(load(parent, "nf4"), FuraConfig(target_modules=LAYERS))).save_pretrained(tmp_path / "a")
     other = load(parent)
     other.model.layers[1].mlp.up_proj.weight.data.neg_()
     other.save_pretrained(tmp_path / "other")

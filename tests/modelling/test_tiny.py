@@ -47,9 +47,7 @@ def test_tokenizer_is_the_one_the_script_trains(processor):
     assert again.get_vocab() == processor.tokenizer.get_vocab()
     assert again(text).input_ids == processor.tokenizer(text).input_ids
     assert processor.tokenizer(text).input_ids[0] == processor.tokenizer.bos_token_id
-    assert processor.tokenizer.decode(processor.tokenizer(text).input_ids, skip_special_tokens=True).endswith(
-        "QWZ 42"
-    )
+    assert processor.tokenizer.decode(processor.tokenizer(text).input_ids, skip_special_tokens=True).endswith("QWZ 42")
 
 
 def test_held_out_loss_is_the_cards(model, processor):
@@ -75,8 +73,6 @@ def test_it_sees(model, processor):
 
     def loss(pixels):
         with torch.no_grad():
-            return model(
-                input_ids=batch["input_ids"], labels=batch["labels"], pixel_values=pixels
-            ).loss.item()
+            return model(input_ids=batch["input_ids"], labels=batch["labels"], pixel_values=pixels).loss.item()
 
     assert loss(pixels.roll(1, 0)) > 1.5 * loss(pixels)

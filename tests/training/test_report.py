@@ -31,9 +31,7 @@ def test_blind_guess_is_the_commonest_answer():
 
 
 def test_table():
-    table = report.score_table(
-        {"gqa": 0.0, "mean": 0.0}, {"gqa": 0.5, "mean": 0.5}, {"gqa": 0.25, "mean": 0.25}
-    )
+    table = report.score_table({"gqa": 0.0, "mean": 0.0}, {"gqa": 0.5, "mean": 0.5}, {"gqa": 0.25, "mean": 0.25})
     assert "| gqa | 25.0 | 0.0 | 50.0 | +50.0 |" in table.splitlines()
 
 
