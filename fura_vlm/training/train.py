@@ -272,7 +272,8 @@ class FuraTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink()  # a pickle; config.yaml says it all
+        # A pickle, and config.yaml says it all. Other processes than the main one have written none.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _get_output_dir(self, trial):
         run = super()._get_output_dir(trial)
