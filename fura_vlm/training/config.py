@@ -33,6 +33,7 @@ class TrainConfig:
         learning_rate: of the language model's adapter.
         mm_projector_lr: of the projector's adapter; by default ``learning_rate``.
         model_max_length: tokens a record may have, image tokens included; longer ones are cut.
+        warmup_steps: steps over which the rate rises; below 1, the share of all steps.
         group_by_modality_length: batches of one modality and of similar length, as LLaVA trains.
         compile_layers: ``torch.compile`` on each decoder layer.
         bf16: train in bfloat16; ``None`` means where a GPU supports it.
@@ -61,7 +62,7 @@ class TrainConfig:
     learning_rate: float = 2e-4
     mm_projector_lr: float | None = None
     lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.03
+    warmup_steps: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     model_max_length: int = 2048

@@ -204,6 +204,8 @@ def _training_arguments(config: TrainConfig, run: Path) -> TrainingArguments:
     same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k in same_name}
     shared |= {"output_dir": str(run), "bf16": bf16, "tf32": config.tf32 if cuda else None}
+    if not config.gradient_checkpointing:
+        del shared["gradient_checkpointing"]  # newer versions of transformers warn of its coming new name
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
     return TrainingArguments(
         **shared,

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -74,6 +77,29 @@ def test_adapter_is_pefts_own(uninterrupted):
     assert len(adapted) == 7 * base.config.text_config.num_hidden_layers + 2
     assert not any("vision_tower" in name for name in adapted)
     assert model.peft_config["default"].peft_type == "FURA"
+
+
+def test_closing_words_are_commands_that_work(uninterrupted, tmp_path):
+    commands = [line.split() for line in uninterrupted.output.splitlines() if line.startswith("  .venv/bin/fura-vlm")]
+    assert [command[1] for command in commands] == ["eval", "chat", "merge"]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "fura_vlm.cli", *command[1:]],
+            input="What is this?\n\n",
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    assert LlavaForConditionalGeneration.from_pretrained(command[-1]).config.image_token_index
+    shutil.rmtree(command[-1])
+
+
+def test_learning_rate_rises_and_falls(uninterrupted):
+    rates = [row["learning_rate"] for row in uninterrupted.metrics() if "loss" in row]
+    peak = rates.index(max(rates))
+    assert rates[0] < 3e-3 and max(rates) == pytest.approx(3e-3) and 0 < peak < 3
+    assert rates[peak:] == sorted(rates[peak:], reverse=True) and rates[-1] < 1e-3
 
 
 def test_finished_run_is_left_alone(uninterrupted, shared_launch):
