@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from safetensors import SafetensorError
+from transformers import AutoProcessor, BitsAndBytesConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 import fura_vlm.fura  # noqa: F401  registers FuRA with PEFT
 from fura_vlm.errors import FuraVLMError
@@ -30,8 +31,13 @@ def load_processor(path: str) -> LlavaProcessor:
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
 
 
-def load_base(path: str, dtype: torch.dtype, attn_implementation: str = "sdpa") -> LlavaForConditionalGeneration:
-    """The base model on the CPU (or wherever ZeRO-3 puts its parts), all parameters frozen.
+def load_base(
+    path: str,
+    dtype: torch.dtype,
+    attn_implementation: str = "sdpa",
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> LlavaForConditionalGeneration:
+    """The base model, all parameters frozen: on the CPU, or wherever ZeRO-3 puts its parts or the quantiser wants it.
 
     Raises:
         ModelError: if ``path`` holds no LLaVA or its files are damaged.
@@ -39,9 +45,11 @@ def load_base(path: str, dtype: torch.dtype, attn_implementation: str = "sdpa") 
     _check_folder(path)
     try:
         model = LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation
+            path, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization_config
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except ImportError as error:  # bitsandbytes
+        raise ModelError(f"A base in 4 bits needs the extra package: pip install -e .[quant] ({error})") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"No usable LLaVA at {path}: {_first_line(error)}") from error
     return model.requires_grad_(False)
 
@@ -56,7 +64,7 @@ def load_adapter(model: LlavaForConditionalGeneration, path: str) -> PeftModel:
         raise ModelError(f"No adapter at {path}: adapter_config.json is missing")
     try:
         return PeftModel.from_pretrained(model, path).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The adapter at {path} cannot be used: {_first_line(error)}") from error
 
 
@@ -77,6 +85,8 @@ def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, Llav
         base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
         model = load_adapter(load_base(base, dtype), str(adapter))
         processor = load_processor(str(folder / "processor") if (folder / "processor").is_dir() else base)
+    elif (folder / "model").is_dir():
+        model, processor = load_base(str(folder / "model"), dtype), load_processor(str(folder / "processor"))
     elif (folder / "config.yaml").is_file():
         raise ModelError(
             f"{path} is a run without an adapter: it was interrupted; start its command again to finish it"

@@ -24,10 +24,14 @@ class TrainConfig:
         eval_data_path: held-out questions in the same format; the first of each record is answered before and after
             training.
         eval_image_folder: where the questions' image paths start; by default the folder of ``eval_data_path``.
-        output_dir: the run folder. An interrupted run in it is resumed; after a finished one the name gets a number.
+        output_dir: the run folder; ``{method}`` in it stands for the method's name. An interrupted run in it is
+            resumed; after a finished one the name gets a number.
         strict: refuse to train while any record cannot be used, instead of listing and leaving it out.
         verify_images: how images are checked before training: decode each, read headers only, or not at all.
-        target_modules: what FuRA adapts, as PEFT's ``target_modules`` (a regex over full names, or a list).
+        method: what is trained, and how: see ``fura_vlm/training/methods.py``.
+        mm_projector: the projector is adapted like the language model, or trained in full, or frozen.
+        lora_r, lora_alpha, lora_dropout: of LoRA, QLoRA and DoRA; the defaults are those of LLaVA's LoRA script.
+        target_modules: what is adapted, as PEFT's ``target_modules`` (a regex over full names, or a list).
         block_size: width of FuRA's blocks; by default the factor pair of each layer's input width nearest a square.
         train_singular_values: train the singular values with the cores (the paper's main form).
         learning_rate: of the language model's adapter.
@@ -47,13 +51,18 @@ class TrainConfig:
     image_folder: str | None = None
     eval_data_path: str | None = None
     eval_image_folder: str | None = None
-    output_dir: str = "runs/fura"
+    output_dir: str = "runs/{method}"
     strict: bool = False
     verify_images: Literal["auto", "decode", "header", "none"] = "auto"
 
+    method: Literal["fura", "qfura", "lora", "qlora", "dora", "full"] = "fura"
+    mm_projector: Literal["adapter", "full", "frozen"] = "adapter"
     target_modules: str | list[str] = TARGET_MODULES
     block_size: int | None = None
     train_singular_values: bool = True
+    lora_r: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.05
 
     num_train_epochs: float = 1.0
     max_steps: int = -1

@@ -1,6 +1,6 @@
 """A training run, from a configuration to a run folder.
 
-<output_dir>/adapter/            the PEFT adapter
+<output_dir>/adapter/            the PEFT adapter; model/, a whole LLaVA, where every weight was trained
 <output_dir>/processor/          the processor it was trained with
 <output_dir>/config.yaml         every setting, defaults included
 <output_dir>/versions.json       the libraries
@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import signal
+from contextlib import nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import get_peft_model
+from peft import PeftModel
 from rich.console import Console
 from rich.markdown import Markdown
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -51,10 +52,10 @@ from fura_vlm.evaluation.heldout import (
     read_answers,
     write_answers,
 )
-from fura_vlm.fura import FuraConfig
 from fura_vlm.modelling.load import load_base, load_processor, use_all_parts
 from fura_vlm.training import report
 from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.methods import prepare, quantization
 
 FINISHED = "report.md"  # written last
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
@@ -85,13 +86,20 @@ def train(config: TrainConfig) -> Path:
     dataset, questions, said = _agree(lambda: _load_data(config, processor, run))
     if said:
         console.print(said, style="yellow", soft_wrap=True)
-    model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation)
+    quantized = quantization(config.method, _dtype(arguments))
+    if quantized and is_deepspeed_zero3_enabled():
+        raise TrainingError(
+            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
+            "scripts/zero2.json, or the method without q"
+        )
+    model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation, quantized)
     model.config.use_cache = False
-    model = get_peft_model(model, _fura_config(config))
+    model = prepare(model, config)
     if state.num_processes > 1:
         use_all_parts(model)
     if config.compile_layers:
-        for layer in model.get_base_model().model.language_model.layers:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        for layer in base.model.language_model.layers:
             layer.compile()
 
     checkpoint = _agree(lambda: get_last_checkpoint(str(run)))
@@ -117,7 +125,7 @@ def train(config: TrainConfig) -> Path:
         state.wait_for_everyone()
         raise SystemExit(128 + signal.SIGTERM)
 
-    _save_adapter(trainer, run / "adapter")
+    _save(trainer, run / ("model" if config.method == "full" else "adapter"))
     if state.is_main_process:
         _finish(config, run, held_out, console)
     state.wait_for_everyone()
@@ -161,7 +169,7 @@ def _agree(decide):
 
 def _choose_run(config: TrainConfig) -> Path:
     """The folder to run in: a new one, or that of the same run interrupted. Numbered after a finished run."""
-    first = Path(config.output_dir)
+    first = Path(config.output_dir.format(method=config.method))
     number = 1
     run = first
     while (run / FINISHED).exists():
@@ -222,16 +230,6 @@ def _training_arguments(config: TrainConfig, run: Path) -> TrainingArguments:
 
 def _dtype(arguments: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if arguments.bf16 else torch.float32
-
-
-def _fura_config(config: TrainConfig) -> FuraConfig:
-    return FuraConfig(
-        target_modules=config.target_modules,
-        block_size=config.block_size,
-        train_singular_values=config.train_singular_values,
-        base_model_name_or_path=config.model_name_or_path,
-        task_type="CAUSAL_LM",
-    )
 
 
 class FuraTrainer(Trainer):
@@ -366,7 +364,7 @@ class HeldOut(TrainerCallback):
         if saved.is_file():  # an interrupted run has answered them already
             self.before = read_answers(saved)
             return
-        with model.disable_adapter():
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             self.before = self._answer(args, model)
         if state.is_world_process_zero:
             write_answers(saved, self.before)
@@ -406,9 +404,12 @@ def _describe(config, run, processor, model, dataset, checkpoint, console) -> No
     processor.save_pretrained(run / "processor")
     versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
     report.write_text(run / "versions.json", json.dumps(versions, indent=1))
-    trained, total = model.get_nb_trainable_parameters()
+    if isinstance(model, PeftModel):
+        trained, total = model.get_nb_trainable_parameters()
+    else:
+        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
     console.print(
-        f"FuRA trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of "
+        f"{config.method} trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of "
         f"{config.model_name_or_path} on {len(dataset):,} records; the run folder is {run}",
         soft_wrap=True,
     )
@@ -416,9 +417,10 @@ def _describe(config, run, processor, model, dataset, checkpoint, console) -> No
         console.print(f"Going on where the interrupted run stopped: {checkpoint}", soft_wrap=True)
 
 
-def _save_adapter(trainer: FuraTrainer, folder: Path) -> None:
-    """The adapter as PEFT saves it, gathered from all processes under ZeRO-3; written beside and renamed."""
-    building = folder.with_name("adapter.tmp")
+def _save(trainer: FuraTrainer, folder: Path) -> None:
+    """The adapter as PEFT saves it or the whole model, gathered from all processes under ZeRO-3; written beside and
+    renamed."""
+    building = folder.with_name(folder.name + ".tmp")
     trainer.save_model(str(building))
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
@@ -441,7 +443,8 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
         lines += ["![samples](samples.png)", ""]
         console.print(Markdown("Held-out questions, exact match in percent\n\n" + table))
     report.write_text(run / FINISHED, "\n".join(lines))
-    console.print(f"adapter     {run / 'adapter'}")
+    full = config.method == "full"
+    console.print(f"{'model  ' if full else 'adapter'}     {run / ('model' if full else 'adapter')}")
     console.print(f"loss curve  {run / 'loss.png'}")
     console.print(
         f"report      {run / FINISHED}, with sample answers in {run / 'samples.png'}" if held_out.questions else ""
@@ -451,4 +454,5 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
     questions = f" --data_path {config.eval_data_path}" if config.eval_data_path else " --data_path QUESTIONS.json"
     console.print(f"  .venv/bin/fura-vlm eval {run}{questions}", soft_wrap=True)
     console.print(f"  .venv/bin/fura-vlm chat {run} {image}", soft_wrap=True)
-    console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)
+    if not full:
+        console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)

@@ -68,9 +68,7 @@ def test_adapter_for_another_base_is_refused(tmp_path):
         save_file({name: 1.1 * weight for name, weight in load_file(shard).items()}, shard, {"format": "pt"})
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
-    with pytest.raises(
-        ModelError, match=r"cannot be used: .*layers\.0.*q_proj: .* load it over the base"
-    ):
+    with pytest.raises(ModelError, match=r"cannot be used: .*linear_1: .* load it over the base"):
         load_any(str(tmp_path / "a"))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fura_vlm.evaluation.heldout import exact_match, read_answers
 from fura_vlm.fura.layer import FuraLayer
+from fura_vlm.modelling.load import load_any
 
 REAL = Path(__file__).parents[3] / "shared" / "real" / "real_mixture.json"
 
@@ -166,6 +168,26 @@ def test_changed_settings_do_not_resume(launch):
     job = launch("changed", save_steps=1, learning_rate=1e-4)
     assert job.status != 0
     assert "another learning_rate" in job.output and "output_dir" in job.output
+
+
+@pytest.mark.parametrize("method", ["qfura", "lora", "qlora", "dora", "full"])
+def test_every_method_trains_and_is_loaded_again(method, launch):
+    projector = {"lora": "full", "dora": "frozen"}.get(method, "adapter")
+    job = launch(method, method=method, mm_projector=projector, learning_rate=5e-4)
+    assert job.status == 0, job.output
+    losses = job.losses()
+    assert losses[6] < losses[1]
+    model, processor = load_any(str(job.run))
+    trained = load_file(next((job.run / "model" if method == "full" else job.run / "adapter").glob("*.safetensors")))
+    assert any("multi_modal_projector" in name for name in trained) == (projector != "frozen")
+    assert not any("vision_tower" in name for name in trained) or method == "full"
+    base, _ = load_any("data/tiny-llava")
+    same = {name: p for name, p in base.named_parameters() if "vision_tower" in name}
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("base_model.model.")
+        if name in same:  # whatever the method, the tower is as it was
+            assert torch.equal(parameter, same.pop(name))
+    assert not same
 
 
 def test_options_together(launch):
