@@ -1,4 +1,4 @@
-"""The configuration of a merge. Light: the command line reads it before torch is imported."""
+"""The configurations of merging and inspecting. Light: the command line reads them before torch is imported."""
 
 from __future__ import annotations
 
@@ -16,3 +16,16 @@ class MergeConfig:
 
     model: str
     output_dir: str
+
+
+@dataclass
+class InspectConfig:
+    """Show the spectra that a FuRA adapter starts from: condition numbers, guarded directions.
+
+    Args:
+        model: a run folder or an adapter.
+        output_path: where to draw them (png, svg or pdf); by default ``spectrum.png`` beside the adapter.
+    """
+
+    model: str
+    output_path: str | None = None

@@ -9,9 +9,9 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoProcessor, BitsAndBytesConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-import fura_vlm.fura  # noqa: F401  registers FuRA with PEFT
 from fura_vlm.errors import FuraVLMError
-from fura_vlm.modelling.config import MergeConfig
+from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
+from fura_vlm.modelling.config import InspectConfig, MergeConfig
 
 
 class ModelError(FuraVLMError):
@@ -112,6 +112,24 @@ def merge(config: MergeConfig) -> None:
     model.merge_and_unload(safe_merge=True).save_pretrained(building)
     processor.save_pretrained(building)
     building.rename(target)
+
+
+def inspect(config: InspectConfig) -> None:
+    """Prints the spectra behind a FuRA adapter as a Markdown table and draws them.
+
+    Raises:
+        ModelError: if ``model`` has no FuRA adapter.
+    """
+    model, _ = load_any(config.model)
+    if not isinstance(model, PeftModel) or model.peft_config["default"].peft_type != "FURA":
+        raise ModelError(f"{config.model} has no FuRA adapter: there is nothing to inspect")
+    spectra = spectrum_report(model)
+    print(spectrum_table(spectra))
+    picture = Path(config.output_path or Path(config.model) / "spectrum.png")
+    building = picture.with_name("." + picture.name)
+    plot_spectrum(spectra, building)
+    building.replace(picture)
+    print(f"\ndrawn in {picture}")
 
 
 def use_all_parts(model: torch.nn.Module) -> None:

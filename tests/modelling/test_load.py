@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fura_vlm.fura import FuraConfig
-from fura_vlm.modelling.config import MergeConfig
-from fura_vlm.modelling.load import ModelError, load_any, load_base, merge
+from fura_vlm.modelling.config import InspectConfig, MergeConfig
+from fura_vlm.modelling.load import ModelError, inspect, load_any, load_base, merge
 
 BASE = "data/tiny-llava"
 TARGETS = r".*language_model.*layers\.[01]\..*(q_proj|down_proj)|.*multi_modal_projector\.linear_1"
@@ -82,3 +82,22 @@ def test_interrupted_run_and_half_a_model_say_so(tmp_path):
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(ModelError, match=f"No usable LLaVA at {half}"):
         load_any(str(half))
+
+
+def test_inspect_shows_the_spectra_of_the_weights(tmp_path, capsys):
+    base = load_base(BASE, torch.float32)
+    get_peft_model(base, FuraConfig(target_modules=TARGETS)).save_pretrained(tmp_path)
+    inspect(InspectConfig(model=str(tmp_path)))
+    weight = LlavaForConditionalGeneration.from_pretrained(BASE, dtype=torch.float64).state_dict()
+    weight = next(
+        w for name, w in weight.items() if name.endswith("layers.0.self_attn.q_proj.weight") and "lang" in name
+    )
+    values = torch.linalg.svdvals(torch.stack(weight.split(16, dim=1)))
+    row = next(line for line in capsys.readouterr().out.splitlines() if "layers.0.self_attn.q_proj" in line)
+    blocks, largest, smallest = [cell.strip() for cell in row.split("|")][2:5]
+    assert blocks == "16 x 16"
+    assert float(largest) == pytest.approx(values.max().item(), rel=5e-3)
+    assert float(smallest) == pytest.approx(values.min().item(), rel=5e-3)
+    assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ModelError, match="no FuRA adapter"):
+        inspect(InspectConfig(model=BASE))
