@@ -14,7 +14,7 @@ from fura_vlm.chat.config import ChatConfig
 from fura_vlm.data.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import EvalConfig
-from fura_vlm.modelling.config import InspectConfig, MergeConfig
+from fura_vlm.modelling.config import AssembleConfig, InspectConfig, MergeConfig
 from fura_vlm.training.config import TrainConfig
 
 
@@ -53,6 +53,7 @@ def build_parser() -> Parser:
     command(commands, "eval", EvalConfig, ("model",))
     command(commands, "chat", ChatConfig, ("model", "image"))
     command(commands, "merge", MergeConfig, ("model", "output_dir"))
+    command(commands, "assemble", AssembleConfig, ("output_dir", "mm_projector"))
     command(commands, "inspect", InspectConfig, ("model",))
     data = Parser(description="Prepare data sets.", usage="fura-vlm data NAME ...")
     commands.add_subcommand("data", data, help="Prepare data sets.")
@@ -89,6 +90,10 @@ def _run(command: str, options: dict) -> None:
         from fura_vlm.modelling.load import merge
 
         merge(MergeConfig(**options))
+    elif command == "assemble":
+        from fura_vlm.modelling.assemble import assemble
+
+        assemble(AssembleConfig(**options))
     elif command == "inspect":
         from fura_vlm.modelling.load import inspect
 

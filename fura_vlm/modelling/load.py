@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoProcessor, BitsAndBytesConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoProcessor,
+    BitsAndBytesConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+)
 
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
@@ -43,15 +49,38 @@ def load_base(
         ModelError: if ``path`` holds no LLaVA or its files are damaged.
     """
     _check_folder(path)
+    model = load_pretrained(
+        LlavaForConditionalGeneration,
+        path,
+        "LLaVA",
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+    )
+    return model.requires_grad_(False)
+
+
+def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) -> PreTrainedModel:
+    """``cls.from_pretrained``, which fills weights that are not in the files with random numbers; here that is an
+    error.
+
+    Args:
+        what: how messages call the model.
+        kwargs: for ``from_pretrained``.
+
+    Raises:
+        ModelError: if files are missing or damaged, or do not hold all of the weights.
+    """
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization_config
-        )
+        model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
     except ImportError as error:  # bitsandbytes
         raise ModelError(f"A base in 4 bits needs the extra package: pip install -e .[quant] ({error})") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"No usable LLaVA at {path}: {_first_line(error)}") from error
-    return model.requires_grad_(False)
+        raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"{path} is not a whole {what}: {len(missing)} weights are missing, first {missing[0]}")
+    return model
 
 
 def load_adapter(model: LlavaForConditionalGeneration, path: str) -> PeftModel:
