@@ -34,6 +34,8 @@ class TrainConfig:
         target_modules: what is adapted, as PEFT's ``target_modules`` (a regex over full names, or a list).
         block_size: width of FuRA's blocks; by default the factor pair of each layer's input width nearest a square.
         train_singular_values: train the singular values with the cores (the paper's main form).
+        train_batch_size: records a step over all processes, from which ``gradient_accumulation_steps`` follows; by
+            default that is what is given.
         learning_rate: of the language model's adapter.
         mm_projector_lr: of the projector's adapter; by default ``learning_rate``.
         model_max_length: tokens a record may have, image tokens included; longer ones are cut.
@@ -67,6 +69,7 @@ class TrainConfig:
     num_train_epochs: float = 1.0
     max_steps: int = -1
     per_device_train_batch_size: int = 16
+    train_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-4
     mm_projector_lr: float | None = None

@@ -77,8 +77,9 @@ def train(config: TrainConfig) -> Path:
     """
     state = _join()
     set_seed(config.seed)
+    accumulation = _agree(lambda: _check(config))
     run = _agree(lambda: _choose_run(config))
-    arguments = _training_arguments(config, run)  # before the model: ZeRO-3 partitions it while loading
+    arguments = _training_arguments(config, run, accumulation)  # before the model: ZeRO-3 partitions it while loading
     console = Console(quiet=not state.is_main_process)
 
     processor = load_processor(config.model_name_or_path)
@@ -87,11 +88,6 @@ def train(config: TrainConfig) -> Path:
     if said:
         console.print(said, style="yellow", soft_wrap=True)
     quantized = quantization(config.method, _dtype(arguments))
-    if quantized and is_deepspeed_zero3_enabled():
-        raise TrainingError(
-            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
-            "scripts/zero2.json, or the method without q"
-        )
     model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation, quantized)
     model.config.use_cache = False
     model = prepare(model, config)
@@ -204,14 +200,40 @@ def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationD
     return dataset, questions, said
 
 
-def _training_arguments(config: TrainConfig, run: Path) -> TrainingArguments:
+def _check(config: TrainConfig) -> int:
+    """Looks at what the settings say together. Returns the gradient accumulation steps."""
     if not Path(config.deepspeed).is_file():
         raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
+    stage = json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage")
+    if stage == 3 and config.method in ("qfura", "qlora"):
+        raise TrainingError(
+            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
+            "scripts/zero2.json, or the method without q"
+        )
+    if config.train_batch_size is None:
+        return config.gradient_accumulation_steps
+    processes = PartialState().num_processes
+    at_once = config.per_device_train_batch_size * processes
+    if config.train_batch_size % at_once:
+        raise TrainingError(
+            f"train_batch_size {config.train_batch_size} is no multiple of the {at_once} records that {processes} "
+            f"processes take at once: change per_device_train_batch_size ({config.per_device_train_batch_size}) or "
+            "the number of processes"
+        )
+    return config.train_batch_size // at_once
+
+
+def _training_arguments(config: TrainConfig, run: Path, accumulation: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
     same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k in same_name}
-    shared |= {"output_dir": str(run), "bf16": bf16, "tf32": config.tf32 if cuda else None}
+    shared |= {
+        "gradient_accumulation_steps": accumulation,
+        "output_dir": str(run),
+        "bf16": bf16,
+        "tf32": config.tf32 if cuda else None,
+    }
     if not config.gradient_checkpointing:
         del shared["gradient_checkpointing"]  # newer versions of transformers warn of its coming new name
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")

@@ -197,7 +197,7 @@ def test_options_together(launch):
         gradient_checkpointing=True,
         compile_layers=True,
         bf16=True,
-        gradient_accumulation_steps=2,
+        train_batch_size=4,
         per_device_train_batch_size=2,
         deepspeed="scripts/zero1.json",
     )
