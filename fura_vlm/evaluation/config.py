@@ -15,14 +15,16 @@ class EvalConfig:
         adapter: an adapter to put over ``model``; not needed for a run folder or an adapter's own folder.
         tasks: names of lmms-eval's tasks or of those in eval/; by default the four of the protocol.
         protocol: the four tasks as lmms-eval defines them, or as the LLaVA-1.5 paper scores them (eval/paper).
-        data: where the benchmarks come from: embedded (made here), hub (or its cache), or a folder with the folders GQA,
-            ScienceQA, textvqa and POPE as they are on the hub; auto is embedded for models of the embedded size and hub
-            for all others.
+        data: where the benchmarks come from: embedded (made here), hub (or its cache), or a folder with the folders
+            GQA, ScienceQA, textvqa and POPE as they are on the hub; auto is embedded for models of the embedded size
+            and hub for all others.
         base: evaluate the base model too, where there is an adapter, and set it beside the tuned one.
         output_dir: where results, report and answers go; by default eval or eval-embedded in the run folder, or
             runs/eval-NAME. An interrupted evaluation goes on from the answers in it.
         batch_size: questions answered at once; auto takes as many as fit. Either shrinks when memory runs out.
         limit: only so many documents of each task, the first; for a try.
+        max_new_tokens: length limit of an answer; by default that of the task, and 16 on the embedded benchmarks, where
+            an answer is a word or two and a longer one is wrong however it ends.
         offline: use nothing but local files and the hub's cache.
         dtype: bfloat16, float16 or float32; auto is bfloat16 on a GPU and float32 elsewhere.
         num_workers: processes that prepare pictures ahead of the model; by default up to 8 beside a GPU.
@@ -38,6 +40,7 @@ class EvalConfig:
     output_dir: str | None = None
     batch_size: int | Literal["auto"] = "auto"
     limit: int | None = None
+    max_new_tokens: int | None = None
     offline: bool = False
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     num_workers: int | None = None

@@ -260,15 +260,14 @@ class _Prepared(Dataset):
         positions = self.batches[number]
         try:
             return self._prepare(positions)
-        except Exception as error:
-            culprit = [positions[0]]
-            for position in positions if len(positions) > 1 else ():
-                try:
-                    self._prepare([position])
-                except Exception as found:
-                    culprit, error = [position], found
-                    break
-            return EvaluationError(f"{_name(self.requests, culprit)}: {_first_line(error)}")
+        except Exception:
+            pass
+        for position in positions:  # which one it was
+            try:
+                self._prepare([position])
+            except Exception as error:
+                return EvaluationError(f"{_name(self.requests, [position])}: {_first_line(error)}")
+        return EvaluationError(f"{_name(self.requests, positions)}: they cannot be put into one batch")
 
     def _prepare(self, positions: list[int]) -> dict[str, torch.Tensor]:
         texts, pictures, numbers = [], [], []

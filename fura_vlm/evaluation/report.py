@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 
 from jinja2 import Environment, PackageLoader
 
@@ -41,53 +42,55 @@ def markdown(results: dict) -> str:
     Args:
         results: what ``results.json`` holds.
     """
-    names = list(results["scores"])
-    published = results["published"]
-    head = ["task", "n", "metric"]
-    for name in names:
-        head += [f"{name}, %", "95 % interval"]
-    head += [f"7B {name} (published)" for name in published]
-    lines = [f"# {results['model']}", "", _row(head), _row(["---", "---:", "---"] + ["---:"] * (len(head) - 3))]
-    first = results["scores"][names[0]]
-    for task, score in first.items():
+    names, published = list(results["scores"]), results["published"]
+    head = [
+        "task",
+        "n",
+        *(f"{name}, % (95 % interval)" for name in names),
+        *(f"published: {name}" for name in published),
+    ]
+    lines = [f"# {results['model']}", "", _row(head), _row(["---", *["---:"] * (len(head) - 1)])]
+    tasks = results["scores"][names[0]]
+    for task, score in tasks.items():
         n = str(score["n"]) if score["n"] == score["total"] else f"{score['n']} of {score['total']}"
-        row = [task, n, score["metric"]]
-        for name in names:
-            each = results["scores"][name][task]
-            row += [f"{100 * each['score']:.1f}", f"{100 * each['low']:.1f} to {100 * each['high']:.1f}"]
-        figures = [each["scores"].get(_benchmark(task)) for each in published.values()]
-        lines.append(_row(row + [f"{figure:.1f}" if figure else "" for figure in figures]))
-    row = ["average", "", ""]
-    for name in names:
-        row += [f"{100 * results['average'][name]:.1f}", ""]
-    complete = sorted(filter(None, map(_benchmark, first))) == sorted(BENCHMARKS) and len(first) == len(BENCHMARKS)
-    means = [f"{sum(e['scores'].values()) / len(e['scores']):.1f}" if complete else "" for e in published.values()]
-    lines += [_row(row + means), "", *notes(results)]
+        each = (results["scores"][name][task] for name in names)
+        ours = [f"{100 * s['score']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})" for s in each]
+        theirs = (method["scores"].get(_benchmark(task)) for method in published.values())
+        lines.append(_row([task, n, *ours, *(f"{figure:.1f}" if figure else "" for figure in theirs)]))
+    means = [f"{100 * results['average'][name]:.1f}" for name in names]
+    if sorted(map(str, map(_benchmark, tasks))) == sorted(BENCHMARKS):
+        means += [f"{mean(method['scores'].values()):.1f}" for method in published.values()]
+    else:
+        means += [""] * len(published)
+    lines += [_row(["average", "", *means]), "", *(f"- {note}" for note in notes(results))]
     return "\n".join(lines) + "\n"
 
 
 def notes(results: dict) -> list[str]:
-    """What the figures stand on, a sentence a line."""
-    lines = [f"Tasks: {results['protocol']}. Data: {results['data']}."]
-    sources = {each["source"] for each in results["published"].values()}
-    lines.append(
-        f"Published figures: LLaVA-1.5-7B on the real benchmarks, in the paper's protocol ({'; '.join(sorted(sources))})."
-    )
+    """What the figures stand on, a sentence or two each."""
+    scores = next(iter(results["scores"].values()))
+    metrics = ", ".join(f"{task} {score['metric']}" for task, score in scores.items())
+    sources = sorted({method["source"] for method in results["published"].values()})
+    lines = [
+        f"Tasks: {results['protocol']}. Data: {results['data']}. Metrics: {metrics}.",
+        f"Published: LLaVA-1.5-7B on the real benchmarks in the paper's protocol ({'; '.join(sources)}).",
+    ]
     if results["protocol"] != "paper":
         lines.append(
-            "lmms-eval's tasks differ from that protocol in TextVQA (no OCR tokens), POPE (one F1 over all questions) and "
-            "in how sentences are read: --protocol paper follows it."
+            "lmms-eval's tasks differ from that protocol in TextVQA (no OCR tokens), in POPE (one F1 over all "
+            "questions) and in how sentences are read: --protocol paper follows it."
         )
     if results["limit"]:
         lines.append(f"Only the first {results['limit']} documents of each task.")
-    for task, score in next(iter(results["scores"].values())).items():
+    for task, score in scores.items():
         if score["unreadable"]:
             listed = ", ".join(str(each["document"]) for each in score["unreadable"][:10])
+            more = ", ..." if len(score["unreadable"]) > 10 else ""
             lines.append(
-                f"{task}: {len(score['unreadable'])} of {score['total']} documents are left out, their pictures do not "
-                f"decode (documents {listed}{', ...' if len(score['unreadable']) > 10 else ''}; reasons in results.json)."
+                f"{task}: {len(score['unreadable'])} of {score['total']} documents are left out, for their pictures do "
+                f"not decode (documents {listed}{more}; reasons in results.json)."
             )
-    return [f"- {line}" for line in lines]
+    return lines
 
 
 def page(results: dict, samples: dict[str, list], tasks: dict) -> str:
@@ -119,7 +122,7 @@ def page(results: dict, samples: dict[str, list], tasks: dict) -> str:
         })  # fmt: skip
     environment = Environment(loader=PackageLoader("fura_vlm", "evaluation"), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html.jinja").render(
-        results=results, bars=bars, groups=groups, notes=[line.removeprefix("- ") for line in notes(results)]
+        results=results, bars=bars, groups=groups, notes=notes(results)
     )
 
 

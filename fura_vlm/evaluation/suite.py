@@ -83,7 +83,8 @@ def evaluate(config: EvalConfig) -> Path | None:
         print(f"The embedded benchmarks are in {data}")
     _wait_for_main()
 
-    tasks = load_tasks(config.tasks or list(TASKS[config.protocol]), data, config.limit)
+    max_new_tokens = config.max_new_tokens or (16 if data == str(EMBEDDED) else None)
+    tasks = load_tasks(config.tasks or list(TASKS[config.protocol]), data, config.limit, max_new_tokens)
     folder.mkdir(parents=True, exist_ok=True)
     sources = {"tuned" if source.adapter else "model": source}
     if source.adapter and config.base:
@@ -100,6 +101,7 @@ def evaluate(config: EvalConfig) -> Path | None:
         "protocol": "own choice" if config.tasks else config.protocol,
         "data": data or "hub",
         "limit": config.limit,
+        "max_new_tokens": max_new_tokens,
         "square_padding": config.square_padding,
         "versions": {name: version(name) for name in ("fura-vlm", "lmms-eval", "transformers", "peft", "torch")},
         "scores": {name: {task: asdict(score) for task, score in each.items()} for name, each in scores.items()},

@@ -63,7 +63,9 @@ class LoadedTask:
         return self.task.eval_docs[number]
 
 
-def load_tasks(names: list[str], data: str | None = None, limit: int | None = None) -> dict[str, LoadedTask]:
+def load_tasks(
+    names: list[str], data: str | None = None, limit: int | None = None, max_new_tokens: int | None = None
+) -> dict[str, LoadedTask]:
     """Tasks by name, with their data.
 
     Args:
@@ -71,12 +73,16 @@ def load_tasks(names: list[str], data: str | None = None, limit: int | None = No
         data: a folder with folders ``GQA``, ``ScienceQA``, ``textvqa`` and ``POPE`` as they are on the hub; by default
             the hub, or its cache.
         limit: only so many documents of each, the first.
+        max_new_tokens: in place of the tasks' own length limits.
 
     Raises:
         TaskError: if a task does not exist, or its data cannot be had or have other columns or splits.
     """
     manager = TaskManager(include_path=str(EVAL_FOLDER))
-    return {name: _load(manager, name, data, limit) for name in names}
+    tasks = {name: _load(manager, name, data, limit) for name in names}
+    for loaded in tasks.values() if max_new_tokens else ():
+        loaded.task.set_config("generation_kwargs", {"max_new_tokens": max_new_tokens}, update=True)
+    return tasks
 
 
 def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) -> LoadedTask:
@@ -96,7 +102,7 @@ def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) 
     missing = COLUMNS[benchmark] - set(documents.column_names)
     if missing:
         raise TaskError(
-            f"The {benchmark} data at {path} have no column {', '.join(sorted(missing))}: they must have the columns of "
+            f"The {benchmark} data at {path} have no column {', '.join(sorted(missing))}: they must have those of "
             f"{config['dataset_path']} on the hub"
         )
     if limit is not None:
@@ -110,7 +116,10 @@ def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) 
         wanted = [rows[image] for image in documents["imageId"]]
         bad = _unreadable(images, sorted(set(wanted)))
         reasons = {number: bad[row] for number, row in enumerate(wanted) if row in bad}
-        config |= {"process_docs": None, "doc_to_visual": lambda doc: [images[rows[doc["imageId"]]]["image"].convert("RGB")]}
+        config |= {
+            "process_docs": None,
+            "doc_to_visual": lambda doc: [images[rows[doc["imageId"]]]["image"].convert("RGB")],
+        }
     else:
         reasons = _unreadable(documents, range(len(documents)))
     total = len(documents)
