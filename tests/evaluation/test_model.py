@@ -143,7 +143,7 @@ def test_error_names_the_document(workers, make):
 
 
 def test_videos_are_refused(make):
-    with pytest.raises(EvaluationError, match="shapes, document 0: it has a video"):
+    with pytest.raises(EvaluationError, match="shapes, document 1: it has a video"):
         make().generate_until(requests(visuals=lambda document: ["clip.mp4"]))
 
 
