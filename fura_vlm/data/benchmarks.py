@@ -143,6 +143,7 @@ def _pope(folder: Path, asked: list) -> None:
     ]  # fmt: skip
     categories = ("adversarial", "popular", "random")
     full = {name: ([row for row in rows if row["category"] == name], POPE) for name in categories}
+    full = {name: split for name, split in full.items() if split[0]}  # of a few questions, all may be of one kind
     _write(folder, {"default": {"test": (rows, POPE)}, "Full": full})
 
 
@@ -160,7 +161,8 @@ def _write(folder: Path, configs: dict[str, dict[str, tuple[list[dict], Features
         for split, (rows, features) in splits.items():
             path = Path(config) / f"{split}-00000-of-00001.parquet"
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            Dataset.from_list(rows, features=features).to_parquet(folder / path)
+            columns = {name: [row[name] for row in rows] for name in features}
+            Dataset.from_dict(columns, features=features).to_parquet(folder / path)
             files.append({"split": split, "path": str(path)})
         cards.append({"config_name": config, "data_files": files})
     head = yaml.safe_dump({"configs": cards}, sort_keys=False)

@@ -18,6 +18,7 @@ from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 from PIL import Image as Pillow
+from PIL import ImageFile
 
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.variants import extended
@@ -170,6 +171,7 @@ def _image_columns(documents: Dataset) -> list[str]:
 
 def _unreadable(documents: Dataset, rows) -> dict[int, str]:
     """The rows whose pictures do not decode, with the reason."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries turn it on for all: what is missing would be grey
     columns = _image_columns(documents)
     raw = documents.select_columns(columns)
     for column in columns:
