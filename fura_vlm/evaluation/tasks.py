@@ -8,11 +8,13 @@ copies each of them into every question about it, and ends at the first picture 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 from datasets import Dataset, DatasetDict, Image, load_dataset
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks import TaskManager
@@ -154,7 +156,14 @@ def _documents(path: str, name: str | None, split: str) -> Dataset:
     if local and not Path(path).is_dir():
         raise TaskError(f"There are no data at {path}: the folder must hold GQA, ScienceQA, textvqa and POPE")
     try:
-        return load_dataset(path, name, split=split)
+        if not local:
+            return load_dataset(path, name, split=split)
+        # datasets tells local folders apart by their last name alone, and would hand out the data of another one.
+        digest = _digest(Path(path))
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fura-vlm-{digest}"
+        documents = load_dataset(path, name, split=split, cache_dir=str(cache))
+        documents._fingerprint = f"{documents._fingerprint}-{digest}"  # part of the key of kept answers
+        return documents
     except (OSError, ValueError, KeyError) as error:  # ConnectionError and the hub's own errors are OSErrors
         reason = str(error).strip().split("\n")[0]
         way = (
@@ -163,6 +172,13 @@ def _documents(path: str, name: str | None, split: str) -> Dataset:
             else "check the network, or name a folder with --data, or --data embedded"
         )
         raise TaskError(f"The data {path}{f' ({name})' if name else ''} cannot be loaded ({reason}): {way}") from error
+
+
+def _digest(folder: Path) -> str:
+    """Sixteen hexadecimal digits for the files of a folder, by their paths, sizes and times."""
+    files = sorted(file for file in folder.resolve().rglob("*") if file.is_file())
+    listing = "".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
 
 def _image_columns(documents: Dataset) -> list[str]:

@@ -1,10 +1,11 @@
 """The metrics of the tasks as they run, for answers whose scores are worked out by hand from the benchmarks' rules."""
 
 import pytest
+from lmms_eval.tasks import TaskManager
 from scipy.stats import binom
 
 from fura_vlm.evaluation.statistics import confidence_interval, paired_test
-from fura_vlm.evaluation.tasks import TASKS, load_tasks
+from fura_vlm.evaluation.tasks import EVAL_FOLDER, TASKS, load_tasks
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +147,13 @@ def test_paired_permutations_of_fractions():
     test = paired_test([0.0, 0.1, 0.2, 0.3], [0.9, 0.8, 0.7, 0.6])
     assert test.method == "paired permutations"
     assert test.p_value == pytest.approx(2 / 16)
+
+
+@pytest.mark.parametrize("name, folder", [("pope_paper", "POPE"), ("textvqa_paper", "textvqa")])
+def test_lmms_eval_loads_the_variants_itself(name, folder, benchmarks):
+    manager = TaskManager(include_path=str(EVAL_FOLDER))
+    changed = {"task": name, "dataset_path": str(benchmarks / folder), "dataset_kwargs": None}
+    task = manager.load_config(changed)[name]
+    ours = load_tasks([name], str(benchmarks))[name].task
+    assert task.doc_to_text(task.eval_docs[0]) == ours.doc_to_text(ours.eval_docs[0])
+    assert set(task.aggregation()) == set(ours.aggregation())
