@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh" eval
 cd "$ROOT"
 case "${1:-}" in "" | --*) set -- runs/tiny-fura "$@" ;; esac
-processes="${NUM_PROCESSES:-$(nvidia-smi -L 2> /dev/null | wc -l)}"
+processes="${NUM_PROCESSES:-$(nvidia-smi -L 2> /dev/null | wc -l || true)}"
 if [ "$processes" -gt 1 ]; then
     exec torchrun --standalone --nproc-per-node "$processes" -m fura_vlm.cli eval "$@"
 fi
