@@ -14,7 +14,7 @@ from fura_vlm.chat.config import ChatConfig
 from fura_vlm.data.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
-from fura_vlm.modelling.config import MergeConfig
+from fura_vlm.modelling.config import AssembleConfig, InspectConfig, MergeConfig
 from fura_vlm.training.config import TrainConfig
 
 
@@ -54,6 +54,8 @@ def build_parser() -> Parser:
     command(commands, "compare", CompareConfig, ("first", "second"))
     command(commands, "chat", ChatConfig, ("model", "image"))
     command(commands, "merge", MergeConfig, ("model", "output_dir"))
+    command(commands, "assemble", AssembleConfig, ("output_dir", "mm_projector"))
+    command(commands, "inspect", InspectConfig, ("model",))
     data = Parser(description="Prepare data sets.", usage="fura-vlm data NAME ...")
     commands.add_subcommand("data", data, help="Prepare data sets.")
     command(data.add_subcommands(dest="name", required=True), "data embedded", EmbeddedConfig)
@@ -93,6 +95,14 @@ def _run(command: str, options: dict) -> None:
         from fura_vlm.modelling.load import merge
 
         merge(MergeConfig(**options))
+    elif command == "assemble":
+        from fura_vlm.modelling.assemble import assemble
+
+        assemble(AssembleConfig(**options))
+    elif command == "inspect":
+        from fura_vlm.modelling.load import inspect
+
+        inspect(InspectConfig(**options))
     elif command == "data embedded":
         wrote = write_embedded(EmbeddedConfig(**options))
         print(f"The embedded mixture is in {options['output_dir']}" + (" (made before)" if not wrote else ""))

@@ -36,7 +36,9 @@ launch() {
     fi
     local port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
     set -m  # a process group of its own
-    deepspeed ${processes:+--num_gpus "$processes"} --master_port "$port" --no_local_rank ${DEEPSPEED_ARGS:-} \
+    # The launcher's own log and the libraries' notices to programmers would bury what the run has to say.
+    PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" \
+        deepspeed --quiet ${processes:+--num_gpus "$processes"} --master_port "$port" --no_local_rank ${DEEPSPEED_ARGS:-} \
         --module fura_vlm.cli "$@" &
     job=$!
     set +m

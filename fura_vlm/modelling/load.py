@@ -6,11 +6,18 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from safetensors import SafetensorError
+from transformers import (
+    AutoProcessor,
+    BitsAndBytesConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+)
 
-import fura_vlm.fura  # noqa: F401  registers FuRA with PEFT
 from fura_vlm.errors import FuraVLMError
-from fura_vlm.modelling.config import MergeConfig
+from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
+from fura_vlm.modelling.config import InspectConfig, MergeConfig
 
 
 class ModelError(FuraVLMError):
@@ -30,20 +37,50 @@ def load_processor(path: str) -> LlavaProcessor:
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
 
 
-def load_base(path: str, dtype: torch.dtype, attn_implementation: str = "sdpa") -> LlavaForConditionalGeneration:
-    """The base model on the CPU (or wherever ZeRO-3 puts its parts), all parameters frozen.
+def load_base(
+    path: str,
+    dtype: torch.dtype,
+    attn_implementation: str = "sdpa",
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> LlavaForConditionalGeneration:
+    """The base model, all parameters frozen: on the CPU, or wherever ZeRO-3 puts its parts or the quantiser wants it.
 
     Raises:
         ModelError: if ``path`` holds no LLaVA or its files are damaged.
     """
     _check_folder(path)
-    try:
-        model = LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"No usable LLaVA at {path}: {_first_line(error)}") from error
+    model = load_pretrained(
+        LlavaForConditionalGeneration,
+        path,
+        "LLaVA",
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+    )
     return model.requires_grad_(False)
+
+
+def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) -> PreTrainedModel:
+    """``cls.from_pretrained``, which fills weights that are not in the files with random numbers; here that is an
+    error.
+
+    Args:
+        what: how messages call the model.
+        kwargs: for ``from_pretrained``.
+
+    Raises:
+        ModelError: if files are missing or damaged, or do not hold all of the weights.
+    """
+    try:
+        model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+    except ImportError as error:  # bitsandbytes
+        raise ModelError(f"A base in 4 bits needs the extra package: pip install -e .[quant] ({error})") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"{path} is not a whole {what}: {len(missing)} weights are missing, first {missing[0]}")
+    return model
 
 
 def load_adapter(model: LlavaForConditionalGeneration, path: str) -> PeftModel:
@@ -56,7 +93,7 @@ def load_adapter(model: LlavaForConditionalGeneration, path: str) -> PeftModel:
         raise ModelError(f"No adapter at {path}: adapter_config.json is missing")
     try:
         return PeftModel.from_pretrained(model, path).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The adapter at {path} cannot be used: {_first_line(error)}") from error
 
 
@@ -77,6 +114,8 @@ def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, Llav
         base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
         model = load_adapter(load_base(base, dtype), str(adapter))
         processor = load_processor(str(folder / "processor") if (folder / "processor").is_dir() else base)
+    elif (folder / "model").is_dir():
+        model, processor = load_base(str(folder / "model"), dtype), load_processor(str(folder / "processor"))
     elif (folder / "config.yaml").is_file():
         raise ModelError(
             f"{path} is a run without an adapter: it was interrupted; start its command again to finish it"
@@ -102,6 +141,24 @@ def merge(config: MergeConfig) -> None:
     model.merge_and_unload(safe_merge=True).save_pretrained(building)
     processor.save_pretrained(building)
     building.rename(target)
+
+
+def inspect(config: InspectConfig) -> None:
+    """Prints the spectra behind a FuRA adapter as a Markdown table and draws them.
+
+    Raises:
+        ModelError: if ``model`` has no FuRA adapter.
+    """
+    model, _ = load_any(config.model)
+    if not isinstance(model, PeftModel) or model.peft_config["default"].peft_type != "FURA":
+        raise ModelError(f"{config.model} has no FuRA adapter: there is nothing to inspect")
+    spectra = spectrum_report(model)
+    print(spectrum_table(spectra))
+    picture = Path(config.output_path or Path(config.model) / "spectrum.png")
+    building = picture.with_name("." + picture.name)
+    plot_spectrum(spectra, building)
+    building.replace(picture)
+    print(f"\ndrawn in {picture}")
 
 
 def use_all_parts(model: torch.nn.Module) -> None:

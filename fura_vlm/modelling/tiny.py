@@ -24,12 +24,9 @@ from transformers import (
     LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from fura_vlm.data.captions import caption, text
-from fura_vlm.data.conversation import CHAT_TEMPLATE
 from fura_vlm.data.scenes import make_scene
 
 IMAGE_SIZE, PATCH_SIZE, VOCAB_SIZE, CONTEXT = 112, 14, 768, 1024
@@ -69,23 +66,6 @@ def train_tokenizer(seed: int, lines: int = 20_000) -> LlamaTokenizer:
     )
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     return tokenizer
-
-
-def make_processor(tokenizer: LlamaTokenizer) -> LlavaProcessor:
-    """The processor: images padded to a square with the mean colour and resized by Pillow, Vicuna v1 template."""
-    image_processor = LlavaImageProcessorPil(
-        do_pad=True,
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the CLS token, which "default" drops again
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 def make_model(tokenizer: LlamaTokenizer) -> LlavaForConditionalGeneration:

@@ -24,15 +24,22 @@ class TrainConfig:
         eval_data_path: held-out questions in the same format; the first of each record is answered before and after
             training.
         eval_image_folder: where the questions' image paths start; by default the folder of ``eval_data_path``.
-        output_dir: the run folder. An interrupted run in it is resumed; after a finished one the name gets a number.
+        output_dir: the run folder; ``{method}`` in it stands for the method's name. An interrupted run in it is
+            resumed; after a finished one the name gets a number.
         strict: refuse to train while any record cannot be used, instead of listing and leaving it out.
         verify_images: how images are checked before training: decode each, read headers only, or not at all.
-        target_modules: what FuRA adapts, as PEFT's ``target_modules`` (a regex over full names, or a list).
+        method: what is trained, and how: see ``fura_vlm/training/methods.py``.
+        mm_projector: the projector is adapted like the language model, or trained in full, or frozen.
+        lora_r, lora_alpha, lora_dropout: of LoRA, QLoRA and DoRA; the defaults are those of LLaVA's LoRA script.
+        target_modules: what is adapted, as PEFT's ``target_modules`` (a regex over full names, or a list).
         block_size: width of FuRA's blocks; by default the factor pair of each layer's input width nearest a square.
         train_singular_values: train the singular values with the cores (the paper's main form).
+        train_batch_size: records a step over all processes, from which ``gradient_accumulation_steps`` follows; by
+            default that is what is given.
         learning_rate: of the language model's adapter.
         mm_projector_lr: of the projector's adapter; by default ``learning_rate``.
         model_max_length: tokens a record may have, image tokens included; longer ones are cut.
+        warmup_steps: steps over which the rate rises; below 1, the share of all steps.
         group_by_modality_length: batches of one modality and of similar length, as LLaVA trains.
         compile_layers: ``torch.compile`` on each decoder layer.
         bf16: train in bfloat16; ``None`` means where a GPU supports it.
@@ -46,22 +53,28 @@ class TrainConfig:
     image_folder: str | None = None
     eval_data_path: str | None = None
     eval_image_folder: str | None = None
-    output_dir: str = "runs/fura"
+    output_dir: str = "runs/{method}"
     strict: bool = False
     verify_images: Literal["auto", "decode", "header", "none"] = "auto"
 
+    method: Literal["fura", "qfura", "lora", "qlora", "dora", "full"] = "fura"
+    mm_projector: Literal["adapter", "full", "frozen"] = "adapter"
     target_modules: str | list[str] = TARGET_MODULES
     block_size: int | None = None
     train_singular_values: bool = True
+    lora_r: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.05
 
     num_train_epochs: float = 1.0
     max_steps: int = -1
     per_device_train_batch_size: int = 16
+    train_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-4
     mm_projector_lr: float | None = None
     lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.03
+    warmup_steps: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     model_max_length: int = 2048

@@ -23,7 +23,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fura_vlm.data.captions import caption, text
 from fura_vlm.data.scenes import draw, make_scene
-from fura_vlm.modelling.tiny import IMAGE_SIZE, PATCH_SIZE, make_model, make_processor, train_tokenizer
+from fura_vlm.modelling.processor import make_processor
+from fura_vlm.modelling.tiny import IMAGE_SIZE, PATCH_SIZE, make_model, train_tokenizer
 
 LENGTH = 192  # tokens a row, image tokens included
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -106,7 +107,7 @@ def main() -> None:
     started = time.monotonic()
     set_seed(args.seed)
     tokenizer = train_tokenizer(args.seed)
-    processor = make_processor(tokenizer)
+    processor = make_processor(tokenizer, IMAGE_SIZE, PATCH_SIZE)
     model = make_model(tokenizer)
     cuda = torch.cuda.is_available()
     training = TrainingArguments(

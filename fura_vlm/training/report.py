@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from pathlib import Path
 
 from fura_vlm.evaluation.heldout import Answer
@@ -97,20 +98,35 @@ def plot_samples(before: list[Answer], after: list[Answer], path: Path, number: 
         return
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 4.6 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        2 * rows,
+        columns,
+        figsize=(3.2 * columns, 4.8 * rows),
+        squeeze=False,
+        height_ratios=[3, 2] * rows,  # a picture, and below it what was asked and said
+        layout="constrained",
+    )
     for axis in axes.flat:
         axis.axis("off")
-    for axis, answer in zip(axes.flat, shown, strict=False):
-        axis.imshow(load_image(answer.image))
+    for place, answer in enumerate(shown):
+        row, column = divmod(place, columns)
+        axes[2 * row, column].imshow(load_image(answer.image))
         question = answer.question.replace("<image>", "").strip()
-        question = question.replace("\nAnswer the question using a single word or phrase.", "")
-        question = question.replace("\nAnswer with the option's letter from the given choices directly.", "")
-        axis.set_title(question, fontsize=9, loc="left", wrap=True)
-        said = was.get(answer.id, "")
-        text = f"before: {said[:60]}{'…' * (len(said) > 60)}\nafter: {answer.predicted}\nexpected: {answer.expected}"
+        for instruction in ("a single word or phrase.", "the option's letter from the given choices directly."):
+            question = question.partition(f"\nAnswer the question using {instruction}")[0]
+            question = question.partition(f"\nAnswer with {instruction}")[0]
         color = "#2c962c" if answer.correct else "#d62728"
-        axis.text(0, -0.04, text, transform=axis.transAxes, va="top", fontsize=9, color=color, wrap=True)
+        text = axes[2 * row + 1, column].text
+        asked = "\n".join(_wrapped(line) for line in question.splitlines())
+        text(0, 1, asked, va="top", fontsize=9, weight="bold")
+        said = f"before: {textwrap.shorten(was.get(answer.id, ''), 60, placeholder=' …')}"
+        replies = (_wrapped(said), _wrapped(f"after: {answer.predicted}"), _wrapped(f"expected: {answer.expected}"))
+        text(0, 0.97 - 0.09 * (asked.count("\n") + 1), "\n".join(replies), va="top", fontsize=9, color=color)
     _save(figure, path)
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, 42)
 
 
 def _save(figure, path: Path) -> None:

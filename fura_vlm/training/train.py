@@ -1,6 +1,6 @@
 """A training run, from a configuration to a run folder.
 
-<output_dir>/adapter/            the PEFT adapter
+<output_dir>/adapter/            the PEFT adapter; model/, a whole LLaVA, where every weight was trained
 <output_dir>/processor/          the processor it was trained with
 <output_dir>/config.yaml         every setting, defaults included
 <output_dir>/versions.json       the libraries
@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import signal
+from contextlib import nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import get_peft_model
+from peft import PeftModel
 from rich.console import Console
 from rich.markdown import Markdown
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -51,10 +52,10 @@ from fura_vlm.evaluation.heldout import (
     read_answers,
     write_answers,
 )
-from fura_vlm.fura import FuraConfig
 from fura_vlm.modelling.load import load_base, load_processor, use_all_parts
 from fura_vlm.training import report
 from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.methods import prepare, quantization
 
 FINISHED = "report.md"  # written last
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
@@ -76,8 +77,9 @@ def train(config: TrainConfig) -> Path:
     """
     state = _join()
     set_seed(config.seed)
+    accumulation = _agree(lambda: _check(config))
     run = _agree(lambda: _choose_run(config))
-    arguments = _training_arguments(config, run)  # before the model: ZeRO-3 partitions it while loading
+    arguments = _training_arguments(config, run, accumulation)  # before the model: ZeRO-3 partitions it while loading
     console = Console(quiet=not state.is_main_process)
 
     processor = load_processor(config.model_name_or_path)
@@ -85,13 +87,15 @@ def train(config: TrainConfig) -> Path:
     dataset, questions, said = _agree(lambda: _load_data(config, processor, run))
     if said:
         console.print(said, style="yellow", soft_wrap=True)
-    model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation)
+    quantized = quantization(config.method, _dtype(arguments))
+    model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation, quantized)
     model.config.use_cache = False
-    model = get_peft_model(model, _fura_config(config))
+    model = prepare(model, config)
     if state.num_processes > 1:
         use_all_parts(model)
     if config.compile_layers:
-        for layer in model.get_base_model().model.language_model.layers:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        for layer in base.model.language_model.layers:
             layer.compile()
 
     checkpoint = _agree(lambda: get_last_checkpoint(str(run)))
@@ -117,7 +121,7 @@ def train(config: TrainConfig) -> Path:
         state.wait_for_everyone()
         raise SystemExit(128 + signal.SIGTERM)
 
-    _save_adapter(trainer, run / "adapter")
+    _save(trainer, run / ("model" if config.method == "full" else "adapter"))
     if state.is_main_process:
         _finish(config, run, held_out, console)
     state.wait_for_everyone()
@@ -161,7 +165,7 @@ def _agree(decide):
 
 def _choose_run(config: TrainConfig) -> Path:
     """The folder to run in: a new one, or that of the same run interrupted. Numbered after a finished run."""
-    first = Path(config.output_dir)
+    first = Path(config.output_dir.format(method=config.method))
     number = 1
     run = first
     while (run / FINISHED).exists():
@@ -196,14 +200,42 @@ def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationD
     return dataset, questions, said
 
 
-def _training_arguments(config: TrainConfig, run: Path) -> TrainingArguments:
+def _check(config: TrainConfig) -> int:
+    """Looks at what the settings say together. Returns the gradient accumulation steps."""
     if not Path(config.deepspeed).is_file():
         raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
+    stage = json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage")
+    if stage == 3 and config.method in ("qfura", "qlora"):
+        raise TrainingError(
+            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
+            "scripts/zero2.json, or the method without q"
+        )
+    if config.train_batch_size is None:
+        return config.gradient_accumulation_steps
+    processes = PartialState().num_processes
+    at_once = config.per_device_train_batch_size * processes
+    if config.train_batch_size % at_once:
+        raise TrainingError(
+            f"train_batch_size {config.train_batch_size} is no multiple of the {at_once} records that {processes} "
+            f"processes take at once: change per_device_train_batch_size ({config.per_device_train_batch_size}) or "
+            "the number of processes"
+        )
+    return config.train_batch_size // at_once
+
+
+def _training_arguments(config: TrainConfig, run: Path, accumulation: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
     same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k in same_name}
-    shared |= {"output_dir": str(run), "bf16": bf16, "tf32": config.tf32 if cuda else None}
+    shared |= {
+        "gradient_accumulation_steps": accumulation,
+        "output_dir": str(run),
+        "bf16": bf16,
+        "tf32": config.tf32 if cuda else None,
+    }
+    if not config.gradient_checkpointing:
+        del shared["gradient_checkpointing"]  # newer versions of transformers warn of its coming new name
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
     return TrainingArguments(
         **shared,
@@ -220,16 +252,6 @@ def _training_arguments(config: TrainConfig, run: Path) -> TrainingArguments:
 
 def _dtype(arguments: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if arguments.bf16 else torch.float32
-
-
-def _fura_config(config: TrainConfig) -> FuraConfig:
-    return FuraConfig(
-        target_modules=config.target_modules,
-        block_size=config.block_size,
-        train_singular_values=config.train_singular_values,
-        base_model_name_or_path=config.model_name_or_path,
-        task_type="CAUSAL_LM",
-    )
 
 
 class FuraTrainer(Trainer):
@@ -364,7 +386,7 @@ class HeldOut(TrainerCallback):
         if saved.is_file():  # an interrupted run has answered them already
             self.before = read_answers(saved)
             return
-        with model.disable_adapter():
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             self.before = self._answer(args, model)
         if state.is_world_process_zero:
             write_answers(saved, self.before)
@@ -404,9 +426,12 @@ def _describe(config, run, processor, model, dataset, checkpoint, console) -> No
     processor.save_pretrained(run / "processor")
     versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
     report.write_text(run / "versions.json", json.dumps(versions, indent=1))
-    trained, total = model.get_nb_trainable_parameters()
+    if isinstance(model, PeftModel):
+        trained, total = model.get_nb_trainable_parameters()
+    else:
+        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
     console.print(
-        f"FuRA trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of "
+        f"{config.method} trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of "
         f"{config.model_name_or_path} on {len(dataset):,} records; the run folder is {run}",
         soft_wrap=True,
     )
@@ -414,9 +439,10 @@ def _describe(config, run, processor, model, dataset, checkpoint, console) -> No
         console.print(f"Going on where the interrupted run stopped: {checkpoint}", soft_wrap=True)
 
 
-def _save_adapter(trainer: FuraTrainer, folder: Path) -> None:
-    """The adapter as PEFT saves it, gathered from all processes under ZeRO-3; written beside and renamed."""
-    building = folder.with_name("adapter.tmp")
+def _save(trainer: FuraTrainer, folder: Path) -> None:
+    """The adapter as PEFT saves it or the whole model, gathered from all processes under ZeRO-3; written beside and
+    renamed."""
+    building = folder.with_name(folder.name + ".tmp")
     trainer.save_model(str(building))
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
@@ -439,7 +465,8 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
         lines += ["![samples](samples.png)", ""]
         console.print(Markdown("Held-out questions, exact match in percent\n\n" + table))
     report.write_text(run / FINISHED, "\n".join(lines))
-    console.print(f"adapter     {run / 'adapter'}")
+    full = config.method == "full"
+    console.print(f"{'model  ' if full else 'adapter'}     {run / ('model' if full else 'adapter')}")
     console.print(f"loss curve  {run / 'loss.png'}")
     console.print(
         f"report      {run / FINISHED}, with sample answers in {run / 'samples.png'}" if held_out.questions else ""
@@ -448,4 +475,5 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
     image = next((answer.image for answer in held_out.after if answer.image), "IMAGE")
     console.print(f"  .venv/bin/fura-vlm eval {run}", soft_wrap=True)
     console.print(f"  .venv/bin/fura-vlm chat {run} {image}", soft_wrap=True)
-    console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)
+    if not full:
+        console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)

@@ -52,6 +52,7 @@ class Launcher:
             "dataloader_num_workers": 0,
             "report_to": [],
             "max_steps": 6,
+            "warmup_steps": 2,
         }
 
     def start(self, name: str, processes: int = 1, env: dict | None = None, **settings) -> subprocess.Popen:

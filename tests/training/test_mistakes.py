@@ -60,6 +60,15 @@ def test_missing_deepspeed_configuration(launch):
     assert "There is no DeepSpeed configuration at zero9.json" in said(launch("ds", deepspeed="zero9.json"))
 
 
+def test_batch_that_does_not_divide(launch):
+    job = launch("batch", processes=2, train_batch_size=12)
+    assert "train_batch_size 12 is no multiple of the 8 records that 2 processes take at once" in said(job)
+
+
+def test_four_bits_under_zero3(launch):
+    assert "qfura keeps its base in 4 bits" in said(launch("four", method="qfura", deepspeed="scripts/zero3.json"))
+
+
 def test_port_in_use(launch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -15,6 +19,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fura_vlm.evaluation.heldout import exact_match, read_answers
 from fura_vlm.fura.layer import FuraLayer
+from fura_vlm.modelling.load import load_any
 
 REAL = Path(__file__).parents[3] / "shared" / "real" / "real_mixture.json"
 
@@ -74,6 +79,29 @@ def test_adapter_is_pefts_own(uninterrupted):
     assert len(adapted) == 7 * base.config.text_config.num_hidden_layers + 2
     assert not any("vision_tower" in name for name in adapted)
     assert model.peft_config["default"].peft_type == "FURA"
+
+
+def test_closing_words_are_commands_that_work(uninterrupted, tmp_path):
+    commands = [line.split() for line in uninterrupted.output.splitlines() if line.startswith("  .venv/bin/fura-vlm")]
+    assert [command[1] for command in commands] == ["eval", "chat", "merge"]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "fura_vlm.cli", *command[1:]],
+            input="What is this?\n\n",
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    assert LlavaForConditionalGeneration.from_pretrained(command[-1]).config.image_token_index
+    shutil.rmtree(command[-1])
+
+
+def test_learning_rate_rises_and_falls(uninterrupted):
+    rates = [row["learning_rate"] for row in uninterrupted.metrics() if "loss" in row]
+    peak = rates.index(max(rates))
+    assert rates[0] < 3e-3 and max(rates) == pytest.approx(3e-3) and 0 < peak < 3
+    assert rates[peak:] == sorted(rates[peak:], reverse=True) and rates[-1] < 1e-3
 
 
 def test_finished_run_is_left_alone(uninterrupted, shared_launch):
@@ -142,6 +170,26 @@ def test_changed_settings_do_not_resume(launch):
     assert "another learning_rate" in job.output and "output_dir" in job.output
 
 
+@pytest.mark.parametrize("method", ["qfura", "lora", "qlora", "dora", "full"])
+def test_every_method_trains_and_is_loaded_again(method, launch):
+    projector = {"lora": "full", "dora": "frozen"}.get(method, "adapter")
+    job = launch(method, method=method, mm_projector=projector, learning_rate=5e-4)
+    assert job.status == 0, job.output
+    losses = job.losses()
+    assert losses[6] < losses[1]
+    model, processor = load_any(str(job.run))
+    trained = load_file(next((job.run / "model" if method == "full" else job.run / "adapter").glob("*.safetensors")))
+    assert any("multi_modal_projector" in name for name in trained) == (projector != "frozen")
+    assert not any("vision_tower" in name for name in trained) or method == "full"
+    base, _ = load_any("data/tiny-llava")
+    same = {name: p for name, p in base.named_parameters() if "vision_tower" in name}
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("base_model.model.")
+        if name in same:  # whatever the method, the tower is as it was
+            assert torch.equal(parameter, same.pop(name))
+    assert not same
+
+
 def test_options_together(launch):
     job = launch(
         "options",
@@ -149,7 +197,7 @@ def test_options_together(launch):
         gradient_checkpointing=True,
         compile_layers=True,
         bf16=True,
-        gradient_accumulation_steps=2,
+        train_batch_size=4,
         per_device_train_batch_size=2,
         deepspeed="scripts/zero1.json",
     )

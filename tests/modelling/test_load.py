@@ -1,0 +1,103 @@
+"""What a path means: a run, an adapter, a model; adapters over another base; merging."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from fura_vlm.fura import FuraConfig
+from fura_vlm.modelling.config import InspectConfig, MergeConfig
+from fura_vlm.modelling.load import ModelError, inspect, load_any, load_base, merge
+
+BASE = "data/tiny-llava"
+TARGETS = r".*language_model.*layers\.[01]\..*(q_proj|down_proj)|.*multi_modal_projector\.linear_1"
+
+
+@pytest.fixture(scope="module", params=["fura", "lora"])
+def adapter(request, tmp_path_factory):
+    """An adapter that does something, saved by PEFT."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = {"fura": FuraConfig, "lora": LoraConfig}[request.param](target_modules=TARGETS)
+    model = get_peft_model(load_base(BASE, torch.float32), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def answer_of(model, processor) -> torch.Tensor:
+    """Logits for a picture and a question."""
+    from PIL import Image
+
+    picture = Image.linear_gradient("L").convert("RGB").resize((60, 40))
+    inputs = processor(text="USER: <image>\nHow many? ASSISTANT:", images=picture, return_tensors="pt")
+    with torch.no_grad():
+        return model.float()(**inputs).logits
+
+
+def test_merged_model_answers_as_the_adapter_does(adapter, tmp_path):
+    with_adapter = answer_of(*load_any(str(adapter)))
+    merge(MergeConfig(model=str(adapter), output_dir=str(tmp_path / "merged")))
+    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    merged = answer_of(plain, AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil"))
+    assert torch.allclose(merged, with_adapter, atol=1e-4)
+    base = answer_of(*load_any(BASE))
+    assert (with_adapter - base).abs().max() > 0.1  # and the adapter is not idle
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_merge_overwrites_nothing(adapter, tmp_path):
+    with pytest.raises(ModelError, match="exists already: choose another --output_dir"):
+        merge(MergeConfig(model=str(adapter), output_dir=str(tmp_path)))
+    with pytest.raises(ModelError, match="without an adapter: there is nothing to merge"):
+        merge(MergeConfig(model=BASE, output_dir=str(tmp_path / "new")))
+
+
+def test_adapter_for_another_base_is_refused(tmp_path):
+    get_peft_model(load_base(BASE, torch.float32), FuraConfig(target_modules=TARGETS)).save_pretrained(tmp_path / "a")
+    other = tmp_path / "other"
+    shutil.copytree(BASE, other)
+    for shard in other.glob("*.safetensors"):
+        save_file({name: 1.1 * weight for name, weight in load_file(shard).items()}, shard, {"format": "pt"})
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
+    with pytest.raises(ModelError, match=r"cannot be used: .*linear_1: .* load it over the base"):
+        load_any(str(tmp_path / "a"))
+
+
+def test_interrupted_run_and_half_a_model_say_so(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(ModelError, match="interrupted; start its command again"):
+        load_any(str(tmp_path))
+    half = tmp_path / "half"
+    shutil.copytree(BASE, half)
+    shard = sorted(half.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=f"No usable LLaVA at {half}"):
+        load_any(str(half))
+
+
+def test_inspect_shows_the_spectra_of_the_weights(tmp_path, capsys):
+    base = load_base(BASE, torch.float32)
+    get_peft_model(base, FuraConfig(target_modules=TARGETS)).save_pretrained(tmp_path)
+    inspect(InspectConfig(model=str(tmp_path)))
+    weight = LlavaForConditionalGeneration.from_pretrained(BASE, dtype=torch.float64).state_dict()
+    weight = next(
+        w for name, w in weight.items() if name.endswith("layers.0.self_attn.q_proj.weight") and "lang" in name
+    )
+    values = torch.linalg.svdvals(torch.stack(weight.split(16, dim=1)))
+    row = next(line for line in capsys.readouterr().out.splitlines() if "layers.0.self_attn.q_proj" in line)
+    blocks, largest, smallest = [cell.strip() for cell in row.split("|")][2:5]
+    assert blocks == "16 x 16"
+    assert float(largest) == pytest.approx(values.max().item(), rel=5e-3)
+    assert float(smallest) == pytest.approx(values.min().item(), rel=5e-3)
+    assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ModelError, match="no FuRA adapter"):
+        inspect(InspectConfig(model=BASE))
