@@ -13,7 +13,7 @@ from fura_vlm import __version__
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.data.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.errors import FuraVLMError
-from fura_vlm.evaluation.config import EvalConfig
+from fura_vlm.evaluation.config import CompareConfig, EvalConfig
 from fura_vlm.modelling.config import AssembleConfig, InspectConfig, MergeConfig
 from fura_vlm.training.config import TrainConfig
 
@@ -51,6 +51,7 @@ def build_parser() -> Parser:
 
     command(commands, "train", TrainConfig)
     command(commands, "eval", EvalConfig, ("model",))
+    command(commands, "compare", CompareConfig, ("first", "second"))
     command(commands, "chat", ChatConfig, ("model", "image"))
     command(commands, "merge", MergeConfig, ("model", "output_dir"))
     command(commands, "assemble", AssembleConfig, ("output_dir", "mm_projector"))
@@ -79,9 +80,13 @@ def _run(command: str, options: dict) -> None:
 
         train(TrainConfig(**options))
     elif command == "eval":
-        from fura_vlm.evaluation.heldout import evaluate
+        from fura_vlm.evaluation.suite import evaluate
 
         evaluate(EvalConfig(**options))
+    elif command == "compare":
+        from fura_vlm.evaluation.compare import compare
+
+        compare(CompareConfig(**options))
     elif command == "chat":
         from fura_vlm.chat.terminal import chat
 

@@ -103,19 +103,30 @@ def _training_records(config: EmbeddedConfig, folder: Path):
         }
 
 
+def held_out_questions(seed: int, family: str, number: int):
+    """The held-out questions of a family with their scenes; those of a smaller ``number`` are the first of a larger.
+
+    Yields:
+        ``(scene, question)``; no scene serves two families, and POPE asks as often for what is there as for what is
+        not.
+    """
+    rng = random.Random(f"{seed}/eval/{family}")
+    index, found = FAMILIES.index(family), 0
+    while found < number:
+        scene = make_scene(seed, "eval", index, with_sign=True if family == "textvqa" else None)
+        question = ask(family, scene, rng)
+        index += len(FAMILIES)
+        if question is None or (family == "pope" and question.answer != ("Yes", "No")[found % 2]):
+            continue
+        found += 1
+        yield scene, question
+
+
 def _held_out_records(config: EmbeddedConfig, folder: Path):
     for family in FAMILIES:
-        rng = random.Random(f"{config.seed}/eval/{family}")
-        number, found = 0, 0
-        while found < config.eval_per_family:
-            index = number * len(FAMILIES) + FAMILIES.index(family)  # no scene serves two families
-            scene = make_scene(config.seed, "eval", index, with_sign=True if family == "textvqa" else None)
-            question = ask(family, scene, rng)
-            number += 1
-            if question is None or (family == "pope" and question.answer != ("Yes", "No")[found % 2]):
-                continue  # POPE asks as often for what is there as for what is not
-            name = f"eval-{family}-{found}"
-            found += 1
+        questions = held_out_questions(config.seed, family, config.eval_per_family)
+        for number, (scene, question) in enumerate(questions):
+            name = f"eval-{family}-{number}"
             yield {
                 "id": name,
                 "image": _save(scene, folder, name),

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from fura_vlm.data.conversation import prompt
 from fura_vlm.data.images import load_image
 from fura_vlm.data.records import DataError, Record, check_images, read_records
-from fura_vlm.evaluation.config import EvalConfig
 
 
 @dataclass(frozen=True)
@@ -135,24 +134,3 @@ def write_answers(path: str | Path, answers: list[Answer]) -> None:
 def read_answers(path: str | Path) -> list[Answer]:
     """What :func:`write_answers` wrote."""
     return [Answer(**json.loads(line)) for line in Path(path).read_text().splitlines()]
-
-
-def evaluate(config: EvalConfig) -> dict[str, float]:
-    """Answers the questions of ``config.data_path``, prints a table and returns the scores (:func:`exact_match`)."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from fura_vlm.modelling.load import load_any
-
-    records = load_questions(config.data_path, config.image_folder)
-    model, processor = load_any(config.model)
-    answers = answer_questions(model, processor, records, config.batch_size, config.max_new_tokens)
-    if config.output_path:
-        write_answers(config.output_path, answers)
-    scores, blind = exact_match(answers), blind_guess(answers)
-    table = Table("family", "questions", "exact match, %", "blind guess, %", title=config.model)
-    for family, score in scores.items():
-        number = sum(family in (answer.family, "mean") for answer in answers)
-        table.add_row(family, str(number), f"{100 * score:.1f}", f"{100 * blind[family]:.1f}")
-    Console().print(table)
-    return scores

@@ -1,0 +1,107 @@
+"""What a path names, for an evaluation: the base, the adapter over it, the processor, and a hash of all three."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import cached_file
+
+from fura_vlm.modelling.load import ModelError, load_adapter, load_base, load_processor
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: ``base`` and ``processor`` are folders or hub names, ``adapter`` a folder."""
+
+    base: str
+    adapter: str | None
+    processor: str
+
+    @property
+    def without_adapter(self) -> Source:
+        """The base alone, with the processor of the tuned model."""
+        return Source(self.base, None, self.processor)
+
+    def load(
+        self, dtype: torch.dtype, attn_implementation: str = "sdpa"
+    ) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
+        """Model, on the CPU, and processor.
+
+        Raises:
+            ModelError: if a part is missing or damaged, or the adapter belongs to another base.
+        """
+        processor = load_processor(self.processor)
+        model = load_base(self.base, dtype, attn_implementation)
+        return (load_adapter(model, self.adapter) if self.adapter else model).eval(), processor
+
+    def config(self) -> LlavaConfig:
+        """The configuration of the base.
+
+        Raises:
+            ModelError: if there is none, or it is that of another kind of model.
+        """
+        try:
+            config = LlavaConfig.from_pretrained(self.base)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"There is no model at {self.base}: give a folder or a name on the hub") from error
+        return config
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits; two models that may answer differently have different ones.
+
+        The adapter and the configurations count with their content. Of the base's weights it is the commit where they
+        come from the hub, and the names, sizes and times of the files in a folder: hashing 14 GB takes half a minute.
+        """
+        digest = hashlib.sha256()
+        folder = Path(self.base).expanduser()
+        if folder.is_dir():
+            for path in sorted(folder.glob("*.safetensors")):
+                digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+            digest.update((folder / "config.json").read_bytes())
+        else:
+            digest.update(f"{self.base} {self.config()._commit_hash}".encode())
+        if self.adapter:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                path = Path(self.adapter) / name
+                if not path.is_file():
+                    raise ModelError(f"No adapter at {self.adapter}: {name} is missing")
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+        processor = load_processor(self.processor)
+        digest.update(json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str).encode())
+        digest.update(Path(cached_file(self.processor, "tokenizer.json")).read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def find_model(path: str, adapter: str | None = None) -> Source:
+    """What ``path`` names.
+
+    Args:
+        path: a run folder, an adapter's folder, or a LLaVA, merged or not (a folder or a name on the hub).
+        adapter: a folder with an adapter to put over ``path``, which then is a LLaVA; a run folder will do.
+
+    Raises:
+        ModelError: if ``adapter`` has no adapter, or ``path`` is a run that has not finished.
+    """
+    if adapter:
+        return Source(path, str(_adapter_folder(Path(adapter).expanduser())), path)
+    folder = Path(path).expanduser()
+    inside = _adapter_folder(folder)
+    if (inside / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(str(inside)).base_model_name_or_path
+        processor = folder / "processor"
+        return Source(base, str(inside), str(processor) if processor.is_dir() else base)
+    if (folder / "config.yaml").is_file():
+        raise ModelError(
+            f"{path} is a run without an adapter: it was interrupted; start its command again to finish it"
+        )
+    return Source(path, None, path)
+
+
+def _adapter_folder(folder: Path) -> Path:
+    return folder / "adapter" if (folder / "adapter").is_dir() else folder

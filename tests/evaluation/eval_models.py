@@ -1,0 +1,24 @@
+"""What the tests evaluate."""
+
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import LlavaForConditionalGeneration
+
+from fura_vlm import FuraConfig
+
+BASE = "data/tiny-llava"
+ROOT = Path(__file__).parents[2]
+
+
+def make_adapter(folder: Path, seed: int = 0) -> Path:
+    """An adapter that changes the answers: its trained parameters are drawn at random."""
+    base = LlavaForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32)
+    model = get_peft_model(base, FuraConfig(target_modules=r".*language_model\..*\.(q_proj|v_proj|down_proj)"))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    return folder

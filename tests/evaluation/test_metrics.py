@@ -1,0 +1,159 @@
+"""The metrics of the tasks as they run, for answers whose scores are worked out by hand from the benchmarks' rules."""
+
+import pytest
+from lmms_eval.tasks import TaskManager
+from scipy.stats import binom
+
+from fura_vlm.evaluation.statistics import confidence_interval, paired_test
+from fura_vlm.evaluation.tasks import EVAL_FOLDER, TASKS, load_tasks
+
+
+@pytest.fixture(scope="module")
+def tasks(benchmarks):
+    names = list(dict.fromkeys(TASKS["lmms-eval"] + TASKS["paper"]))
+    return {name: loaded.task for name, loaded in load_tasks(names, str(benchmarks)).items()}
+
+
+def pope_score(task, metric, rows):
+    results = [task.process_results(doc, [answer])[metric] for doc, answer in rows]
+    return task.aggregation()[metric](results)
+
+
+@pytest.mark.parametrize(
+    "answer, score", [("left", 1), ("Left.", 1), (" LEFT! ", 1), ("to the left", 0), ("lefty", 0), ("", 0)]
+)
+def test_gqa_is_exact_match_without_case_and_punctuation(tasks, answer, score):
+    doc = {"question": "Where?", "answer": "left", "imageId": "n0"}
+    assert tasks["gqa"].process_results(doc, [answer])["exact_match"] == score
+
+
+@pytest.mark.parametrize(
+    "answer, lmms_eval, paper",
+    [
+        ("B", 1, 1),
+        ("b", 1, 1),
+        ("B. blue", 1, 1),
+        ("A", 0, 0),
+        ("A. B", 0, 0),
+        ("blue", 0, 0),
+        ("The answer is B.", 0, 1),  # LLaVA's eval_science_qa.py reads it, lmms-eval does not
+        ("The answer is A.", 0, 0),
+        ("The answer is B. The answer is A.", 0, 0),
+        ("The answer is D.", 0, 0),  # no such choice
+    ],
+)
+def test_scienceqa_letters(tasks, answer, lmms_eval, paper):
+    doc = {"choices": ["red", "blue", "green"], "answer": 1}
+    assert tasks["scienceqa_img"].process_results(doc, [answer])["exact_match"] == lmms_eval
+    assert tasks["scienceqa_paper"].process_results(doc, [answer])["exact_match"] == paper
+
+
+@pytest.mark.parametrize(
+    "answers, answer, score",
+    [
+        # VQA's rule (arXiv 1505.00468): against each nine of the ten answers min(1, matches / 3), then the mean.
+        (["exit"] * 10, "exit", 1.0),
+        (["exit"] * 4 + ["way out"] * 6, "exit", 1.0),  # three are left whichever one is held out
+        (["exit"] * 3 + ["way out"] * 7, "exit", (3 * 2 / 3 + 7 * 1) / 10),
+        (["exit"] * 2 + ["way out"] * 8, "exit", (2 * 1 / 3 + 8 * 2 / 3) / 10),
+        (["exit"] + ["way out"] * 9, "exit", (1 * 0 + 9 * 1 / 3) / 10),
+        (["exit"] * 10, "exits", 0.0),
+        # Its normalisation: case, articles, punctuation, numbers as words, contractions.
+        (["exit"] * 10, "The Exit!", 1.0),
+        (["2"] * 10, "two", 1.0),
+        (["don't"] * 10, "dont", 1.0),
+    ],
+)
+def test_textvqa_soft_accuracy(tasks, answers, answer, score):
+    doc = {"question_id": 0, "answers": list(answers)}
+    assert tasks["textvqa_val"].process_results(doc, [answer])["exact_match"] == pytest.approx(score)
+
+
+def pope_documents(*categories_and_answers):
+    return [
+        {"question_id": str(n), "category": category, "answer": truth}
+        for n, (category, truth) in enumerate(categories_and_answers)
+    ]
+
+
+def test_pope_f1_by_hand(tasks):
+    docs = pope_documents(*[("random", "yes")] * 4, *[("random", "no")] * 4)
+    answers = ["Yes", "yes", "Yes", "No", "Yes", "no", "No", "NO"]
+    rows = list(zip(docs, answers, strict=True))
+    # 3 true and 1 false positive, 1 false negative: precision 3/4, recall 3/4, F1 3/4; 6 of 8 right.
+    assert pope_score(tasks["pope"], "pope_f1_score", rows) == pytest.approx(0.75)
+    assert pope_score(tasks["pope"], "pope_accuracy", rows) == pytest.approx(0.75)
+    assert pope_score(tasks["pope_paper"], "pope_mean_f1", rows) == pytest.approx(0.75)
+
+
+def test_pope_reads_sentences_as_its_own_script(tasks):
+    docs = pope_documents(*[("random", "yes")] * 2, *[("random", "no")] * 2)
+    answers = ["Yes, there is a star. No circle.", "There is not.", "No, there is none.", "I see one."]
+    rows = list(zip(docs, answers, strict=True))
+    # Read as yes, no, no, yes: 1 true positive, 1 false positive, 1 false negative.
+    assert pope_score(tasks["pope_paper"], "pope_mean_f1", rows) == pytest.approx(0.5)
+    assert pope_score(tasks["pope"], "pope_f1_score", rows) == 0  # lmms-eval wants the bare word
+
+
+def test_pope_is_the_mean_of_its_categories(tasks):
+    docs = pope_documents(
+        *[("random", "yes"), ("random", "no")],
+        *[("popular", "yes"), ("popular", "no")],
+        *[("adversarial", "yes")] * 2,
+    )
+    answers = ["yes", "no", "yes", "yes", "no", "no"]
+    rows = list(zip(docs, answers, strict=True))
+    # F1: random 1, popular 2 * 1/2 * 1 / (1/2 + 1) = 2/3, adversarial 0.
+    assert pope_score(tasks["pope_paper"], "pope_mean_f1", rows) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    # The labels hold 4 yes of 6, the answers 3.
+    assert pope_score(tasks["pope_paper"], "pope_predicted_yes", rows) == pytest.approx(3 / 6)
+    assert pope_score(tasks["pope"], "pope_yes_ratio", rows) == pytest.approx(4 / 6)
+
+
+def test_textvqa_of_the_paper_has_the_ocr_tokens(tasks):
+    doc = {"question": "what is it?", "ocr_tokens": ["EXIT", "A1"]}
+    closing = "\nAnswer the question using a single word or phrase."
+    assert tasks["textvqa_val"].doc_to_text(doc) == "What is it?" + closing
+    assert tasks["textvqa_paper"].doc_to_text(doc) == "What is it?\nReference OCR token: EXIT, A1" + closing
+
+
+def test_interval_of_shares():
+    low, high = confidence_interval([1.0] * 8 + [0.0] * 2, lambda items: sum(items) / len(items))
+    # Wilson, z = 1.96: (0.8 + z²/20 ± z √(0.8·0.2/10 + z²/400)) / (1 + z²/10)
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+def test_interval_of_other_scores_is_of_the_documents():
+    items = [0.3, 0.9, 0.6, 0.3, 1.0] * 40
+    mean = sum(items) / len(items)
+    low, high = confidence_interval(items, lambda rows: sum(rows) / len(rows))
+    deviation = (sum((item - mean) ** 2 for item in items) / len(items)) ** 0.5
+    assert (low, high) == pytest.approx(
+        (mean - 1.96 * deviation / 200**0.5, mean + 1.96 * deviation / 200**0.5), abs=0.01
+    )
+
+
+def test_mcnemar_is_exact():
+    first = [1, 1, 1, 0, 0] + [1] + [0] * 9
+    second = [1, 1, 1, 0, 0] + [0] + [1] * 9
+    test = paired_test(first, second)
+    assert test.p_value == pytest.approx(2 * binom.cdf(1, 10, 0.5)) == pytest.approx(22 / 1024)
+    assert test.difference == pytest.approx(8 / 15)
+    assert paired_test(first, first).p_value == 1.0
+
+
+def test_paired_permutations_of_fractions():
+    # Of the 2^4 ways to swap the two, only the given one and its opposite are as far apart.
+    test = paired_test([0.0, 0.1, 0.2, 0.3], [0.9, 0.8, 0.7, 0.6])
+    assert test.method == "paired permutations"
+    assert test.p_value == pytest.approx(2 / 16)
+
+
+@pytest.mark.parametrize("name, folder", [("pope_paper", "POPE"), ("textvqa_paper", "textvqa")])
+def test_lmms_eval_loads_the_variants_itself(name, folder, benchmarks):
+    manager = TaskManager(include_path=str(EVAL_FOLDER))
+    changed = {"task": name, "dataset_path": str(benchmarks / folder), "dataset_kwargs": None}
+    task = manager.load_config(changed)[name]
+    ours = load_tasks([name], str(benchmarks))[name].task
+    assert task.doc_to_text(task.eval_docs[0]) == ours.doc_to_text(ours.eval_docs[0])
+    assert set(task.aggregation()) == set(ours.aggregation())

@@ -1,0 +1,214 @@
+"""The model for lmms-eval, against transformers' own generation without batches or padding."""
+
+import re
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+from eval_models import BASE, ROOT
+from lmms_eval.api.instance import Instance
+from lmms_eval.models.registry_v2 import ModelRegistryV2
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from fura_vlm.data.conversation import SYSTEM_PROMPT
+from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.evaluation.lmms_model import EvaluationError, FuraLlava, generation_arguments
+
+GREEDY = {"max_new_tokens": 12, "temperature": 0, "do_sample": False, "top_p": 1.0, "num_beams": 1}
+QUESTIONS = [
+    "What is this?",
+    "Is there a star in the image?\nAnswer yes or no.",
+    "How many circles are there?",
+    "Where?",
+]
+
+
+class Documents(list):
+    _fingerprint = "tests"
+
+
+PICTURES = [draw(make_scene(0, "eval", number)) for number in range(10)]
+DOCUMENTS = Documents(
+    {"pictures": PICTURES[n : n + (1, 1, 0, 2)[n % 4]], "text": QUESTIONS[n % 3] * (1 + n % 2)} for n in range(9)
+)
+
+
+def requests(generation=GREEDY, documents=DOCUMENTS, visuals=lambda document: document["pictures"]):
+    return [
+        Instance(
+            "generate_until",
+            (document["text"], dict(generation), visuals, number, "shapes", "test"),
+            0,
+            {"task": "shapes", "doc_id": number, "repeats": 1},
+        )
+        for number, document in enumerate(documents)
+    ]
+
+
+@pytest.fixture(scope="module")
+def make(adapter):
+    def make(**settings):
+        model = FuraLlava(pretrained=BASE, adapter=str(adapter), dtype="float32", device="cpu", **settings)
+        model.task_dict = {"shapes": {"test": DOCUMENTS}}
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected(adapter):
+    """What transformers answers to each question alone, the prompt written out by hand."""
+    processor = AutoProcessor.from_pretrained(BASE, backend="pil")
+    model = LlavaForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    answers = []
+    for document in DOCUMENTS:
+        marks = " ".join(["<image>"] * len(document["pictures"]))
+        text = f"{SYSTEM_PROMPT} USER: {marks}{marks and chr(10)}{document['text']} ASSISTANT:"
+        inputs = processor(text=text, images=document["pictures"] or None, return_tensors="pt")
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+        answers.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    return answers
+
+
+@pytest.mark.parametrize("batch_size, workers", [(1, 0), (4, 2), (32, 0)])
+def test_any_batch_gives_the_answers_of_one(batch_size, workers, make, expected):
+    assert len(set(expected)) > 3
+    assert make(batch_size=batch_size, num_workers=workers).generate_until(requests()) == expected
+
+
+def test_adapter_changes_the_answers(make, expected):
+    model = FuraLlava(pretrained=BASE, dtype="float32", device="cpu")
+    model.task_dict = {"shapes": {"test": DOCUMENTS}}
+    assert model.generate_until(requests()) != expected
+
+
+def test_until_ends_an_answer(make, expected):
+    word = next(word for word in expected[0].split()[1:] if word not in expected[0].split()[0])
+    ended = make().generate_until(requests(GREEDY | {"until": [word, "never said"]}))
+    assert ended == [answer.split(word)[0].strip() for answer in expected]
+
+
+def test_groups_keep_the_order(make, expected):
+    mixed = requests()
+    for number in (1, 4, 5):
+        mixed[number] = requests(GREEDY | {"max_new_tokens": 1})[number]
+    answers = make().generate_until(mixed)
+    for number, answer in enumerate(answers):
+        if number in (1, 4, 5):
+            assert len(answer) < len(expected[number]) and expected[number].startswith(answer)
+        else:
+            assert answer == expected[number]
+
+
+def test_sampling_is_honoured(make, expected):
+    model = make()
+    sampled = requests({"max_new_tokens": 12, "temperature": 3.0})
+    torch.manual_seed(0)
+    first = model.generate_until(sampled)
+    torch.manual_seed(0)
+    assert model.generate_until(sampled) == first
+    torch.manual_seed(1)
+    assert model.generate_until(sampled) != first
+    assert first != expected
+
+
+@pytest.mark.parametrize(
+    "task, sample, temperature",
+    [
+        ({"temperature": 0, "do_sample": True}, False, None),
+        ({"temperature": 0.5}, True, 0.5),
+        ({"do_sample": True}, True, 1.0),
+        ({"until": "ASSISTANT:"}, False, None),
+        (None, False, None),
+    ],
+)
+def test_tasks_ways_to_ask(task, sample, temperature):
+    arguments = generation_arguments(task)
+    assert (arguments["do_sample"], arguments["temperature"]) == (sample, temperature)
+    assert arguments["until"] == (["ASSISTANT:"] if task and "until" in task else [])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_error_names_the_document(workers, make):
+    def visuals(document):
+        if document is DOCUMENTS[5] or document == DOCUMENTS[5]:
+            raise OSError("the picture is cut off")
+        return document["pictures"]
+
+    with pytest.raises(EvaluationError, match="^shapes, document 5: the picture is cut off$"):
+        make(num_workers=workers).generate_until(requests(visuals=visuals))
+
+
+def test_videos_are_refused(make):
+    with pytest.raises(EvaluationError, match="shapes, document 1: it has a video"):
+        make().generate_until(requests(visuals=lambda document: ["clip.mp4"]))
+
+
+def test_memory_runs_out(make, expected):
+    model = make(batch_size="auto")
+    generate, tried = model.model.generate, []
+
+    def small_memory(**inputs):
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return generate(**inputs)
+
+    model.model.generate = small_memory
+    assert model.generate_until(requests()) == expected
+    assert model.batch_size == 2 and tried == [9, 4, 2, 2, 2, 2, 1]
+
+
+def test_interrupted_answers_are_not_asked_again(make, expected, tmp_path):
+    class Switch(Exception):
+        pass
+
+    seen = []
+
+    def visuals(document):
+        seen.append(document)
+        if len(seen) > 6:
+            raise Switch("off")
+        return document["pictures"]
+
+    with pytest.raises(EvaluationError, match="off"):
+        make(batch_size=2, cache=str(tmp_path)).generate_until(requests(visuals=visuals))
+    [file] = tmp_path.iterdir()
+    assert len(file.read_text().splitlines()) == 6
+    file.write_text(file.read_text()[:-20])  # a crash in the middle of a line
+
+    seen.clear()
+    later = requests(visuals=lambda document: seen.append(document) or document["pictures"])
+    assert make(batch_size=2, cache=str(tmp_path)).generate_until(later) == expected
+    assert len(seen) == 4
+    seen.clear()
+    assert make(cache=str(tmp_path)).generate_until(later) == expected
+    assert not seen
+    make(cache=str(tmp_path)).generate_until(requests(GREEDY | {"max_new_tokens": 3}))  # other arguments, other answers
+    assert len(file.read_text().splitlines()) == 6 + 4 + 9
+
+
+def test_lmms_eval_finds_the_model():
+    section = (ROOT / "pyproject.toml").read_text().split('[project.entry-points."lmms_eval.models"]')[1]
+    name, value = re.match(r'\s*(\w+) = "(.+)"', section).groups()
+    manifest = EntryPoint(name, value, "lmms_eval.models").load()()
+    assert manifest.model_id == name
+    registry = ModelRegistryV2()
+    registry.register_manifest(manifest)
+    assert registry.get_model_class("fura_llava") is FuraLlava
+
+
+def test_batch_size_must_be_a_number():
+    with pytest.raises(EvaluationError, match="give a number above 0, or auto"):
+        FuraLlava(pretrained=BASE, batch_size="many")
+
+
+def test_published_processors_pad_here(make):
+    model = make()
+    assert model.processor.image_processor.do_pad
+    wide = Image.new("RGB", (112, 56), "red")
+    batch = model.processor(text="<image>", images=[wide], return_tensors="pt")["pixel_values"][0]
+    assert torch.allclose(batch[:, 0, :].mean(-1), torch.zeros(3), atol=0.02)  # the mean colour, normalised

@@ -1,0 +1,241 @@
+"""The command as a user gives it: what it leaves, how it goes on, and what it says when something is wrong."""
+
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Image, load_dataset
+from eval_models import BASE, ROOT, make_adapter
+from PIL import Image as Pillow
+
+from fura_vlm.data.benchmarks import write_benchmarks
+from fura_vlm.data.embedded import EmbeddedConfig, EmbeddedError, write_embedded
+from fura_vlm.errors import FuraVLMError
+from fura_vlm.evaluation.compare import compare
+from fura_vlm.evaluation.config import CompareConfig, EvalConfig
+from fura_vlm.evaluation.suite import evaluate
+from fura_vlm.evaluation.tasks import TASKS, load_tasks
+
+
+@pytest.fixture(scope="module")
+def settings(adapter, benchmarks, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("results") / "eval"
+    return {"model": str(adapter.parent), "data": str(benchmarks), "output_dir": str(folder), "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def evaluated(settings) -> Path:
+    return evaluate(EvalConfig(**settings))
+
+
+def rows(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"samples-{name}.jsonl").read_text().splitlines()]
+
+
+def copy_of(benchmarks: Path, folder: Path, name: str, change) -> Path:
+    """One of the benchmarks with its main file changed; the others as they are."""
+    folder.mkdir()
+    for other in benchmarks.iterdir():
+        if other.name != name:
+            (folder / other.name).symlink_to(other)
+    (folder / name).mkdir()
+    for source in (benchmarks / name).rglob("*"):
+        target = folder / name / source.relative_to(benchmarks / name)
+        if source.is_dir():
+            target.mkdir()
+        elif source.suffix == ".parquet":
+            change(load_dataset("parquet", data_files=str(source), split="train")).to_parquet(target)
+        else:
+            target.write_bytes(source.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("family, task", zip(("gqa", "scienceqa", "textvqa", "pope"), TASKS["lmms-eval"], strict=True))
+def test_lmms_eval_asks_what_training_asked(family, task, benchmarks, tmp_path):
+    write_embedded(EmbeddedConfig(output_dir=str(tmp_path / "mixture"), train_records=1, eval_per_family=6))
+    records = json.loads((tmp_path / "mixture" / "eval.json").read_text())
+    records = [record for record in records if record["family"] == family]
+    loaded = load_tasks([task], str(benchmarks))[task].task
+    for record, doc in zip(records, loaded.eval_docs, strict=True):
+        question, answer = (turn["value"] for turn in record["conversations"])
+        assert "<image>\n" + loaded.doc_to_text(doc) == question
+        [metric] = {loaded.process_results(doc, [answer])[name] for name in ("exact_match",) if family != "pope"} or {1}
+        assert metric == 1
+        [picture] = loaded.doc_to_visual(doc)
+        assert picture.tobytes() == Pillow.open(tmp_path / "mixture" / record["image"]).tobytes()
+
+
+def test_benchmarks_are_made_once(benchmarks, tmp_path):
+    assert not write_benchmarks(benchmarks, per_task=6)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(EmbeddedError, match="holds no embedded benchmarks"):
+        write_benchmarks(tmp_path / "mine")
+    full = load_dataset(str(benchmarks / "POPE"), "Full")
+    assert all(set(split["category"]) == {name} for name, split in full.items())
+    assert sum(map(len, full.values())) == 6
+
+
+def test_results_are_those_of_the_samples(evaluated):
+    results = json.loads((evaluated / "results.json").read_text())
+    assert list(results["scores"]) == ["tuned", "base"]
+    for name, scores in results["scores"].items():
+        samples = rows(evaluated, name)
+        assert list(scores) == list(TASKS["lmms-eval"]) and len(samples) == 24
+        for task, score in scores.items():
+            own = [row["score"] for row in samples if row["task"] == task]
+            assert score["n"] == score["total"] == len(own) == 6
+            if task != "pope":
+                assert score["score"] == pytest.approx(sum(own) / 6)
+            assert score["low"] <= score["score"] <= score["high"]
+            assert all(row["predicted"] for row in samples)
+        assert results["average"][name] == pytest.approx(sum(s["score"] for s in scores.values()) / 4)
+    table = (evaluated / "results.md").read_text()
+    assert "| gqa | 6 |" in table and "published: DoRA" in table and "2402.09353" in table
+    average = next(line for line in table.splitlines() if line.startswith("| average"))
+    assert average.endswith("| 68.2 | 69.0 | 69.2 |")  # the published figures' own means, by hand
+
+
+def test_page_is_one_file(evaluated):
+    text = (evaluated / "index.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "<script" not in text
+    pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)", text)
+    assert len(pictures) >= 4
+    for picture in pictures:
+        Pillow.open(io.BytesIO(base64.b64decode(picture))).load()
+    for task in TASKS["lmms-eval"]:
+        assert f"<h2>{task}</h2>" in text
+
+
+def test_second_evaluation_asks_nothing_again(evaluated, settings):
+    before = {path: path.read_bytes() for path in (evaluated / "answers").iterdir()}
+    results = (evaluated / "results.json").read_text()
+    evaluate(EvalConfig(**settings))
+    assert {path: path.read_bytes() for path in (evaluated / "answers").iterdir()} == before
+    assert (evaluated / "results.json").read_text() == results
+
+
+def test_paper_protocol(settings, tmp_path):
+    own = settings | {"output_dir": str(tmp_path / "paper"), "protocol": "paper", "base": False, "limit": 3}
+    results = json.loads((evaluate(EvalConfig(**own)) / "results.json").read_text())
+    assert list(results["scores"]["tuned"]) == list(TASKS["paper"])
+    assert set(results["scores"]["tuned"]["pope_paper"]["metrics"]) == {"pope_mean_f1", "pope_predicted_yes"}
+    assert "OCR token" in rows(tmp_path / "paper", "tuned")[6]["question"]
+
+
+def test_compare(evaluated, settings, tmp_path):
+    base = evaluate(EvalConfig(**settings | {"model": BASE, "output_dir": str(tmp_path / "base"), "tasks": ["pope"]}))
+    table = compare(CompareConfig(str(evaluated), str(base), str(tmp_path / "compared.md")))
+    first = [row["score"] for row in rows(evaluated, "tuned") if row["task"] == "pope"]
+    second = [row["score"] for row in rows(base, "model")]
+    assert f"| pope | 6 | {100 * sum(first) / 6:.1f} | {100 * sum(second) / 6:.1f} |" in table
+    assert (tmp_path / "compared.md").read_text() == table
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FuraVLMError, match="holds no results"):
+        compare(CompareConfig(str(tmp_path / "run"), str(base)))
+
+
+def test_two_processes_score_as_one(evaluated, settings, tmp_path):
+    options = {
+        "output_dir": str(tmp_path / "two"),
+        "base": "false",
+        "tasks": '["pope","textvqa_val"]',
+        "batch_size": "2",
+    }
+    arguments = [word for key, value in (settings | options).items() if key != "model" for word in (f"--{key}", value)]
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "fura_vlm.cli", "eval", settings["model"]]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command[1:], *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    together = {(row["task"], row["document"]): row for row in rows(tmp_path / "two", "tuned")}
+    alone = {(row["task"], row["document"]): row for row in rows(evaluated, "tuned")}
+    assert together == {key: row for key, row in alone.items() if key[0] in ("pope", "textvqa_val")}
+
+
+# ------------------------------------------------------------------------------------------------------ mistakes
+
+
+def test_pictures_that_do_not_decode_are_counted(benchmarks, settings, tmp_path):
+    def cut(data):
+        raw = data.cast_column("image", Image(decode=False))
+        broken = raw.map(
+            lambda row, n: {"image": {"bytes": row["image"]["bytes"][: None if n % 3 else 60], "path": None}},
+            with_indices=True,
+            features=raw.features,
+        )
+        return broken.cast_column("image", Image())
+
+    data = copy_of(benchmarks, tmp_path / "data", "textvqa", cut)
+    own = {"data": str(data), "output_dir": str(tmp_path / "eval"), "tasks": ["textvqa_val"], "base": False}
+    folder = evaluate(EvalConfig(**settings | own))
+    score = json.loads((folder / "results.json").read_text())["scores"]["tuned"]["textvqa_val"]
+    assert (score["n"], score["total"]) == (4, 6)
+    assert [each["document"] for each in score["unreadable"]] == [0, 3]
+    assert all(each["reason"] for each in score["unreadable"])
+    table = (folder / "results.md").read_text()
+    assert "| textvqa_val | 4 of 6 |" in table and "documents 0, 3" in table
+
+
+def test_other_columns(benchmarks, settings, tmp_path):
+    data = copy_of(benchmarks, tmp_path / "data", "POPE", lambda data: data.rename_column("answer", "label"))
+    with pytest.raises(FuraVLMError, match=r"POPE data at .* have no column answer: they must have those of .*/POPE"):
+        evaluate(EvalConfig(**settings | {"data": str(data), "tasks": ["pope"], "output_dir": str(tmp_path / "eval")}))
+
+
+def test_no_such_task(settings):
+    with pytest.raises(FuraVLMError, match="lmms-eval has no task 'scienceqa_image': did you mean scienceqa_img"):
+        evaluate(EvalConfig(**settings | {"tasks": ["scienceqa_image"]}))
+
+
+def test_no_such_data(settings, tmp_path):
+    with pytest.raises(FuraVLMError, match="There are no data at .*nowhere"):
+        evaluate(EvalConfig(**settings | {"data": str(tmp_path / "nowhere")}))
+
+
+def test_no_network(settings, tmp_path):
+    arguments = ["--data", "hub", "--offline", "true", "--output_dir", str(tmp_path / "eval"), "--tasks", '["pope"]']
+    done = subprocess.run(
+        [sys.executable, "-m", "fura_vlm.cli", "eval", settings["model"], *arguments],
+        cwd=ROOT,
+        env=os.environ | {"HF_HOME": str(tmp_path / "empty")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last.startswith("fura-vlm eval: The data lmms-lab-encoder/POPE cannot be loaded")
+    assert last.endswith("or name a folder with --data, or --data embedded")
+
+
+def test_results_of_another_model(evaluated, settings, tmp_path):
+    other = make_adapter(tmp_path / "adapter", seed=1)
+    with pytest.raises(FuraVLMError, match="holds the results of another model .*choose another --output_dir"):
+        evaluate(EvalConfig(**settings | {"model": str(other)}))
+
+
+def test_adapter_for_another_base(settings, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["block_size"] = 64  # the tensors on disk have the shapes of other layers
+    path.write_text(json.dumps(config))
+    with pytest.raises(FuraVLMError, match="The adapter at .* cannot be used"):
+        evaluate(EvalConfig(**settings | {"model": str(adapter), "output_dir": str(tmp_path / "eval")}))
+
+
+def test_limit_must_be_positive(settings):
+    with pytest.raises(FuraVLMError, match="limit is 0"):
+        evaluate(EvalConfig(**settings | {"limit": 0}))
