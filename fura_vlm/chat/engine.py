@@ -281,9 +281,9 @@ def _widen(states: torch.Tensor, width: int) -> torch.Tensor:
 
 def _draw(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """A token from (1, vocabulary), as ``generate`` draws it with these settings."""
-    scores = TemperatureLogitsWarper(sampling.temperature)(None, logits.float())
+    scores = TemperatureLogitsWarper(float(sampling.temperature))(None, logits.float())
     if sampling.top_p < 1:
-        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+        scores = TopPLogitsWarper(float(sampling.top_p))(None, scores)
     return torch.multinomial(scores.softmax(-1), 1)[0, 0]
 
 

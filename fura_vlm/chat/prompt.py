@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from fura_vlm.chat.engine import ChatError
-from fura_vlm.data.dataset import count_image_tokens
 from fura_vlm.data.conversation import prompt
+from fura_vlm.data.dataset import count_image_tokens
 from fura_vlm.data.images import ImageError, load_image
 from fura_vlm.data.records import IMAGE, Turn
 
@@ -59,7 +59,9 @@ def build_prompt(exchanges: list[Exchange], processor, max_tokens: int) -> Promp
         ChatError: if there is no question, or if ``max_tokens`` has no room even for the picture.
     """
     tokenizer = processor.tokenizer
-    kept = [Exchange(_plain(e.question, tokenizer), e.image, e.answer and _plain(e.answer, tokenizer)) for e in exchanges]
+    kept = [
+        Exchange(_plain(e.question, tokenizer), e.image, e.answer and _plain(e.answer, tokenizer)) for e in exchanges
+    ]
     if not kept[-1].question:
         raise ChatError("There is no question: type one")
     image_tokens, dropped, cut = count_image_tokens(processor), 0, False
@@ -72,14 +74,18 @@ def build_prompt(exchanges: list[Exchange], processor, max_tokens: int) -> Promp
             continue
         ends = [end for _, end in tokenizer(kept[0].question, return_offsets_mapping=True)["offset_mapping"] if end]
         if len(ends) <= excess:
-            raise ChatError(f"The picture and the question do not fit into {max_tokens} tokens: ask for a shorter answer")
+            raise ChatError(
+                f"The picture and the question do not fit into {max_tokens} tokens: ask for a shorter answer"
+            )
         kept[0].question = kept[0].question[: ends[-excess - 1]].strip()
         cut = True
     notice = None
     if cut:
         notice = "The question is longer than the model can read: only its beginning was used."
     elif dropped:
-        notice = f"The conversation is longer than the model can read: the oldest {dropped} of its questions are forgotten."
+        notice = (
+            f"The conversation is longer than the model can read: the oldest {dropped} of its questions are forgotten."
+        )
     return Prompt(_text(kept, tokenizer), [exchange.image for exchange in kept if exchange.image], notice)
 
 
@@ -105,9 +111,16 @@ def read_image(path: str) -> Image.Image:
         raise ChatError(str(error).replace(str(path), Path(path).name)) from error
 
 
+def is_animation(path: str) -> bool:
+    """Whether a picture that can be read has more than one frame."""
+    with Image.open(path) as image:
+        return getattr(image, "n_frames", 1) > 1
+
+
 def _plain(text: str, tokenizer) -> str:
     """Without the tokenizer's special tokens: what a user types is text, neither an image nor the end of a turn."""
-    while found := [token for token in tokenizer.all_special_tokens if token in text]:
+    special = {IMAGE, *tokenizer.all_special_tokens}
+    while found := [token for token in special if token in text]:
         for token in found:  # again and again: taking one out may join the pieces of another
             text = text.replace(token, "")
     return text.strip()

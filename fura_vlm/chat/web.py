@@ -25,15 +25,17 @@ from starlette.routing import Route
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError, Engine, Generation, Sampling
 from fura_vlm.chat.models import BASE, Models, describe, examples, load_models
-from fura_vlm.chat.prompt import Exchange, build_prompt, encode, read_image
+from fura_vlm.chat.prompt import Exchange, build_prompt, encode, is_animation, read_image
 
 POLL_SECONDS = 0.04  # how often the browser gets what has been written: faster than one reads, and no queue can grow
 KEEP_SECONDS = 4 * 3600  # how long an uploaded picture is kept
 MAX_UPLOAD = "50mb"
 NOTHING = "nothing"
+JOINER = "\u2060"  # takes no room and breaks no line
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
-.gradio-container {max-width: 72rem !important; margin: auto}
+.gradio-container {width: 100% !important; max-width: 72rem !important; margin: auto}
+button[aria-label="Share"] {display: none}  /* it would send the picture to another site */
 #left, #right {height: calc(100dvh - 27rem) !important; min-height: 20rem}
 @media (max-width: 640px) { #left, #right {height: 46dvh !important; min-height: 14rem} }
 """
@@ -95,8 +97,8 @@ class Chat:
         if session.running:
             raise ChatError("An answer is still being written: wait for it or stop it")
         turn = Turn(question, image)
-        inputs, notice = await asyncio.to_thread(self._read, session, turn, len(sides), sampling)
-        if notice:
+        inputs, notices = await asyncio.to_thread(self._read, session, turn, len(sides), sampling)
+        for notice in notices:
             gr.Warning(notice)
         session.turns.append(turn)
         running = [
@@ -124,15 +126,18 @@ class Chat:
             session.turns = [other for other in session.turns if other is not turn]
             raise ChatError(failed)
 
-    def _read(self, session: Session, turn: Turn, sides: int, sampling: Sampling) -> tuple[list[dict], str | None]:
+    def _read(self, session: Session, turn: Turn, sides: int, sampling: Sampling) -> tuple[list[dict], list[str]]:
+        notices, prompts = [], []
         if turn.image:
             read_image(turn.image)
+            if is_animation(turn.image):
+                notices.append("The picture is an animation: its first frame is used.")
         room = self.models.context - sampling.max_new_tokens
-        prompts = []
         for side in range(sides):
             exchanges = [*session.history(side), Exchange(turn.question, turn.image)]
             prompts.append(build_prompt(exchanges, self.models.processor, room))
-        return [encode(prompt, self.models.processor) for prompt in prompts], prompts[0].notice
+        notices += [prompts[0].notice] if prompts[0].notice else []
+        return [encode(prompt, self.models.processor) for prompt in prompts], notices
 
     def _copy(self, running: list[Generation], turn: Turn) -> None:
         for side, generation in enumerate(running):
@@ -209,7 +214,6 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
 
         settings = [model, other, temperature, top_p, length]
         shown = [left, right, box, speed, seen, padding]
-        waiting = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
 
         async def answer(session, question, image, model, other, temperature, top_p, length):
             """Yields values for ``shown``."""
@@ -224,7 +228,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                     yield (
                         session.messages(0),
                         session.messages(1) if len(sides) > 1 else gr.skip(),
-                        waiting if first else gr.skip(),
+                        gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True) if first else gr.skip(),
                         _speed(sides, running),
                         *picture,
                     )
@@ -264,7 +268,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             if 0 <= number < len(session.turns):
                 image = session.turns[number].image
                 del session.turns[number:]
-                async for values in answer(session, str(event.value).replace("\u200b", ""), image, *settings):
+                async for values in answer(session, str(event.value).replace(JOINER, ""), image, *settings):
                     yield values
 
         async def example(session, event: gr.SelectData, *settings):
@@ -433,7 +437,7 @@ def _speed(sides: list[str], running: list[Generation]) -> str:
 
 def _literal(text: str) -> str:
     """Shown as it was typed: a "<" that nothing follows begins no tag, in Markdown or in HTML."""
-    return text.replace("<", "<\u200b")
+    return text.replace("<", "<" + JOINER)
 
 
 def _shown_error(error: ChatError) -> gr.Error:

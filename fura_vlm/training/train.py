@@ -448,5 +448,5 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
     image = next((answer.image for answer in held_out.after if answer.image), "IMAGE")
     questions = f" --data_path {config.eval_data_path}" if config.eval_data_path else " --data_path QUESTIONS.json"
     console.print(f"  .venv/bin/fura-vlm eval {run}{questions}", soft_wrap=True)
-    console.print(f"  .venv/bin/fura-vlm chat {run} {image}", soft_wrap=True)
+    console.print(f"  .venv/bin/fura-vlm chat {image} --model {run}", soft_wrap=True)
     console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)
