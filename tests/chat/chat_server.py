@@ -29,6 +29,7 @@ def serving(*arguments: str):
     """The chat command in a process of its own. Yields its address and the process."""
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    environment["OMP_NUM_THREADS"] = "1"
     process = subprocess.Popen(
         [sys.executable, "-m", "fura_vlm.cli", "chat", "--web", "--port", str(port), *arguments],
         cwd=ROOT,

@@ -12,6 +12,7 @@ from fura_vlm.data.scenes import draw, make_scene
 from fura_vlm.modelling.load import load_base
 from fura_vlm.training.config import TARGET_MODULES
 
+torch.set_num_threads(1)  # the model is small, and threads that wait for each other are slow beside other processes
 ARTEFACTS = ROOT / "runs" / "test-artefacts"
 
 
