@@ -11,7 +11,7 @@ import html
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,13 +62,19 @@ class Session:
         return [Exchange(t.question, t.image, _first(t.answers[side], t.answers[0])) for t in self.turns]
 
     def messages(self, side: int) -> list[dict]:
-        """The conversation as a Chatbot shows it: two messages a turn."""
-        shown = []
-        for exchange in self.history(side):
-            picture = [{"path": exchange.image, "alt_text": "the picture"}] if exchange.image else []
-            shown.append({"role": "user", "content": [*picture, _literal(exchange.question)]})
-            shown.append({"role": "assistant", "content": exchange.answer or ""})
-        return shown
+        """The conversation as a Chatbot shows it. A picture is a message of its own: Gradio edits no others."""
+        return [message for _, message in self._numbered(side)]
+
+    def turn_of(self, message: int) -> int:
+        """The number of the turn that a message of the Chatbot belongs to."""
+        return [number for number, _ in self._numbered(0)][message]
+
+    def _numbered(self, side: int) -> Iterator[tuple[int, dict]]:
+        for number, exchange in enumerate(self.history(side)):
+            if exchange.image:
+                yield number, {"role": "user", "content": {"path": exchange.image, "alt_text": "the picture"}}
+            yield number, {"role": "user", "content": _literal(exchange.question)}
+            yield number, {"role": "assistant", "content": exchange.answer or ""}
 
     def stop(self) -> None:
         for generation in self.running:
@@ -178,6 +184,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 label=labels[0],
                 elem_id="left",
                 editable="user",
+                group_consecutive_messages=False,  # Gradio cannot edit a text that is grouped with a picture
                 allow_tags=False,
                 min_width=280,
                 buttons=["copy"],
@@ -185,7 +192,13 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 examples=[{"text": question, "files": [path]} for path, question in samples] or None,
             )
             right = gr.Chatbot(
-                label=BASE, elem_id="right", allow_tags=False, min_width=280, buttons=["copy"], visible=False
+                label=BASE,
+                elem_id="right",
+                allow_tags=False,
+                group_consecutive_messages=False,
+                min_width=280,
+                buttons=["copy"],
+                visible=False,
             )
         box = gr.MultimodalTextbox(
             show_label=False,
@@ -264,12 +277,11 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         async def edit(session, event: gr.EditData, *settings):
             await _idle(session)
             index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
-            number = int(index) // 2
-            if 0 <= number < len(session.turns):
-                image = session.turns[number].image
-                del session.turns[number:]
-                async for values in answer(session, str(event.value).replace(JOINER, ""), image, *settings):
-                    yield values
+            number = session.turn_of(int(index))
+            image = session.turns[number].image
+            del session.turns[number:]
+            async for values in answer(session, str(event.value).replace(JOINER, ""), image, *settings):
+                yield values
 
         async def example(session, event: gr.SelectData, *settings):
             image, question = samples[int(event.index)]  # by number: what the browser says of the file is not used
@@ -408,7 +420,7 @@ def as_seen(path: str, processor) -> tuple[Image.Image, str]:
     margin = round(share / 2 * seen.width)
     box = (margin, 0) if width < height else (0, margin)
     ImageDraw.Draw(seen).rectangle((*box, seen.width - 1 - box[0], seen.height - 1 - box[1]), outline="red")
-    return seen, f"{size}; {share:.0%} of it is padding, {where} of the frame."
+    return seen, f"{size}; {share:.0%} of it is padding, {where}."
 
 
 async def _idle(session: Session) -> None:

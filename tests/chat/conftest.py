@@ -22,7 +22,11 @@ def run(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("runs") / "tuned"
     torch.manual_seed(0)
     config = FuraConfig(target_modules=TARGET_MODULES, init_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(load_base(TINY, torch.float32), config).save_pretrained(folder / "adapter")
+    model = get_peft_model(load_base(TINY, torch.float32), config)
+    for name, parameter in model.named_parameters():
+        if "fura_" in name:
+            parameter.data *= 3
+    model.save_pretrained(folder / "adapter")
     return str(folder)
 
 

@@ -93,11 +93,11 @@ def test_two_turns_retry_edit_undo_and_clear(page, reference, scenes):
     expect(bot(page)).to_have_count(1)
     expect(page.locator("#question textarea")).to_have_value("And below it?")
 
-    page.get_by_label("Edit").first.click()
+    page.get_by_label("Edit").click()
     page.locator("#left textarea").fill("Where is the sign?")
     page.get_by_label("Submit").first.click()
     shows(page, reference([Exchange("Where is the sign?", scenes[0])], adapter=False))
-    expect(user(page).first).to_contain_text("Where is the sign?")
+    expect(user(page).last).to_contain_text("Where is the sign?")
 
     page.get_by_label("Clear").first.click()
     expect(bot(page)).to_have_count(0)
