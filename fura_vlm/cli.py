@@ -39,20 +39,35 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"fura-vlm {__version__}")
     commands = parser.add_subcommands(dest="command", required=True)
 
-    def command(group, name: str, config: type, positional: tuple[str, ...] = ()) -> Parser:
+    def command(
+        group,
+        name: str,
+        config: type,
+        positional: tuple[str, ...] = (),
+        optional: dict[str, str] | None = None,
+        flags: dict[str, str] | None = None,
+    ) -> Parser:
+        """Fields in ``optional`` are positional and may be left out; ``flags`` need no value. Both with their help."""
+        optional, flags = optional or {}, flags or {}
         title = (config.__doc__ or "").split("\n")[0]
-        words = " ".join(word.upper() for word in positional)
+        words = " ".join([word.upper() for word in positional] + [f"[{word.upper()}]" for word in optional])
         usage = f"fura-vlm {name} {words}{' ' if words else ''}[--config FILE.yaml] [--KEY VALUE ...]"
         sub = Parser(description=title, usage=usage)
         sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of the settings below")
-        sub.add_class_arguments(config, as_positional=True)
+        sub.add_class_arguments(config, as_positional=True, skip={*optional, *flags})
+        for key, text in optional.items():
+            sub.add_argument(key, nargs="?", type=str, help=text)
+        for key, text in flags.items():
+            sub.add_argument(f"--{key}", action="store_true", help=text)
         group.add_subcommand(name.split()[-1], sub, help=title)
         return sub
 
     command(commands, "train", TrainConfig)
     command(commands, "eval", EvalConfig, ("model",))
     command(commands, "compare", CompareConfig, ("first", "second"))
-    command(commands, "chat", ChatConfig, ("model", "image"))
+    image = {"image": "the picture to talk about in the terminal"}
+    web = {"web": "open the chat in the browser", "share": "with --web: make a public link through Gradio's servers"}
+    command(commands, "chat", ChatConfig, optional=image, flags=web)
     command(commands, "merge", MergeConfig, ("model", "output_dir"))
     command(commands, "assemble", AssembleConfig, ("output_dir", "mm_projector"))
     command(commands, "inspect", InspectConfig, ("model",))
@@ -88,9 +103,15 @@ def _run(command: str, options: dict) -> None:
 
         compare(CompareConfig(**options))
     elif command == "chat":
-        from fura_vlm.chat.terminal import chat
+        config = ChatConfig(**options)
+        if config.web:
+            from fura_vlm.chat.web import serve
 
-        chat(ChatConfig(**options))
+            serve(config)
+        else:
+            from fura_vlm.chat.terminal import chat
+
+            chat(config)
     elif command == "merge":
         from fura_vlm.modelling.load import merge
 

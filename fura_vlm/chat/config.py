@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
 class ChatConfig:
-    """Talk about an image in the terminal.
+    """Talk about an image, in the terminal or in the browser.
 
     Args:
-        model: a run folder, an adapter, or a LLaVA (a folder or a name on the hub).
-        image: the picture to talk about.
-        question: ask this one question and end; by default questions are read from the terminal.
+        image: the picture to talk about in the terminal.
+        model: a run folder, an adapter, or a LLaVA (a folder or a name on the hub); by default the newest run in
+            runs/, or else the embedded model.
+        adapters: more runs or adapters over the same base, to choose from in the browser.
+        web: open the chat in the browser.
+        question: ask this one question in the terminal and end; by default questions are read from the terminal.
         max_new_tokens: length limit of an answer.
+        host: the address to listen on; by default only this machine can connect.
+        port: the port to listen on.
+        auth: NAME:PASSWORD that the browser asks for.
+        share: make a public link through Gradio's servers.
+        max_users: answers written at the same time.
+        max_waiting: questions that wait for their turn; more are turned away.
     """
 
-    model: str
-    image: str
+    image: str | None = None
+    model: str | None = None
+    adapters: list[str] = field(default_factory=list)
+    web: bool = False
     question: str | None = None
     max_new_tokens: int = 256
+    host: str = "127.0.0.1"
+    port: int = 7860
+    auth: str | None = None
+    share: bool = False
+    max_users: int = 24
+    max_waiting: int = 64

@@ -6,6 +6,9 @@ import torch
 from transformers import TextStreamer
 
 from fura_vlm.chat.config import ChatConfig
+from fura_vlm.chat.engine import ChatError
+from fura_vlm.chat.models import default_model
+from fura_vlm.chat.prompt import Exchange, build_prompt, encode
 from fura_vlm.data.images import load_image
 from fura_vlm.modelling.load import load_any
 
@@ -13,22 +16,23 @@ from fura_vlm.modelling.load import load_any
 @torch.inference_mode()
 def chat(config: ChatConfig) -> None:
     """Answers ``config.question``, or question after question until an empty line; tokens appear as they come."""
-    image = load_image(config.image)
-    model, processor = load_any(config.model)
+    if config.image is None:
+        raise ChatError("Name a picture to talk about, or open the chat in the browser with --web")
+    load_image(config.image)  # a bad one is said before the model is loaded
+    model, processor = load_any(config.model or default_model())
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    turns = []
-    while True:
-        question = config.question or _ask()
-        if not question:
-            return
-        # The picture stands before the first question, as in training; typing <image> does not add another.
-        text = {"type": "text", "text": question.replace(processor.image_token, "")}
-        turns.append({"role": "user", "content": [text] if turns else [{"type": "image"}, text]})
-        prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
-        inputs = processor(text=prompt, images=[image], return_tensors="pt").to(model.device, model.dtype)
+    room = model.config.get_text_config().max_position_embeddings - config.max_new_tokens
+    exchanges: list[Exchange] = []
+    while question := config.question or _ask():
+        exchanges.append(Exchange(question, None if exchanges else config.image))
+        prompt = build_prompt(exchanges, processor, room)
+        if prompt.notice:
+            print(prompt.notice)
+        inputs = {name: value.to(model.device) for name, value in encode(prompt, processor).items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         generated = model.generate(**inputs, streamer=streamer, do_sample=False, max_new_tokens=config.max_new_tokens)
         answer = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]})
+        exchanges[-1].answer = answer.strip()
         if config.question:
             return
 

@@ -474,6 +474,6 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
     console.print("What next:")
     image = next((answer.image for answer in held_out.after if answer.image), "IMAGE")
     console.print(f"  .venv/bin/fura-vlm eval {run}", soft_wrap=True)
-    console.print(f"  .venv/bin/fura-vlm chat {run} {image}", soft_wrap=True)
+    console.print(f"  .venv/bin/fura-vlm chat {image} --model {run}", soft_wrap=True)
     if not full:
         console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)

@@ -1,0 +1,294 @@
+"""Many answers at once over one copy of the weights.
+
+One thread owns the model. Between two tokens it takes in a question that waits (its prompt is read alone, so that
+nobody waits for more than one) and lets go of the answers that are complete or no longer wanted. Answers of the same
+adapter are decoded together as one batch, a token each per step; the batches take turns. Since nothing else calls the
+model, PEFT's switch between adapters, which is one for the whole model, concerns no one else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
+
+from fura_vlm.errors import FuraVLMError
+
+
+class ChatError(FuraVLMError):
+    """A question that cannot be answered. The message is one sentence, fit for the user."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: greedily at temperature 0."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+
+
+@dataclass(eq=False)
+class Generation:
+    """An answer that is being written. The engine appends to ``tokens``; whoever asked reads them when it likes.
+
+    Attributes:
+        inputs: what the processor made of the prompt, a batch of one.
+        adapter: PEFT's name of the adapter, or ``None`` for the base model.
+        tokens: the ids written so far, the end token included.
+        done: no more will come: complete, cancelled or failed.
+        error: why it failed, or ``None``.
+        asked, began, ended: ``time.monotonic()`` of the question, the first token and the last.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    adapter: str | None
+    sampling: Sampling
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+    error: str | None = None
+    cancelled: bool = False
+    asked: float = field(default_factory=time.monotonic)
+    began: float | None = None
+    ended: float | None = None
+
+    def cancel(self) -> None:
+        """What is written stays; the model is free for others after the token it is at."""
+        self.cancelled = True
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """After the first token, which also pays for the prompt; ``None`` while there are fewer than two."""
+        if len(self.tokens) < 2 or self.began is None:
+            return None
+        return (len(self.tokens) - 1) / max((self.ended or time.monotonic()) - self.began, 1e-9)
+
+
+class Engine:
+    """Answers many questions with one model. Thread-safe.
+
+    Args:
+        model: a ``LlavaForConditionalGeneration``, or a PEFT model around one, in evaluation mode. From now on
+            nothing else may call it.
+        max_rows: answers written at the same time; more wait, first come, first served.
+    """
+
+    def __init__(self, model, max_rows: int = 24):
+        self.model = model
+        self._peft = model.base_model if isinstance(model, PeftModel) else None
+        self._llava = model.get_base_model() if isinstance(model, PeftModel) else model
+        ends = self._llava.generation_config.eos_token_id or self._llava.config.get_text_config().eos_token_id
+        self._ends = set(ends) if isinstance(ends, list) else {ends}
+        self._max_rows = max_rows
+        self._adapter: str | None = None
+        if self._peft is not None:
+            self._peft.disable_adapter_layers()
+        self._waiting: deque[Generation] = deque()
+        self._batches: dict[str | None, _Batch] = {}
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="chat-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, inputs: dict[str, torch.Tensor], adapter: str | None, sampling: Sampling) -> Generation:
+        """Puts a question in the queue and returns at once.
+
+        Args:
+            inputs: ``input_ids`` and ``attention_mask`` (1, n) int64, and ``pixel_values`` (images, 3, h, w) if there
+                are any.
+            adapter: PEFT's name of an adapter, or ``None`` for the base model.
+        """
+        generation = Generation(dict(inputs), adapter, sampling)
+        with self._wake:
+            if self._closed:
+                raise ChatError("The chat is closing")
+            self._waiting.append(generation)
+            self._wake.notify()
+        return generation
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many answers are being written, and how many questions wait."""
+        return sum(len(batch.rows) for batch in list(self._batches.values())), len(self._waiting)
+
+    def close(self) -> None:
+        """Ends the thread; what is being written ends as if cancelled."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    # ------------------------------------------------------------------------------------------ the engine's thread
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while not self._closed:
+            newcomer = None
+            with self._wake:
+                while not (self._waiting or self._batches or self._closed):
+                    self._wake.wait()
+                if self._waiting and self.load[0] < self._max_rows:
+                    newcomer = self._waiting.popleft()
+            if newcomer is not None:
+                self._guarded([newcomer], self._admit, newcomer)
+            for adapter, batch in list(self._batches.items()):
+                self._guarded(batch.rows, self._advance, batch)
+                if not batch.rows:
+                    del self._batches[adapter]
+        for generation in [*self._waiting, *(row for batch in self._batches.values() for row in batch.rows)]:
+            self._finish(generation)
+
+    def _guarded(self, concerned: list[Generation], step, *arguments) -> None:
+        """Runs a step. If it fails, the answers it concerned fail, and nothing else does."""
+        concerned = list(concerned)
+        try:
+            step(*arguments)
+            return
+        except Exception as error:
+            reason = _reason(error)
+        # Outside the except clause: until it ends, the error's traceback keeps the tensors alive.
+        for generation in concerned:
+            self._finish(generation, reason)
+        for batch in self._batches.values():
+            if any(row in concerned for row in batch.rows):
+                batch.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _admit(self, generation: Generation) -> None:
+        """Reads the prompt and writes the first token."""
+        if generation.cancelled:
+            self._finish(generation)
+            return
+        self._use(generation.adapter)
+        inputs = {name: value.to(self._llava.device) for name, value in generation.inputs.items()}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self._llava.dtype)
+        generation.inputs = {}  # the picture is needed no longer
+        cache = DynamicCache(config=self._llava.config.get_text_config())
+        output = self._llava(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._write([generation], output.logits[:, -1])
+        if not generation.done:
+            batch = self._batches.setdefault(generation.adapter, _Batch())
+            self._guarded([generation, *batch.rows], batch.add, generation, cache, inputs["attention_mask"])
+
+    def _advance(self, batch: _Batch) -> None:
+        """Writes the next token of each row."""
+        for row in batch.rows:
+            if row.cancelled:
+                self._finish(row)
+        batch.drop_done()
+        if batch.rows:
+            self._use(batch.rows[0].adapter)
+            self._write(batch.rows, batch.step(self._llava))
+            batch.drop_done()
+
+    def _use(self, adapter: str | None) -> None:
+        if adapter == self._adapter:
+            return
+        if adapter is None:
+            self._peft.disable_adapter_layers()
+        else:
+            self._peft.enable_adapter_layers()
+            self._peft.set_adapter(adapter)
+        self._adapter = adapter
+
+    def _write(self, rows: list[Generation], logits: torch.Tensor) -> None:
+        """Chooses a token for each row, from (rows, vocabulary), and ends the rows that are complete."""
+        tokens = logits.argmax(-1)
+        for index, row in enumerate(rows):
+            if row.sampling.temperature > 0:
+                tokens[index] = _draw(logits[index : index + 1], row.sampling)
+        now = time.monotonic()
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            row.began = row.began or now
+            row.tokens.append(token)
+            if token in self._ends or len(row.tokens) >= row.sampling.max_new_tokens:
+                self._finish(row)
+
+    def _finish(self, generation: Generation, error: str | None = None) -> None:
+        generation.inputs = {}
+        generation.error = error
+        generation.ended = time.monotonic()
+        generation.done = True  # last: a reader who sees it finds all the rest in place
+
+
+class _Batch:
+    """Answers decoded together: rows of one key-value cache, padded on the left."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        self.rows: list[Generation] = []
+        self.cache: DynamicCache | None = None
+        self.mask: torch.Tensor | None = None  # (rows, length) int64, 0 where a row is padded
+
+    def add(self, row: Generation, cache: DynamicCache, mask: torch.Tensor) -> None:
+        """Adds a row whose prompt is in a cache of its own."""
+        if not self.rows:
+            self.cache, self.mask = cache, mask
+        else:
+            width = max(self.mask.shape[1], mask.shape[1])
+            for layer, new in zip(self.cache.layers, cache.layers, strict=True):
+                layer.keys = torch.cat([_widen(layer.keys, width), _widen(new.keys, width)])
+                layer.values = torch.cat([_widen(layer.values, width), _widen(new.values, width)])
+            self.mask = torch.cat([F.pad(part, (width - part.shape[1], 0)) for part in (self.mask, mask)])
+        self.rows.append(row)
+
+    def step(self, llava) -> torch.Tensor:
+        """Gives each row's last token to the model; returns what comes next, (rows, vocabulary)."""
+        last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.mask.device)
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        position = self.mask.sum(-1, keepdim=True) - 1
+        output = llava(
+            input_ids=last,
+            attention_mask=self.mask,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1]
+
+    def drop_done(self) -> None:
+        """Takes out the rows that are complete, and the padding that only they needed."""
+        kept = [index for index, row in enumerate(self.rows) if not row.done]
+        if len(kept) == len(self.rows):
+            return
+        if not kept:
+            self.clear()
+            return
+        self.rows = [self.rows[index] for index in kept]
+        indices = torch.tensor(kept, device=self.mask.device)
+        self.mask = self.mask[indices]
+        padded = int((self.mask.cumsum(-1) == 0).all(0).sum())
+        self.mask = self.mask[:, padded:]
+        for layer in self.cache.layers:
+            layer.keys = layer.keys[indices, :, padded:]
+            layer.values = layer.values[indices, :, padded:]
+
+
+def _widen(states: torch.Tensor, width: int) -> torch.Tensor:
+    """Keys or values (rows, heads, length, size), padded on the left to ``width``."""
+    return F.pad(states, (0, 0, width - states.shape[2], 0))
+
+
+def _draw(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """A token from (1, vocabulary), as ``generate`` draws it with these settings."""
+    scores = TemperatureLogitsWarper(float(sampling.temperature))(None, logits.float())
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(float(sampling.top_p))(None, scores)
+    return torch.multinomial(scores.softmax(-1), 1)[0, 0]
+
+
+def _reason(error: Exception) -> str:
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    if memory:
+        return "The model ran out of memory: ask again later, or start a new conversation with shorter questions"
+    return f"The model failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"

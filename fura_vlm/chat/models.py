@@ -1,0 +1,138 @@
+"""What a chat talks with: one base, its processor and the adapters over it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import LlavaProcessor
+
+from fura_vlm.data.questions import FAMILIES, ask
+from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.modelling.load import ModelError, load_adapter, load_any
+
+EMBEDDED = Path("data/tiny-llava")
+BASE = "base"
+
+
+@dataclass
+class Models:
+    """One copy of the weights and what can be switched over it.
+
+    Attributes:
+        model: a ``LlavaForConditionalGeneration``, or a ``PeftModel`` around one.
+        adapters: what a user calls them, and PEFT's names; ``None`` is the base without any. The first is the default.
+    """
+
+    path: str
+    model: torch.nn.Module
+    processor: LlavaProcessor
+    adapters: dict[str, str | None]
+
+    @property
+    def base(self) -> str:
+        """Where the base came from."""
+        llava = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return llava.config.name_or_path
+
+    @property
+    def context(self) -> int:
+        """Tokens the language model reads at most."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+
+def default_model() -> str:
+    """The newest finished run in ``runs/``, or else the embedded model."""
+    finished = [path.parents[1] for path in Path("runs").glob("*/adapter/adapter_config.json")]
+    newest = max(finished, key=lambda run: (run / "adapter" / "adapter_config.json").stat().st_mtime, default=EMBEDDED)
+    return str(newest)
+
+
+def load_models(path: str | None, adapters: list[str]) -> Models:
+    """Loads a run, an adapter or a LLaVA, and more adapters over its base.
+
+    Args:
+        path: as in :func:`fura_vlm.modelling.load.load_any`; by default :func:`default_model`.
+        adapters: run folders or adapters' folders.
+
+    Raises:
+        ModelError: if one of them is missing or does not go with the base.
+    """
+    path = path or default_model()
+    model, processor = load_any(path)
+    names: dict[str, str | None] = {}
+    if isinstance(model, PeftModel):
+        names[_label(path, names)] = model.active_adapter
+    for other in adapters:
+        folder = Path(other) / "adapter" if (Path(other) / "adapter").is_dir() else Path(other)
+        label = _label(other, names)
+        if not isinstance(model, PeftModel):
+            model, names[label] = load_adapter(model, str(folder)), "default"
+            continue
+        if not (folder / "adapter_config.json").is_file():
+            raise ModelError(f"No adapter at {other}: adapter_config.json is missing")
+        name = f"adapter{len(names)}"
+        try:
+            model.load_adapter(str(folder), adapter_name=name)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"The adapter at {other} does not go with {path}: {reason}") from error
+        names[label] = name
+    return Models(path, model.eval(), processor, names | {BASE: None})
+
+
+def describe(models: Models) -> str:
+    """Base, adapters, methods and sizes, as Markdown."""
+    total = sum(parameter.numel() for parameter in models.model.parameters())
+    sizes = dict.fromkeys(models.adapters, 0)
+    for label, name in models.adapters.items():
+        if name is not None:
+            parts = ((key.split("."), value.numel()) for key, value in models.model.named_parameters())
+            sizes[label] = sum(number for key, number in parts if name in key)
+    device, dtype = models.model.device, str(models.model.dtype).removeprefix("torch.")
+    lines = [
+        f"**Base** `{models.base}`: {total - sum(sizes.values()):,} parameters, {dtype} on {device}, "
+        f"a context of {models.context:,} tokens.",
+        "",
+        "| adapter | method | trained parameters |",
+        "|---|---|---|",
+    ]
+    for label, name in models.adapters.items():
+        if name is not None:
+            method = models.model.peft_config[name].peft_type
+            lines.append(f"| {label} | {getattr(method, 'value', method)} | {sizes[label]:,} |")
+    return "\n".join(lines if len(models.adapters) > 1 else [*lines[:1], "", "No adapter: this is a plain model."])
+
+
+def examples(models: Models, folder: Path) -> list[tuple[str, str]]:
+    """Pictures with a question each, (path, question), that suit the model.
+
+    Those of a run are its held-out questions, one of each family; for the embedded model scenes are drawn into
+    ``folder``; for any other model there are none.
+    """
+    answers = Path(models.path) / "answers-after.jsonl"
+    found: dict[str, tuple[str, str]] = {}
+    if answers.is_file():
+        for line in answers.read_text(encoding="utf-8").splitlines():
+            answer = json.loads(line)
+            if answer["image"] and Path(answer["image"]).is_file():
+                question = answer["question"].replace("<image>", "").strip()
+                found.setdefault(answer["family"], (answer["image"], question))
+    elif Path(models.base).name == EMBEDDED.name:
+        import random
+
+        for index, family in enumerate(FAMILIES):
+            scene = make_scene(0, "eval", index, with_sign=True)
+            question = ask(family, scene, random.Random(index)) or ask("gqa", scene, random.Random(index))
+            draw(scene).save(folder / f"example-{family}.png")
+            found[family] = (str(folder / f"example-{family}.png"), question.text)
+    return list(found.values())[:4]
+
+
+def _label(path: str, taken: dict[str, str | None]) -> str:
+    folder = Path(path)
+    name = folder.parent.name if folder.name == "adapter" else folder.name
+    return next(label for label in [name, path, *(f"{name} {n}" for n in range(2, 99))] if label not in {*taken, BASE})

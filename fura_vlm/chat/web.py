@@ -1,0 +1,460 @@
+"""The chat in the browser, with Gradio.
+
+A session's conversation lives on the server (``gr.State``) and what the browser shows is made from it: a browser can
+send text and pictures that it has uploaded, and nothing else about a conversation is taken from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+from gradio_client.utils import is_http_url_like, traverse
+from PIL import Image, ImageDraw
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from fura_vlm.chat.config import ChatConfig
+from fura_vlm.chat.engine import ChatError, Engine, Generation, Sampling
+from fura_vlm.chat.models import BASE, Models, describe, examples, load_models
+from fura_vlm.chat.prompt import Exchange, build_prompt, encode, is_animation, read_image
+
+POLL_SECONDS = 0.04  # how often the browser gets what has been written: faster than one reads, and no queue can grow
+KEEP_SECONDS = 4 * 3600  # how long an uploaded picture is kept
+MAX_UPLOAD = "50mb"
+NOTHING = "nothing"
+JOINER = "\u2060"  # takes no room and breaks no line
+THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+CSS = """
+.gradio-container {width: 100% !important; max-width: 72rem !important; margin: auto}
+button[aria-label="Share"] {display: none}  /* it would send the picture to another site */
+#left, #right {height: calc(100dvh - 27rem) !important; min-height: 20rem}
+@media (max-width: 640px) { #left, #right {height: 46dvh !important; min-height: 14rem} }
+"""
+
+
+@dataclass
+class Turn:
+    """A question with the answers of the left and the right side; ``None`` where a side was not asked."""
+
+    question: str
+    image: str | None
+    answers: list[str | None] = field(default_factory=lambda: [None, None])
+
+
+@dataclass
+class Session:
+    """What one user's browser tab talks about."""
+
+    turns: list[Turn] = field(default_factory=list)
+    running: list[Generation] = field(default_factory=list)
+
+    def history(self, side: int) -> list[Exchange]:
+        """The conversation as one side knows it; where it was not asked, the other's answer stands."""
+        return [Exchange(t.question, t.image, _first(t.answers[side], t.answers[0])) for t in self.turns]
+
+    def messages(self, side: int) -> list[dict]:
+        """The conversation as a Chatbot shows it. A picture is a message of its own: Gradio edits no others."""
+        return [message for _, message in self._numbered(side)]
+
+    def turn_of(self, message: int) -> int:
+        """The number of the turn that a message of the Chatbot belongs to."""
+        return [number for number, _ in self._numbered(0)][message]
+
+    def _numbered(self, side: int) -> Iterator[tuple[int, dict]]:
+        for number, exchange in enumerate(self.history(side)):
+            if exchange.image:
+                yield number, {"role": "user", "content": {"path": exchange.image, "alt_text": "the picture"}}
+            yield number, {"role": "user", "content": _literal(exchange.question)}
+            yield number, {"role": "assistant", "content": exchange.answer or ""}
+
+    def stop(self) -> None:
+        for generation in self.running:
+            generation.cancel()
+
+
+class Chat:
+    """Conversations over one engine, for any number of sessions."""
+
+    def __init__(self, models: Models, max_users: int):
+        self.models = models
+        self.engine = Engine(models.model, max_rows=max_users)
+
+    async def ask(
+        self, session: Session, question: str, image: str | None, sides: list[str], sampling: Sampling
+    ) -> AsyncIterator[list[Generation]]:
+        """Adds a turn to a session and writes its answers into it, yielding from time to time.
+
+        Args:
+            image: path of the picture that comes with the question, or ``None``.
+            sides: one or two of the adapters' names, left and right.
+
+        Raises:
+            ChatError: if the question cannot be answered; the session is then as it was before.
+        """
+        if session.running:
+            raise ChatError("An answer is still being written: wait for it or stop it")
+        turn = Turn(question, image)
+        inputs, notices = await asyncio.to_thread(self._read, session, turn, len(sides), sampling)
+        for notice in notices:
+            gr.Warning(notice)
+        session.turns.append(turn)
+        running = [
+            self.engine.submit(tensors, self.models.adapters[side], sampling)
+            for tensors, side in zip(inputs, sides, strict=True)
+        ]
+        session.running = running
+        try:
+            seen, done = None, False
+            while not done:
+                done = all(generation.done for generation in running)
+                written = sum(len(generation.tokens) for generation in running)
+                if done or written != seen:
+                    seen = written
+                    self._copy(running, turn)
+                    yield running
+                if not done:
+                    await asyncio.sleep(POLL_SECONDS)
+        finally:  # also when the browser is gone
+            session.stop()
+            session.running = []
+            self._copy(running, turn)
+        failed = next((generation.error for generation in running if generation.error), None)
+        if failed:
+            session.turns = [other for other in session.turns if other is not turn]
+            raise ChatError(failed)
+
+    def _read(self, session: Session, turn: Turn, sides: int, sampling: Sampling) -> tuple[list[dict], list[str]]:
+        notices, prompts = [], []
+        if turn.image:
+            read_image(turn.image)
+            if is_animation(turn.image):
+                notices.append("The picture is an animation: its first frame is used.")
+        room = self.models.context - sampling.max_new_tokens
+        for side in range(sides):
+            exchanges = [*session.history(side), Exchange(turn.question, turn.image)]
+            prompts.append(build_prompt(exchanges, self.models.processor, room))
+        notices += [prompts[0].notice] if prompts[0].notice else []
+        return [encode(prompt, self.models.processor) for prompt in prompts], notices
+
+    def _copy(self, running: list[Generation], turn: Turn) -> None:
+        for side, generation in enumerate(running):
+            text = self.models.processor.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
+            # A character of several tokens is not whole before its last one.
+            turn.answers[side] = text if generation.done else text.rstrip("\ufffd")
+
+
+class Page(gr.Blocks):
+    """Blocks that take pictures as uploads only: Gradio would fetch the URL that a client names instead."""
+
+    async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
+        def check(found: dict) -> dict:
+            if is_http_url_like(found["path"]):
+                raise gr.Error("Pictures are not fetched from the network: upload the file", print_exception=False)
+            return found
+
+        traverse(inputs, check, lambda value: isinstance(value, dict) and isinstance(value.get("path"), str))
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+
+def build(models: Models, config: ChatConfig, folder: Path) -> Page:
+    """The page, with its events and the API.
+
+    Args:
+        folder: where example pictures are kept while the page is served.
+    """
+    chat = Chat(models, config.max_users)
+    labels = list(models.adapters)
+    samples = examples(models, folder)
+    longest = max(1, min(1024, models.context // 2))
+
+    with Page(title="FuRA-VLM", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS), fill_width=True) as page:
+        session = gr.State(Session())
+        gr.Markdown(f"### FuRA-VLM · {html.escape(Path(models.path).name)}")
+        with gr.Row():
+            left = gr.Chatbot(
+                label=labels[0],
+                elem_id="left",
+                editable="user",
+                group_consecutive_messages=False,  # Gradio cannot edit a text that is grouped with a picture
+                allow_tags=False,
+                min_width=280,
+                buttons=["copy"],
+                placeholder="Add a picture and ask about it.",
+                examples=[{"text": question, "files": [path]} for path, question in samples] or None,
+            )
+            right = gr.Chatbot(
+                label=BASE,
+                elem_id="right",
+                allow_tags=False,
+                group_consecutive_messages=False,
+                min_width=280,
+                buttons=["copy"],
+                visible=False,
+            )
+        box = gr.MultimodalTextbox(
+            show_label=False,
+            file_types=["image"],
+            max_plain_text_length=1_000_000,  # a long text stays text
+            placeholder="Ask; drop or paste a picture",
+            elem_id="question",
+            autofocus=True,
+        )
+        speed = gr.Markdown(elem_id="speed")
+        with gr.Accordion("Settings", open=False), gr.Row():
+            model = gr.Dropdown(labels, value=labels[0], label="Model", elem_id="model")
+            other = gr.Dropdown([NOTHING, *labels], value=NOTHING, label="Side by side with", elem_id="other")
+            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: always the likeliest word")
+            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
+            length = gr.Slider(
+                1, longest, value=min(config.max_new_tokens, longest), step=1, label="Longest answer, tokens"
+            )
+        with gr.Accordion("Camera", open=False):
+            camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=240)
+        with gr.Accordion("Look inside", open=False, elem_id="inside"), gr.Row():
+            gr.Markdown(describe(models))
+            with gr.Column():
+                seen = gr.Image(label="What the model sees", interactive=False, height=240, buttons=[])
+                padding = gr.Markdown(elem_id="padding")
+
+        settings = [model, other, temperature, top_p, length]
+        shown = [left, right, box, speed, seen, padding]
+
+        async def answer(session, question, image, model, other, temperature, top_p, length):
+            """Yields values for ``shown``."""
+            sides = [model] if other == NOTHING else [model, other]
+            first = True
+            picture = gr.skip(), gr.skip()
+            try:
+                sampling = _sampling(temperature, top_p, length, longest)
+                async for running in chat.ask(session, question, image, sides, sampling):
+                    if first and image:
+                        picture = await asyncio.to_thread(as_seen, image, models.processor)
+                    yield (
+                        session.messages(0),
+                        session.messages(1) if len(sides) > 1 else gr.skip(),
+                        gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True) if first else gr.skip(),
+                        _speed(sides, running),
+                        *picture,
+                    )
+                    first, picture = False, (gr.skip(), gr.skip())
+            except ChatError as error:
+                message = gr.MultimodalTextbox(
+                    value={"text": question, "files": [image] if image else []}, submit_btn=True, stop_btn=False
+                )
+                yield session.messages(0), session.messages(1), message, "", gr.skip(), gr.skip()
+                raise _shown_error(error) from error
+            yield gr.skip(), gr.skip(), gr.MultimodalTextbox(submit_btn=True, stop_btn=False), *[gr.skip()] * 3
+
+        def image_of(message) -> str | None:
+            files = message.get("files") or []
+            if len(files) > 1:
+                raise _shown_error(ChatError("One picture goes with a question: send the others with the next ones"))
+            return files[0] if files else None
+
+        async def submit(session, message, *settings):
+            image = image_of(message)
+            if image is None and not any(turn.image for turn in session.turns):
+                gr.Info("There is no picture yet: the model answers from words alone.")
+            async for values in answer(session, message["text"], image, *settings):
+                yield values
+
+        async def retry(session, *settings):
+            await _idle(session)
+            if session.turns:
+                turn = session.turns.pop()
+                async for values in answer(session, turn.question, turn.image, *settings):
+                    yield values
+
+        async def edit(session, event: gr.EditData, *settings):
+            await _idle(session)
+            index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
+            number = session.turn_of(int(index))
+            image = session.turns[number].image
+            del session.turns[number:]
+            async for values in answer(session, str(event.value).replace(JOINER, ""), image, *settings):
+                yield values
+
+        async def example(session, event: gr.SelectData, *settings):
+            image, question = samples[int(event.index)]  # by number: what the browser says of the file is not used
+            async for values in answer(session, question, str(Path(image).absolute()), *settings):
+                yield values
+
+        async def undo(session):
+            await _idle(session)
+            turn = session.turns.pop() if session.turns else Turn("", None)
+            message = {"text": turn.question, "files": [turn.image] if turn.image else []}
+            return session.messages(0), session.messages(1), message
+
+        async def start_over(session):
+            await _idle(session)
+            session.turns.clear()
+            return [], [], "", None, ""
+
+        def compare(session, model, other):
+            return (
+                gr.Chatbot(label=model),
+                gr.Chatbot(session.messages(1), label=other, visible=other != NOTHING),
+            )
+
+        async def api(session, message, model, temperature, top_p, max_new_tokens):
+            """Asks a question, with a picture or about the one sent before; yields the answer as it grows."""
+            sampling = _sampling(temperature, top_p, max_new_tokens, longest)
+            try:
+                async for _ in chat.ask(session, message["text"], image_of(message), [model], sampling):
+                    yield session.turns[-1].answers[0]
+            except ChatError as error:
+                raise _shown_error(error) from error
+
+        def forget(session):
+            """Forgets the conversation."""
+            session.stop()
+            session.turns.clear()
+
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        # All that use the model share one limit; more of them wait in Gradio's queue, first come, first served.
+        slow = private | {"concurrency_id": "answers", "concurrency_limit": config.max_users}
+        box.submit(submit, [session, box, *settings], shown, **slow)
+        left.retry(retry, [session, *settings], shown, **slow)
+        left.edit(edit, [session, *settings], shown, **slow)
+        if samples:
+            left.example_select(example, [session, *settings], shown, **slow)
+        box.stop(Session.stop, session, None, queue=False, **private)
+        left.undo(undo, session, [left, right, box], **private)
+        gr.on([left.clear, right.clear], start_over, session, [left, right, speed, seen, padding], **private)
+        gr.on([model.change, other.change], compare, [session, model, other], [left, right], **private)
+        camera.input(lambda path, message: message | {"files": [path] if path else []}, [camera, box], box, **private)
+
+        answered = gr.Textbox(label="answer", visible=False)
+        asked = gr.Button(visible=False)
+        asked.click(
+            api,
+            [session, box, model, temperature, top_p, length],
+            answered,
+            api_name="chat",
+            concurrency_id="answers",
+            concurrency_limit=config.max_users,
+        )
+        asked.click(forget, session, None, api_name="clear", queue=False)
+    page.chat = chat
+    page.queue(max_size=config.max_waiting, default_concurrency_limit=config.max_users)
+    return page
+
+
+def launch(models: Models, config: ChatConfig, folder: Path, block: bool = True) -> Page:
+    """Serves the page. With ``block`` it returns when the server ends, on Ctrl-C or SIGTERM.
+
+    Raises:
+        ChatError: if the address cannot be used, or ``auth`` is not NAME:PASSWORD.
+    """
+    auth = None
+    if config.auth:
+        auth = tuple(config.auth.split(":", 1))
+        if len(auth) != 2 or not all(auth):
+            raise ChatError("auth must be NAME:PASSWORD")
+    page = build(models, config, folder)
+
+    async def health(request):
+        writing, waiting = page.chat.engine.load
+        return JSONResponse({"status": "ok", "model": Path(models.path).name, "writing": writing, "waiting": waiting})
+
+    try:
+        page.launch(
+            server_name=config.host,
+            server_port=config.port,
+            share=config.share,
+            auth=auth,
+            max_file_size=MAX_UPLOAD,
+            max_threads=config.max_users + 16,
+            state_session_capacity=1000,
+            prevent_thread_lock=not block,
+            footer_links=["api"],
+            run_history=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            app_kwargs={"routes": [Route("/health", health)]},
+            theme=THEME,
+            css=CSS,
+        )
+    except OSError as error:
+        raise ChatError(f"Cannot listen on {config.host} port {config.port}: name another --port") from error
+    return page
+
+
+def serve(config: ChatConfig) -> None:
+    """The command: loads the model and serves the chat until it is stopped."""
+    folder = Path(tempfile.mkdtemp(prefix="fura-chat-"))
+    # A folder of our own: Gradio's is shared with all other Gradio applications of this machine.
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    try:
+        models = load_models(config.model, config.adapters)
+        print(f"Talking with {models.path}")
+        launch(models, config, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def as_seen(path: str, processor) -> tuple[Image.Image, str]:
+    """The picture as the model gets it, its own part framed, and a sentence about what was padded or cut off."""
+    image, settings = read_image(path), processor.image_processor
+    pixels = settings(images=image, return_tensors="np")["pixel_values"][0]
+    mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
+    seen = Image.fromarray(((pixels * std + mean).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+    width, height = image.size
+    size = f"{width} x {height} pixels become {seen.width} x {seen.height}"
+    if width == height:
+        return seen, f"{size}; nothing is padded."
+    where = "left and right" if width < height else "above and below"
+    share = 1 - min(image.size) / max(image.size)
+    if not getattr(settings, "do_pad", False):
+        return seen, f"{size}; {share:.0%} of the picture is cut off."
+    margin = round(share / 2 * seen.width)
+    box = (margin, 0) if width < height else (0, margin)
+    ImageDraw.Draw(seen).rectangle((*box, seen.width - 1 - box[0], seen.height - 1 - box[1]), outline="red")
+    return seen, f"{size}; {share:.0%} of it is padding, {where}."
+
+
+async def _idle(session: Session) -> None:
+    """Stops what is being written and waits until it has ended."""
+    while session.running:
+        session.stop()
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _sampling(temperature: float, top_p: float, length: int, longest: int) -> Sampling:
+    """Within bounds, whatever a client sends."""
+    return Sampling(min(max(temperature, 0.0), 2.0), min(max(top_p, 0.01), 1.0), int(min(max(length, 1), longest)))
+
+
+def _speed(sides: list[str], running: list[Generation]) -> str:
+    parts = []
+    for side, generation in zip(sides, running, strict=True):
+        if generation.began:
+            rate = generation.tokens_per_second
+            parts.append(
+                f"{html.escape(side)}: {len(generation.tokens)} tokens, first after "
+                f"{generation.began - generation.asked:.2f} s" + (f", then {rate:.0f} per second" if rate else "")
+            )
+    return " · ".join(parts)
+
+
+def _literal(text: str) -> str:
+    """Shown as it was typed: a "<" that nothing follows begins no tag, in Markdown or in HTML."""
+    return text.replace("<", "<" + JOINER)
+
+
+def _shown_error(error: ChatError) -> gr.Error:
+    return gr.Error(html.escape(str(error)), print_exception=False)
+
+
+def _first(*values: str | None) -> str | None:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,203 @@
+"""The page in a real browser. What it shows is held to ``generate`` on the same prompt."""
+
+import re
+from contextlib import nullcontext
+
+import pytest
+import torch
+from chat_server import bad_files
+from playwright.sync_api import expect
+
+from fura_vlm.chat.prompt import Exchange, build_prompt, encode
+from fura_vlm.modelling.load import load_any
+
+PHONE = {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def reference(run):
+    """What ``generate`` answers to the last question of a conversation, without this project's engine."""
+    model, processor = load_any(run)
+
+    @torch.inference_mode()
+    def answer(exchanges, adapter=True, length=24):
+        inputs = encode(build_prompt(exchanges, processor, 1024 - length), processor)
+        with nullcontext() if adapter else model.disable_adapter():
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=length)
+        return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    return answer
+
+
+def open_settings(page, length=24):
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("number input for Longest answer, tokens").fill(str(length))
+    page.get_by_label("number input for Longest answer, tokens").press("Tab")
+
+
+def choose(page, label, option):
+    page.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def ask(page, question, *files):
+    if files:
+        page.set_input_files("#question input[type=file]", list(files))
+        page.locator("#question .thumbnail-item, #question img").first.wait_for()
+    page.locator("#question textarea").fill(question)
+    page.get_by_label("Submit").click()
+
+
+def bot(page, side="left"):
+    return page.locator(f"#{side} .bot.message")
+
+
+def user(page, side="left"):
+    return page.locator(f"#{side} .user.message")
+
+
+def idle(page):
+    """Until nothing is being written any more."""
+    expect(page.get_by_label("Submit")).to_be_visible()
+
+
+def words(text):
+    """As text that Markdown may have laid out otherwise."""
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def shows(page, answer, number=0, side="left"):
+    idle(page)
+    expect(bot(page, side).nth(number)).to_contain_text(words(answer)[:40])
+
+
+def test_two_turns_retry_edit_undo_and_clear(page, reference, scenes):
+    open_settings(page)
+    choose(page, "Model", "base")
+    ask(page, "What is this?", scenes[0])
+    first = [Exchange("What is this?", scenes[0])]
+    shows(page, reference(first, adapter=False))
+    expect(page.locator("#left .user img")).to_have_count(1)
+    expect(page.locator("#speed")).to_contain_text(re.compile(r"base: \d+ tokens, first after [\d.]+ s"))
+
+    first[0].answer = reference(first, adapter=False)
+    ask(page, "And below it?")
+    expect(bot(page)).to_have_count(2)
+    shows(page, reference([*first, Exchange("And below it?")], adapter=False), 1)
+
+    page.get_by_label("Retry").click()
+    expect(bot(page)).to_have_count(2)
+    shows(page, reference([*first, Exchange("And below it?")], adapter=False), 1)
+
+    page.get_by_label("Undo", exact=True).click()
+    expect(bot(page)).to_have_count(1)
+    expect(page.locator("#question textarea")).to_have_value("And below it?")
+
+    page.get_by_label("Edit").click()
+    page.locator("#left textarea").fill("Where is the sign?")
+    page.get_by_label("Submit").first.click()
+    shows(page, reference([Exchange("Where is the sign?", scenes[0])], adapter=False))
+    expect(user(page).last).to_contain_text("Where is the sign?")
+
+    page.get_by_label("Clear").first.click()
+    expect(bot(page)).to_have_count(0)
+
+
+def test_side_by_side(page, reference, scenes):
+    open_settings(page)
+    choose(page, "Side by side with", "base")
+    expect(page.locator("#right")).to_be_visible()
+    ask(page, "What is this?", scenes[1])
+    exchange = Exchange("What is this?", scenes[1])
+    tuned, base = reference([exchange]), reference([exchange], adapter=False)
+    assert tuned != base
+    shows(page, base, side="right")
+    assert words(bot(page, "right").inner_text()) != words(bot(page).inner_text())
+    # The random adapter writes all kinds of signs, which Markdown shows in its own way: letters only.
+    letters = re.sub(r"[^a-zA-Z]", "", tuned)
+    assert re.sub(r"[^a-zA-Z]", "", bot(page).inner_text()).startswith(letters[:20])
+
+
+def test_stop(page, scenes):
+    open_settings(page, 512)
+    choose(page, "Model", "base")
+    page.get_by_label("number input for Temperature").fill("2")
+    page.get_by_label("number input for Temperature").press("Tab")
+    ask(page, "Tell me all.", scenes[0])
+    expect(bot(page)).to_contain_text(re.compile(r"\w+ \w+"))  # it streams: words come before the end
+    page.get_by_label("Stop").click()
+    idle(page)
+    text = bot(page).inner_text()
+    page.wait_for_timeout(500)
+    assert bot(page).inner_text() == text
+    assert int(re.search(r"(\d+) tokens", page.locator("#speed").inner_text())[1]) < 512
+
+
+def test_bad_files_leave_the_chat_as_it_was(page, tmp_path, reference, scenes):
+    reasons = bad_files(tmp_path)
+    for name in ("text.png", "drawing.svg", "huge.png", "cut.png"):
+        ask(page, "What is this?", str(tmp_path / name))
+        expect(page.get_by_test_id("toast-body").last).to_contain_text(reasons[name])
+        expect(page.get_by_test_id("toast-body").last).to_contain_text(name)
+        expect(bot(page)).to_have_count(0)
+        expect(page.locator("#question textarea")).to_have_value("What is this?")
+        page.reload()
+    open_settings(page)
+    choose(page, "Model", "base")
+    ask(page, "What is this?", scenes[0])
+    shows(page, reference([Exchange("What is this?", scenes[0])], adapter=False))
+
+
+def test_what_a_user_types_is_text(page, scenes):
+    typed = "<script>document.title='caught'</script><img src=x onerror=\"document.title='caught'\"><image> <b>bold</b>"
+    open_settings(page)
+    ask(page, typed, scenes[0])
+    idle(page)
+    expect(bot(page)).to_have_count(1)
+    assert user(page).last.inner_text().replace("\u2060", "").strip() == typed
+    assert page.locator("#left .user script, #left .user b").count() == 0
+    assert page.title() == "FuRA-VLM"
+
+
+def test_markdown_and_code_are_shown(page):
+    open_settings(page, 1)
+    ask(page, "Some **bold** and\n\n```python\nprint(1)\n```")
+    idle(page)
+    expect(page.locator("#left .user strong")).to_have_text("bold")
+    expect(page.locator("#left .user pre code")).to_contain_text("print(1)")
+
+
+@pytest.mark.parametrize("page", [PHONE], indirect=True)
+def test_phone(page, reference, scenes):
+    open_settings(page)
+    choose(page, "Model", "base")
+    page.get_by_role("button", name="Settings").click()
+    ask(page, "What is this?", scenes[0])
+    shows(page, reference([Exchange("What is this?", scenes[0])], adapter=False))
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    box = page.locator("#question textarea").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"] and box["y"] + box["height"] <= PHONE["height"]
+
+
+def test_padding_is_shown(page, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (300, 150), "blue").save(tmp_path / "wide.png")
+    page.get_by_role("button", name="Look inside").click()
+    open_settings(page, 1)
+    ask(page, "What is this?", str(tmp_path / "wide.png"))
+    expect(page.locator("#padding")).to_contain_text("50% of it is padding, above and below")
+    expect(page.locator("#inside img")).to_have_count(1)
+    expect(page.locator("#inside")).to_contain_text("402,368")
+
+
+def test_two_tabs_know_nothing_of_each_other(page, browser, address, scenes):
+    open_settings(page, 4)
+    ask(page, "My secret question?", scenes[0])
+    idle(page)
+    other = browser.new_page()
+    other.goto(address)
+    other.locator("#question textarea").wait_for()
+    expect(other.locator("#left")).not_to_contain_text("secret")
+    expect(bot(other)).to_have_count(0)
+    other.close()

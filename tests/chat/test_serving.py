@@ -1,0 +1,211 @@
+"""The server as programs use it: API, safety, many users at once."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+import torch
+from chat_server import ROOT, TINY, bad_files, serving
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from fura_vlm.chat.prompt import Exchange, build_prompt, encode
+from fura_vlm.chat.web import as_seen
+from fura_vlm.modelling.load import load_any, load_processor
+
+LENGTH = 12
+QUESTION = "What is this?"
+PLAIN = {"model": "base", "max_new_tokens": LENGTH, "api_name": "/chat"}
+
+
+@pytest.fixture(scope="module")
+def expected(run, scenes):
+    """What ``generate`` answers about each scene, without the adapter."""
+    model, processor = load_any(run)
+    answers = {}
+    with torch.inference_mode(), model.disable_adapter():
+        for scene in scenes:
+            inputs = encode(build_prompt([Exchange(QUESTION, scene)], processor, 1000), processor)
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=LENGTH)
+            answers[scene] = processor.tokenizer.decode(
+                ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+    return {scene: answer.strip() for scene, answer in answers.items()}
+
+
+def client(address, **settings) -> Client:
+    return Client(address, verbose=False, **settings)
+
+
+def ask(user: Client, scene: str | None, question=QUESTION, **settings) -> str:
+    return user.predict({"text": question, "files": [handle_file(scene)] if scene else []}, **PLAIN | settings)
+
+
+def raw(address: str, data: list) -> str:
+    """A request that no client library has looked at; the events it gets."""
+    with httpx.Client(base_url=address, timeout=60) as http:
+        event = http.post("/gradio_api/call/chat", json={"data": data}).json()["event_id"]
+        return http.get(f"/gradio_api/call/chat/{event}").text
+
+
+def test_twenty_users_at_once(address, scenes, expected):
+    """Each about its own picture, for a short while: no error and no answer that belongs to another."""
+    until = time.monotonic() + 15
+    wrong, count = [], []
+
+    def talk(scene):
+        user = client(address)
+        while time.monotonic() < until:
+            try:
+                answer = ask(user, scene)
+                count.append(1)
+                if answer != expected[scene]:
+                    wrong.append((scene, answer, expected[scene]))
+                user.predict(api_name="/clear")
+            except Exception as error:
+                wrong.append((scene, repr(error)))
+
+    users = [threading.Thread(target=talk, args=(scene,)) for scene in scenes]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert not wrong
+    assert len(count) >= len(scenes) and len(set(expected.values())) > 8
+    assert httpx.get(f"{address}/health").json() == {"status": "ok", "model": "tuned", "writing": 0, "waiting": 0}
+
+
+def test_a_user_who_leaves_frees_the_model(address, scenes):
+    with httpx.Client(base_url=address, timeout=60) as http:
+        data = [{"text": "Tell me all.", "files": []}, "base", 2, 1, 512]
+        event = http.post("/gradio_api/call/chat", json={"data": data}).json()["event_id"]
+        with http.stream("GET", f"/gradio_api/call/chat/{event}") as stream:
+            next(line for line in stream.iter_lines() if line.startswith("data"))
+            assert httpx.get(f"{address}/health").json()["writing"] == 1
+    deadline = time.monotonic() + 2.5  # the whole answer takes longer
+    while httpx.get(f"{address}/health").json()["writing"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_conversations_are_apart(address, scenes, expected):
+    one, other = client(address), client(address)
+    assert ask(one, scenes[0]) == expected[scenes[0]]
+    assert ask(other, scenes[1]) == expected[scenes[1]]
+    again = ask(one, None)
+    assert again != ask(client(address), None)  # it is about the picture of before
+    one.predict(api_name="/clear")
+    assert ask(one, None) == ask(client(address), None)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", str(ROOT / "README.md"), f"{TINY}/config.json", "../README.md"])
+def test_no_file_of_the_server_is_read(address, path, scenes):
+    for asked in (path, f"file://{path}"):
+        events = raw(
+            address, [{"text": "?", "files": [{"path": asked, "meta": {"_type": "gradio.FileData"}}]}, "base", 0, 1, 4]
+        )
+        assert "event: error" in events and "event: complete" not in events
+    assert httpx.get(f"{address}/gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_a_picture_elsewhere_on_the_server_is_not_read_either(address, scenes):
+    events = raw(
+        address, [{"text": "?", "files": [{"path": scenes[0], "meta": {"_type": "gradio.FileData"}}]}, "base", 0, 1, 4]
+    )
+    assert "event: error" in events
+
+
+def test_no_url_is_fetched(address, scenes):
+    """A server of our own that would know."""
+    import http.server
+
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.path)
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.server_address[1]}/a.png"
+        for key in ("path", "url"):
+            file = {"path": "a.png", key: url, "meta": {"_type": "gradio.FileData"}}
+            assert "event: error" in raw(address, [{"text": "?", "files": [file]}, "base", 0, 1, 4])
+        assert "not fetched" in raw(address, [{"text": "?", "files": [{"path": url}]}, "base", 0, 1, 4])
+        listening.shutdown()
+    assert not seen
+
+
+def test_bad_files_get_one_sentence(address, tmp_path):
+    reasons = bad_files(tmp_path)
+    user = client(address)
+    for name in ("text.png", "drawing.svg", "huge.png", "cut.png"):
+        with pytest.raises(AppError, match=reasons[name]) as caught:
+            ask(user, str(tmp_path / name))
+        assert "/tmp" not in str(caught.value)
+    with pytest.raises(AppError, match="type one"):
+        ask(user, None, question="<image>")
+
+
+def test_an_animation_and_a_question_of_ten_thousand_words(address, tmp_path, scenes):
+    first = Image.open(scenes[0]).convert("RGB")
+    first.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", first.size)])
+    user = client(address)
+    assert ask(user, str(tmp_path / "moving.gif"))
+    assert ask(user, scenes[0], question="word " * 10_000)
+
+
+def test_settings_out_of_range_are_refused_or_bounded(address):
+    """However long an answer is asked for, it is no longer than the page allows."""
+    started = time.monotonic()
+    events = raw(address, [{"text": "Hello", "files": []}, "base", 0, 1, 10**9])
+    assert "event: error" in events or "event: complete" in events
+    assert time.monotonic() - started < 60
+    assert "event: error" in raw(address, [{"text": "Hello", "files": []}, "no such model", 0, 1, 4])
+
+
+def test_example_of_the_readme(address, scenes):
+    done = subprocess.run(
+        [sys.executable, "demo/client.py", scenes[0], "--address", address], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+
+
+def test_password_address_and_page(run, scenes):
+    with serving("--model", TINY, "--auth", "anna:secret") as (address, process):
+        assert httpx.get(f"{address}/config").status_code == 401
+        with pytest.raises(Exception, match="[Aa]uth|credentials|login"):
+            client(address)
+        assert ask(client(address, auth=("anna", "secret")), scenes[0])
+        listening = {c.laddr.ip for c in psutil.Process(process.pid).net_connections("tcp") if c.status == "LISTEN"}
+        assert listening == {"127.0.0.1"}
+        port = address.rpartition(":")[2]
+        second = [sys.executable, "-m", "fura_vlm.cli", "chat", "--web", "--model", TINY, "--port", port]
+        done = subprocess.run(second, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and f"Cannot listen on 127.0.0.1 port {port}" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_plain_model_has_examples(browser, scenes):
+    with serving("--model", TINY) as (address, _):
+        page = browser.new_page()
+        page.goto(address)
+        page.locator("#left .example").first.click()
+        page.locator("#left .bot.message").wait_for()
+        assert page.locator("#left .user img").count() == 1
+        page.close()
+
+
+def test_what_the_model_sees(tmp_path):
+    """A blue picture twice as wide as high: half of the square is padding, in the mean colour."""
+    Image.new("RGB", (300, 150), (0, 0, 255)).save(tmp_path / "wide.png")
+    seen, words = as_seen(str(tmp_path / "wide.png"), load_processor(TINY))
+    assert words == "300 x 150 pixels become 112 x 112; 50% of it is padding, above and below."
+    assert seen.getpixel((56, 5)) == (122, 116, 104) and seen.getpixel((56, 56)) == (0, 0, 255)
+    assert seen.getpixel((56, 28)) == (255, 0, 0)  # the frame
