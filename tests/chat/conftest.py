@@ -63,6 +63,8 @@ def browser():
                 "--disable-background-networking",
                 "--disable-component-update",
                 "--disable-sync",
+                "--use-fake-device-for-media-stream",  # a camera that shows a test pattern
+                "--use-fake-ui-for-media-stream",
             ],
         )
         yield browser
@@ -73,6 +75,7 @@ def browser():
 def page(browser, address, request):
     """A fresh tab on the chat. It fails if the page asks any other server for something, or throws."""
     context = browser.new_context(viewport=getattr(request, "param", {"width": 1200, "height": 900}))
+    context.grant_permissions(["camera"])
     context.set_default_timeout(60_000)
     page = context.new_page()
     foreign, thrown = [], []

@@ -119,11 +119,10 @@ def test_side_by_side(page, reference, scenes):
 
 
 def test_stop(page, scenes):
+    """The base goes on about this scene until it is stopped."""
     open_settings(page, 512)
     choose(page, "Model", "base")
-    page.get_by_label("number input for Temperature").fill("2")
-    page.get_by_label("number input for Temperature").press("Tab")
-    ask(page, "Tell me all.", scenes[0])
+    ask(page, "What is this?", scenes[2])
     expect(bot(page)).to_contain_text(re.compile(r"\w+ \w+"))  # it streams: words come before the end
     page.get_by_label("Stop").click()
     idle(page)
@@ -201,3 +200,16 @@ def test_two_tabs_know_nothing_of_each_other(page, browser, address, scenes):
     expect(other.locator("#left")).not_to_contain_text("secret")
     expect(bot(other)).to_have_count(0)
     other.close()
+
+
+def test_camera(page):
+    page.get_by_role("button", name="Camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('video')?.currentTime > 0.2")
+    page.get_by_label("capture photo").click()
+    expect(page.locator("#question img")).to_have_count(1)
+    open_settings(page, 1)
+    page.locator("#question textarea").fill("What is this?")
+    page.get_by_label("Submit").click()
+    idle(page)
+    expect(page.locator("#left .user img")).to_have_count(1)
