@@ -14,7 +14,7 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from fura_vlm.errors import FuraVLMError
 
@@ -56,6 +56,7 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.I
     Raises:
         ImageError: if the file is missing, empty, truncated, too large or not an image.
     """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries turn it on for all: what is missing would be grey
     with _open(path, max_pixels) as image:
         try:
             image.load()
