@@ -1,6 +1,6 @@
 """Makes the pictures of the chat in the README: docs/chat-light.png, chat-dark.png and chat-phone.png.
 
-bash scripts/demo.sh RUN                             serves the chat
+bash scripts/demo.sh RUN                        serves the chat
 python demo/screenshots.py PICTURE QUESTION     asks it of the base and of the adapter
 """
 
@@ -35,7 +35,10 @@ with sync_playwright() as playwright:
             page.get_by_role("button", name="Settings").click()
             page.get_by_label("Side by side with", exact=True).click()
             page.get_by_role("option", name="base", exact=True).click()
-            page.get_by_label("number input for Longest answer, tokens").fill("24")
+            number = page.get_by_label("number input for Longest answer, tokens")
+            while number.input_value() != "24":  # what is typed while Gradio builds the slider is lost
+                number.fill("24")
+                number.press("Tab")
             page.get_by_role("button", name="Settings").click()
             page.locator("#right").wait_for()
         page.set_input_files("#question input[type=file]", options.picture)

@@ -86,10 +86,12 @@ class Engine:
         ends = self._llava.generation_config.eos_token_id or self._llava.config.get_text_config().eos_token_id
         self._ends = set(ends) if isinstance(ends, list) else {ends}
         self._max_rows = max_rows
-        self._adapter: str | None = None
+        self._adapter: str | None = None  # that the model is switched to
+        self._active = model.active_adapter if self._peft is not None else None  # that PEFT turns on
         if self._peft is not None:
             self._peft.disable_adapter_layers()
         self._waiting: deque[Generation] = deque()
+        self._writing: list[Generation] = []
         self._batches: dict[str | None, _Batch] = {}
         self._wake = threading.Condition()
         self._closed = False
@@ -115,7 +117,7 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """How many answers are being written, and how many questions wait."""
-        return sum(len(batch.rows) for batch in list(self._batches.values())), len(self._waiting)
+        return sum(not generation.done for generation in self._writing), len(self._waiting)
 
     def close(self) -> None:
         """Ends the thread; what is being written ends as if cancelled."""
@@ -135,14 +137,16 @@ class Engine:
                     self._wake.wait()
                 if self._waiting and self.load[0] < self._max_rows:
                     newcomer = self._waiting.popleft()
+                    self._writing = [*(row for row in self._writing if not row.done), newcomer]
             if newcomer is not None:
                 self._guarded([newcomer], self._admit, newcomer)
             for adapter, batch in list(self._batches.items()):
                 self._guarded(batch.rows, self._advance, batch)
                 if not batch.rows:
                     del self._batches[adapter]
-        for generation in [*self._waiting, *(row for batch in self._batches.values() for row in batch.rows)]:
-            self._finish(generation)
+        for generation in [*self._waiting, *self._writing]:
+            if not generation.done:
+                self._finish(generation)
 
     def _guarded(self, concerned: list[Generation], step, *arguments) -> None:
         """Runs a step. If it fails, the answers it concerned fail, and nothing else does."""
@@ -151,7 +155,7 @@ class Engine:
             step(*arguments)
             return
         except Exception as error:
-            reason = _reason(error)
+            reason = explain(error)
         # Outside the except clause: until it ends, the error's traceback keeps the tensors alive.
         for generation in concerned:
             self._finish(generation, reason)
@@ -176,7 +180,7 @@ class Engine:
         self._write([generation], output.logits[:, -1])
         if not generation.done:
             batch = self._batches.setdefault(generation.adapter, _Batch())
-            self._guarded([generation, *batch.rows], batch.add, generation, cache, inputs["attention_mask"])
+            self._guarded([generation, *batch.rows], batch.add, generation, cache)
 
     def _advance(self, batch: _Batch) -> None:
         """Writes the next token of each row."""
@@ -195,8 +199,11 @@ class Engine:
         if adapter is None:
             self._peft.disable_adapter_layers()
         else:
-            self._peft.enable_adapter_layers()
-            self._peft.set_adapter(adapter)
+            if self._adapter is None:
+                self._peft.enable_adapter_layers()
+            if adapter != self._active:  # each of these walks through all modules: milliseconds, for every token
+                self._peft.set_adapter(adapter)
+                self._active = adapter
         self._adapter = adapter
 
     def _write(self, rows: list[Generation], logits: torch.Tensor) -> None:
@@ -220,37 +227,41 @@ class Engine:
 
 
 class _Batch:
-    """Answers decoded together: rows of one key-value cache, padded on the left."""
+    """Answers decoded together: rows of one key-value cache, padded on the left to the longest."""
 
     def __init__(self):
         self.clear()
 
     def clear(self) -> None:
         self.rows: list[Generation] = []
+        self.lengths: list[int] = []  # tokens of each row in the cache, padding not counted
         self.cache: DynamicCache | None = None
-        self.mask: torch.Tensor | None = None  # (rows, length) int64, 0 where a row is padded
 
-    def add(self, row: Generation, cache: DynamicCache, mask: torch.Tensor) -> None:
+    def add(self, row: Generation, cache: DynamicCache) -> None:
         """Adds a row whose prompt is in a cache of its own."""
+        length = cache.get_seq_length()
         if not self.rows:
-            self.cache, self.mask = cache, mask
+            self.cache = cache
         else:
-            width = max(self.mask.shape[1], mask.shape[1])
+            width = max(*self.lengths, length)
             for layer, new in zip(self.cache.layers, cache.layers, strict=True):
                 layer.keys = torch.cat([_widen(layer.keys, width), _widen(new.keys, width)])
                 layer.values = torch.cat([_widen(layer.values, width), _widen(new.values, width)])
-            self.mask = torch.cat([F.pad(part, (width - part.shape[1], 0)) for part in (self.mask, mask)])
         self.rows.append(row)
+        self.lengths.append(length)
 
     def step(self, llava) -> torch.Tensor:
         """Gives each row's last token to the model; returns what comes next, (rows, vocabulary)."""
-        last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.mask.device)
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        position = self.mask.sum(-1, keepdim=True) - 1
+        self.lengths = [length + 1 for length in self.lengths]
+        last = [row.tokens[-1] for row in self.rows]
+        last, lengths = torch.tensor([last, self.lengths], device=llava.device)[:, :, None]  # (rows, 1) each
+        mask, width = None, max(self.lengths)
+        if min(self.lengths) < width:  # without padding attention needs no mask, and is faster
+            mask = (torch.arange(width, device=llava.device) >= width - lengths).long()
         output = llava(
             input_ids=last,
-            attention_mask=self.mask,
-            position_ids=position,
+            attention_mask=mask,
+            position_ids=lengths - 1,
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -264,11 +275,11 @@ class _Batch:
         if not kept:
             self.clear()
             return
+        width = max(self.lengths)
         self.rows = [self.rows[index] for index in kept]
-        indices = torch.tensor(kept, device=self.mask.device)
-        self.mask = self.mask[indices]
-        padded = int((self.mask.cumsum(-1) == 0).all(0).sum())
-        self.mask = self.mask[:, padded:]
+        self.lengths = [self.lengths[index] for index in kept]
+        padded = width - max(self.lengths)
+        indices = torch.tensor(kept, device=self.cache.layers[0].keys.device)
         for layer in self.cache.layers:
             layer.keys = layer.keys[indices, :, padded:]
             layer.values = layer.values[indices, :, padded:]
@@ -287,7 +298,8 @@ def _draw(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return torch.multinomial(scores.softmax(-1), 1)[0, 0]
 
 
-def _reason(error: Exception) -> str:
+def explain(error: Exception) -> str:
+    """What to tell the user when the model fails."""
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
     if memory:
         return "The model ran out of memory: ask again later, or start a new conversation with shorter questions"

@@ -110,8 +110,8 @@ def describe(models: Models) -> str:
 def examples(models: Models, folder: Path) -> list[tuple[str, str]]:
     """Pictures with a question each, (path, question), that suit the model.
 
-    Those of a run are its held-out questions, one of each family; for the embedded model scenes are drawn into
-    ``folder``; for any other model there are none.
+    Those of a run are its held-out questions, one of each family; without their pictures, and for the embedded model,
+    scenes are drawn into ``folder``; for any other model there are none.
     """
     answers = Path(models.path) / "answers-after.jsonl"
     found: dict[str, tuple[str, str]] = {}
@@ -121,7 +121,7 @@ def examples(models: Models, folder: Path) -> list[tuple[str, str]]:
             if answer["image"] and Path(answer["image"]).is_file():
                 question = answer["question"].replace("<image>", "").strip()
                 found.setdefault(answer["family"], (answer["image"], question))
-    elif Path(models.base).name == EMBEDDED.name:
+    if not found and Path(models.base).name == EMBEDDED.name:
         import random
 
         for index, family in enumerate(FAMILIES):

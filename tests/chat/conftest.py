@@ -50,8 +50,9 @@ def browser():
     executable = shutil.which("chromium")
     if executable is None:
         pytest.skip("no Chromium here: apt-get install chromium, then the tests of the page run too")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=60_000)  # a busy machine is slow, and not wrong
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=executable,

@@ -1,5 +1,6 @@
 """What a chat loads when it is told, and when it is not."""
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import torch
 from chat_server import TINY
 
 from fura_vlm.chat.config import ChatConfig
+from fura_vlm.chat.engine import ChatError
 from fura_vlm.chat.models import default_model, describe, load_models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
 from fura_vlm.chat.terminal import chat
@@ -66,7 +68,7 @@ def test_an_adapter_of_another_base(run, tmp_path):
         load_models(run, [str(tmp_path)])
 
 
-def test_terminal(run, scenes, capsys):
+def test_terminal(run, scenes, capsys, monkeypatch):
     models = load_models(run, [])
     inputs = encode(build_prompt([Exchange("What is this?", scenes[0])], models.processor, 900), models.processor)
     with torch.inference_mode():
@@ -74,3 +76,8 @@ def test_terminal(run, scenes, capsys):
     answer = models.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     chat(ChatConfig(image=scenes[0], model=run, question="What is this?", max_new_tokens=12))
     assert capsys.readouterr().out.strip() == answer.strip()
+    monkeypatch.setattr("sys.stdin", io.StringIO("<image>\nWhat is this?\n\n"))
+    chat(ChatConfig(image=scenes[0], model=run, max_new_tokens=12))
+    assert capsys.readouterr().out == f"> There is no question: type one\n> {answer.strip()}\n> "
+    with pytest.raises(ChatError, match="at least 1"):
+        chat(ChatConfig(image=scenes[0], model=run, max_new_tokens=0))

@@ -31,8 +31,10 @@ def reference(run):
 
 def open_settings(page, length=24):
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("number input for Longest answer, tokens").fill(str(length))
-    page.get_by_label("number input for Longest answer, tokens").press("Tab")
+    number = page.get_by_label("number input for Longest answer, tokens")
+    while number.input_value() != str(length):  # what is typed while Gradio builds the slider is lost
+        number.fill(str(length))
+        number.press("Tab")
 
 
 def choose(page, label, option):
@@ -57,7 +59,8 @@ def user(page, side="left"):
 
 
 def idle(page):
-    """Until nothing is being written any more."""
+    """Until the question was taken, which empties its box, and nothing is being written any more."""
+    expect(page.locator("#question textarea")).to_have_value("")
     expect(page.get_by_label("Submit")).to_be_visible()
 
 

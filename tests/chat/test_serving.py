@@ -1,9 +1,9 @@
 """The server as programs use it: API, safety, many users at once."""
 
+import contextlib
 import subprocess
 import sys
 import threading
-import time
 
 import httpx
 import psutil
@@ -54,13 +54,12 @@ def raw(address: str, data: list) -> str:
 
 
 def test_twenty_users_at_once(address, scenes, expected):
-    """Each about its own picture, for a short while: no error and no answer that belongs to another."""
-    until = time.monotonic() + 15
+    """Each about its own picture, three times: no error and no answer that belongs to another."""
     wrong, count = [], []
 
     def talk(scene):
         user = client(address)
-        while time.monotonic() < until:
+        for _ in range(3):
             try:
                 answer = ask(user, scene)
                 count.append(1)
@@ -76,22 +75,30 @@ def test_twenty_users_at_once(address, scenes, expected):
     for user in users:
         user.join()
     assert not wrong
-    assert len(count) >= len(scenes) and len(set(expected.values())) > 8
+    assert len(count) == 3 * len(scenes) and len(set(expected.values())) > 8
     assert httpx.get(f"{address}/health").json() == {"status": "ok", "model": "tuned", "writing": 0, "waiting": 0}
 
 
 def test_a_user_who_leaves_frees_the_model(address):
-    """The base goes on to this question until it is stopped."""
-    with httpx.Client(base_url=address, timeout=60) as http:
-        data = [{"text": "Tell me all.", "files": []}, "base", 0, 1, 512]
-        event = http.post("/gradio_api/call/chat", json={"data": data}).json()["event_id"]
+    """Of two long answers the one begun later would end later. Its reader leaves, and it ends first."""
+    data = {"data": [{"text": "Tell me all.", "files": []}, "base", 0, 1, 512]}  # the base goes on until it is stopped
+
+    @contextlib.contextmanager
+    def reading(http):
+        event = http.post("/gradio_api/call/chat", json=data).json()["event_id"]
         with http.stream("GET", f"/gradio_api/call/chat/{event}") as stream:
-            next(line for line in stream.iter_lines() if line.startswith("data"))
-            assert httpx.get(f"{address}/health").json()["writing"] == 1
-    deadline = time.monotonic() + 2.5  # the whole answer takes longer
-    while httpx.get(f"{address}/health").json()["writing"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+            yield (line for line in stream.iter_lines() if line.startswith("data"))
+
+    with httpx.Client(base_url=address, timeout=120) as stays, httpx.Client(base_url=address, timeout=120) as leaves:
+        with reading(stays) as answer:
+            while len(next(answer)) < 400:
+                pass
+            with reading(leaves) as other:
+                next(other)
+                assert httpx.get(f"{address}/health").json()["writing"] == 2
+            for _ in answer:
+                pass
+        assert httpx.get(f"{address}/health").json()["writing"] == 0
 
 
 def test_conversations_are_apart(address, scenes, expected):
@@ -163,10 +170,8 @@ def test_an_animation_and_a_question_of_ten_thousand_words(address, tmp_path, sc
 
 def test_settings_out_of_range_are_refused_or_bounded(address):
     """However long an answer is asked for, it is no longer than the page allows."""
-    started = time.monotonic()
     events = raw(address, [{"text": "Hello", "files": []}, "base", 0, 1, 10**9])
     assert "event: error" in events or "event: complete" in events
-    assert time.monotonic() - started < 60
     assert "event: error" in raw(address, [{"text": "Hello", "files": []}, "no such model", 0, 1, 4])
 
 
