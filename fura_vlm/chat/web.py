@@ -10,6 +10,8 @@ import asyncio
 import html
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -364,6 +366,7 @@ def launch(models: Models, config: ChatConfig, folder: Path, block: bool = True)
 
     async def health(request):
         writing, waiting = page.chat.engine.load
+        waiting += len(page._queue)  # those that have not reached the engine
         return JSONResponse({"status": "ok", "model": Path(models.path).name, "writing": writing, "waiting": waiting})
 
     try:
@@ -395,9 +398,10 @@ def serve(config: ChatConfig) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fura-chat-"))
     # A folder of our own: Gradio's is shared with all other Gradio applications of this machine.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # it ends as on Ctrl-C, and users' pictures are removed
     try:
         models = load_models(config.model, config.adapters)
-        print(f"Talking with {models.path}")
+        print(f"Talking with {models.path}", flush=True)
         launch(models, config, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -183,7 +183,8 @@ def test_example_of_the_readme(address, scenes):
     assert len(done.stdout.splitlines()) >= 2
 
 
-def test_password_address_and_page(run, scenes):
+def test_password_address_and_end(scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with serving("--model", TINY, "--auth", "anna:secret") as (address, process):
         assert httpx.get(f"{address}/config").status_code == 401
         with pytest.raises(Exception, match="[Aa]uth|credentials|login"):
@@ -196,6 +197,8 @@ def test_password_address_and_page(run, scenes):
         done = subprocess.run(second, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1 and f"Cannot listen on 127.0.0.1 port {port}" in done.stderr
         assert "Traceback" not in done.stderr
+        assert list(tmp_path.glob("fura-chat-*/uploads/*/*.png"))
+    assert process.returncode == 0 and not list(tmp_path.glob("fura-chat-*"))  # nothing of the user is left
 
 
 def test_a_plain_model_has_examples(browser, scenes):
