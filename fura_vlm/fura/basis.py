@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn.functional import linear
+
+from fura_vlm.fura import kernels
 
 # Memory for the float64 copies that one step of the decomposition may make, unless a single block needs more.
 CHUNK_BYTES = 256 * 2**20
@@ -123,19 +126,63 @@ def block_delta(dR: torch.Tensor, ds: torch.Tensor | None, V: torch.Tensor, s0: 
         s0: ``(N, r)``.
 
     Returns:
-        ``(N, b, b)`` in the widest of the arguments' dtypes.
+        ``(N, b, b)`` in the widest of the arguments' dtypes, float32 at least.
     """
-    rows = dR
+    dtype = torch.promote_types(torch.promote_types(V.dtype, dR.dtype), torch.float32)
+    if dtype == torch.float32 and kernels.usable(dR, dR.shape[-1]):
+        return kernels.Delta.apply(dR, ds, V, s0)
+    V, rows = V.to(dtype), dR.to(dtype)
     if ds is not None:
-        rows = (ds / s0).unsqueeze(-1) * (V.mT + dR) + dR
-    dtype = torch.promote_types(V.dtype, rows.dtype)
-    return V.to(dtype) @ rows.to(dtype)
+        rows = (ds.to(dtype) / s0.to(dtype)).unsqueeze(-1) * (V.mT + rows) + rows
+    return V @ rows
 
 
 def apply_blocks(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     """``blockdiag(D_1, ..., D_N) x`` of ``x (..., N * b)``, in x's dtype; ``D (N, b, b)``."""
     blocks = x.unflatten(-1, D.shape[:2])
     return torch.einsum("...nb,ncb->...nc", blocks, D.to(x.dtype)).flatten(-2)
+
+
+def mix(x: torch.Tensor, Ds: list[torch.Tensor]) -> torch.Tensor:
+    """``x + sum_i D_i x``, like x; each ``D_i`` block-diagonal with blocks of its own size, ``(N, b, b)``."""
+    mixed = x
+    for D in Ds:
+        if mixed is not x or not kernels.usable(x, D.shape[-1]):
+            mixed = mixed + apply_blocks(x, D)
+        elif torch.is_grad_enabled():
+            mixed = kernels.Mix.apply(x, D)
+        else:
+            mixed = kernels.mix(x, D)
+    return mixed
+
+
+def fold_pays(x: torch.Tensor, weight: torch.Tensor, D: torch.Tensor) -> bool:
+    """Whether ``(W + W D) x`` is less work than ``W (x + D x)``: whether x ``(..., in)`` has more rows than W."""
+    return (
+        kernels.usable(x, D.shape[-1])
+        and x.dtype == weight.dtype
+        and x.numel() // x.shape[-1] > weight.shape[0]
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def folded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, D: torch.Tensor) -> torch.Tensor:
+    """``(W + W D) x + bias``, which is ``W (x + D x) + bias``; no gradients for weight and bias.
+
+    ``W + W D`` is rounded to the weight's dtype as ``x + D x`` would be to x's: neither is the more exact (see
+    docs/speed.md).
+
+    Args:
+        x: ``(..., in)``.
+        weight: ``(out, in)``, of x's dtype.
+        bias: ``(out,)`` or None.
+        D: ``(N, b, b)``.
+
+    Returns: ``(..., out)``.
+    """
+    if torch.is_grad_enabled():
+        return kernels.FoldedLinear.apply(x, weight, bias, D)
+    return linear(x, kernels.mix(weight, D.mT), bias)
 
 
 def multiply_columns(weight: torch.Tensor, D: torch.Tensor) -> torch.Tensor:

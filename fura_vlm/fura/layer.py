@@ -16,6 +16,9 @@ from fura_vlm.fura.basis import (
     block_delta,
     block_shape,
     decompose,
+    fold_pays,
+    folded_linear,
+    mix,
     multiply_columns,
     raise_to_floor,
     relative_floor,
@@ -69,6 +72,9 @@ class FuraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._unmerged: SavedWeight | None = None  # the base weight, while it is replaced by a merged one
+        # block matrices while answering, by adapters and dtype, each with the version of what it was computed from;
+        # DeepSpeed writes to parameters without a change of their version, but not in evaluation mode
+        self._kept_blocks: dict[tuple, tuple[list[int], list[torch.Tensor]]] = {}
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.fura_side)
@@ -108,6 +114,7 @@ class FuraLayer(BaseTunerLayer):
         if config.basis_dtype is not None:
             basis_dtype = getattr(torch, config.basis_dtype)
 
+        self._kept_blocks.clear()
         self.fura_side[adapter_name] = config.train_side
         self.fura_blocks[adapter_name] = (N, b)
         if config.delta_only:
@@ -163,6 +170,7 @@ class FuraLayer(BaseTunerLayer):
         s0, self.fura_guarded[adapter_name] = raise_to_floor(s, floor)
         self.fura_V[adapter_name] = V.to(self.fura_V[adapter_name].dtype)
         self.fura_s0[adapter_name] = s0.to(self.fura_s0[adapter_name].dtype)
+        self._kept_blocks.clear()
         del self._without_basis[adapter_name]
 
     def ensure_basis(self, compute: bool = True) -> None:
@@ -216,6 +224,7 @@ class FuraLayer(BaseTunerLayer):
 
     def cast_trained(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Cast what an adapter trains (or its D, if exported for inference); the basis keeps its dtype."""
+        self._kept_blocks.clear()
         for tensors in (self.fura_dR, self.fura_ds, self.fura_D):
             if adapter_name in tensors:
                 tensors[adapter_name].data = tensors[adapter_name].data.to(dtype)
@@ -224,6 +233,7 @@ class FuraLayer(BaseTunerLayer):
         """Move an adapter to the base layer's device. Its dtypes stay: the base's may be coarser."""
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        self._kept_blocks.clear()
         for tensors in (self.fura_dR, self.fura_ds, self.fura_V, self.fura_s0, self.fura_D):
             if device is not None and adapter_name in tensors and not tensors[adapter_name].is_meta:
                 tensors[adapter_name].data = tensors[adapter_name].data.to(device)
@@ -239,6 +249,14 @@ class FuraLinear(nn.Module, FuraLayer):
         FuraLayer.__init__(self, base_layer, module_name, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+
+    def train(self, mode: bool = True) -> FuraLinear:
+        self._kept_blocks.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> FuraLinear:
+        self._kept_blocks.clear()  # moves to another device, or to another dtype
+        return super()._apply(fn, recurse)
 
     def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
         """``x (..., in)`` to ``(..., out)``; while untrained, the base layer's own result bit for bit.
@@ -260,19 +278,63 @@ class FuraLinear(nn.Module, FuraLayer):
         return self._forward_adapted(x, self.active_adapters, *args, **kwargs)
 
     def _forward_adapted(self, x: torch.Tensor, adapter_names: list[str], *args, **kwargs) -> torch.Tensor:
-        adapted = x
-        for name in adapter_names:
-            if self.fura_side.get(name) == "input":
-                adapted = adapted + apply_blocks(x, self.delta(name))
-        y = self.base_layer(adapted, *args, **kwargs)
-        outer = [name for name in adapter_names if self.fura_side.get(name) == "output"]
-        if not outer:
-            return y
-        bias = getattr(self.get_base_layer(), "bias", None)
-        linear = y if bias is None else y - bias
-        for name in outer:
-            y = y + apply_blocks(linear, self.delta(name))
-        return y
+        inner = self._blocks(adapter_names, "input", x.dtype)
+        outer = self._blocks(adapter_names, "output", x.dtype)
+        layer = self.base_layer
+        if len(inner) == 1 and not (args or kwargs) and self._is_plain() and fold_pays(x, layer.weight, inner[0]):
+            y = folded_linear(x, layer.weight, layer.bias, inner[0])
+        else:
+            y = layer(mix(x, inner), *args, **kwargs)
+        bias = getattr(self.get_base_layer(), "bias", None) if outer else None
+        if bias is None:
+            return mix(y, outer)
+        return sum((apply_blocks(y - bias, D) for D in outer), y)
+
+    def _blocks(self, adapter_names: list[str], side: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The block matrices of the named adapters on one side, summed where they have the same shape.
+
+        Between the tokens of an answer they stay the same: in evaluation mode, without gradients, they are kept.
+        """
+        names = [name for name in adapter_names if self.fura_side.get(name) == side]
+        if not names:
+            return []
+        key, version = (*names, dtype), self._version(names)
+        if version is not None and key in self._kept_blocks and self._kept_blocks[key][0] == version:
+            return self._kept_blocks[key][1]
+        by_shape: dict[torch.Size, torch.Tensor] = {}
+        for name in names:
+            D = self.delta(name)
+            by_shape[D.shape] = by_shape[D.shape] + D if D.shape in by_shape else D
+        blocks = list(by_shape.values())
+        if version is not None:
+            blocks = [D.to(dtype) for D in blocks]
+            self._kept_blocks[key] = version, blocks
+        return blocks
+
+    def _version(self, adapter_names: list[str]) -> list[int] | None:
+        """A value that changes whenever a trained tensor is written to, or None if what follows from them is not to
+        be kept: it needs gradients, or these tensors do not tell (compiled, partitioned, made in inference mode)."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        versions = []
+        for tensors in (self.fura_dR, self.fura_ds, self.fura_D):
+            for name in adapter_names:
+                if name in tensors:
+                    tensor = tensors[name]
+                    if tensor.is_inference() or is_partitioned(tensor):
+                        return None
+                    versions.append(tensor._version)
+        return versions
+
+    def _is_plain(self) -> bool:
+        """Whether all that calling the base layer does is multiply by its frozen weight and add its frozen bias."""
+        layer = self.base_layer
+        return (
+            type(layer) is nn.Linear
+            and not (layer.weight.requires_grad or layer.bias is not None and layer.bias.requires_grad)
+            and not (layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"))
+            and not is_partitioned(layer.weight)
+        )
 
     def _forward_mixed(self, x: torch.Tensor, adapter_names: list[str], *args, **kwargs) -> torch.Tensor:
         if len(adapter_names) != len(x):

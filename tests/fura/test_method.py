@@ -81,7 +81,8 @@ def test_same_steps_as_the_explicit_factorisation(out, dim, blocks, side, train_
     torch.testing.assert_close(layer(x), reference(x), rtol=0, atol=1e-12)
     assert (layer(x) - before).abs().max() > 1e-2
     dR = layer.fura_dR["default"]
-    torch.testing.assert_close(reference.R_start + dR, reference.R.data, rtol=0, atol=1e-12)
+    # looser than the outputs: Adam divides by the root of a gradient that is all but zero
+    torch.testing.assert_close(reference.R_start + dR, reference.R.data, rtol=0, atol=1e-11)
     if train_s:
         s = layer.fura_s0["default"] + layer.fura_ds["default"]
         torch.testing.assert_close(s, reference.s.data, rtol=0, atol=1e-12)

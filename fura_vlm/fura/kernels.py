@@ -1,0 +1,254 @@
+"""FuRA's own kernels for GPUs, in Triton: each reads and writes a large tensor once.
+
+``x + D x`` is three passes over memory as plain operations, and its backward seven. The matrix products around it are
+so much faster than memory that these passes are what an adapter costs: see docs/speed.md for what was measured.
+
+The kernels take blocks of up to ``MAX_BLOCK`` and any number of rows. Products are accumulated in float32, and what
+is written is rounded once. Triton comes with PyTorch's builds for GPUs; without it, on a CPU and for larger blocks the
+plain operations of ``basis.py`` do the same.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a build of PyTorch for CPUs
+    triton = None
+
+MAX_BLOCK = 128  # a tile of a larger block does not fit into the registers
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own interpreter runs the kernels on the CPU
+
+
+def usable(x: torch.Tensor, block_size: int) -> bool:
+    """Whether the kernels take this tensor."""
+    return (
+        triton is not None
+        and (x.is_cuda or INTERPRETED)
+        and block_size <= MAX_BLOCK
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    )
+
+
+if triton is not None:
+
+    @triton.jit
+    def _mix_kernel(
+        x, D, out, rows, width, D_block, D_row, D_column,
+        b: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """A program: one block of columns of TILE rows."""
+        block, tile = tl.program_id(0), tl.program_id(1)
+        row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        c = tl.arange(0, B)
+        inside = (row[:, None] < rows) & (c[None, :] < b)
+        place = row[:, None] * width + block * b + c[None, :]
+        values = tl.load(x + place, mask=inside, other=0.0)
+        square = (c[:, None] < b) & (c[None, :] < b)
+        transposed = tl.load(D + block * D_block + c[None, :] * D_row + c[:, None] * D_column, mask=square, other=0.0)
+        mixed = values.to(tl.float32) + tl.dot(values, transposed.to(values.dtype), input_precision=PRECISION)
+        tl.store(out + place, mixed.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _mix_backward_kernel(
+        x, D, grad, out, partial, rows, width, blocks, tiles, D_block, D_row, D_column,
+        b: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """A program: one block of columns of ``tiles`` times TILE rows."""
+        block, share = tl.program_id(0), tl.program_id(1)
+        c = tl.arange(0, B)
+        square = (c[:, None] < b) & (c[None, :] < b)
+        mixing = tl.load(D + block * D_block + c[:, None] * D_row + c[None, :] * D_column, mask=square, other=0.0)
+        total = tl.zeros((B, B), dtype=tl.float32)
+        for tile in range(tiles):
+            row = ((share * tiles + tile) * TILE + tl.arange(0, TILE)).to(tl.int64)
+            inside = (row[:, None] < rows) & (c[None, :] < b)
+            place = row[:, None] * width + block * b + c[None, :]
+            values = tl.load(x + place, mask=inside, other=0.0)
+            g = tl.load(grad + place, mask=inside, other=0.0)
+            back = g.to(tl.float32) + tl.dot(g, mixing.to(g.dtype), input_precision=PRECISION)
+            tl.store(out + place, back.to(out.dtype.element_ty), mask=inside)
+            total = tl.dot(tl.trans(g), values, total, input_precision=PRECISION)
+        place = (share * blocks + block) * b * b + c[:, None] * b + c[None, :]
+        tl.store(partial + place, total, mask=square)
+
+    @triton.jit
+    def _delta_kernel(
+        dR, ds, V, s0, out,
+        b: tl.constexpr, r: tl.constexpr, B: tl.constexpr, SCALED: tl.constexpr, K: tl.constexpr,
+    ):  # fmt: skip
+        """A program: K columns of one block's D."""
+        block, c = tl.program_id(0), tl.arange(0, B)
+        column = tl.program_id(1) * K + tl.arange(0, K)
+        dR, V, ds, s0 = dR + block * r * b, V + block * b * r, ds + block * r, s0 + block * r
+        total = tl.zeros((B, K), dtype=tl.float32)
+        for start in range(0, r, K):
+            k = start + tl.arange(0, K)
+            tall, wide = (c[:, None] < b) & (k[None, :] < r), (k[:, None] < r) & (column[None, :] < b)
+            left = tl.load(V + c[:, None] * r + k[None, :], mask=tall, other=0.0).to(tl.float32)
+            change = tl.load(dR + k[:, None] * b + column[None, :], mask=wide, other=0.0).to(tl.float32)
+            if SCALED:
+                right = tl.load(V + column[None, :] * r + k[:, None], mask=wide, other=0.0).to(tl.float32)
+                e = tl.load(ds + k, mask=k < r, other=0.0).to(tl.float32)
+                e = e / tl.load(s0 + k, mask=k < r, other=1.0).to(tl.float32)
+                change = e[:, None] * (right + change) + change
+            total = tl.dot(left, change, total, input_precision="ieee")
+        square = (c[:, None] < b) & (column[None, :] < b)
+        tl.store(out + block * b * b + c[:, None] * b + column[None, :], total, mask=square)
+
+    @triton.jit
+    def _delta_backward_kernel(
+        dR, ds, V, s0, grad, grad_dR, grad_ds, g_block, g_row, g_column,
+        b: tl.constexpr, r: tl.constexpr, B: tl.constexpr, SCALED: tl.constexpr, K: tl.constexpr,
+    ):  # fmt: skip
+        """A program: K rows of one block's dR."""
+        block, column = tl.program_id(0), tl.arange(0, B)
+        k = tl.program_id(1) * K + tl.arange(0, K)
+        dR, V, ds, s0 = dR + block * r * b, V + block * b * r, ds + block * r, s0 + block * r
+        total = tl.zeros((K, B), dtype=tl.float32)
+        for start in range(0, b, K):
+            c = start + tl.arange(0, K)
+            small, wide = (k[:, None] < r) & (c[None, :] < b), (c[:, None] < b) & (column[None, :] < b)
+            left = tl.load(V + c[None, :] * r + k[:, None], mask=small, other=0.0).to(tl.float32)
+            place = block * g_block + c[:, None] * g_row + column[None, :] * g_column
+            right = tl.load(grad + place, mask=wide, other=0.0).to(tl.float32)
+            total = tl.dot(left, right, total, input_precision="ieee")
+        inside = (k[:, None] < r) & (column[None, :] < b)
+        place = k[:, None] * b + column[None, :]
+        if SCALED:
+            s = tl.load(s0 + k, mask=k < r, other=1.0).to(tl.float32)
+            e = tl.load(ds + k, mask=k < r, other=0.0).to(tl.float32) / s
+            R = tl.load(V + column[None, :] * r + k[:, None], mask=inside, other=0.0).to(tl.float32)
+            R += tl.load(dR + place, mask=inside, other=0.0).to(tl.float32)
+            grad_s = tl.sum(total * R, axis=1) / s
+            tl.store(grad_ds + block * r + k, grad_s.to(grad_ds.dtype.element_ty), mask=k < r)
+            total += e[:, None] * total
+        tl.store(grad_dR + block * r * b + place, total.to(grad_dR.dtype.element_ty), mask=inside)
+
+
+def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+    """``x + blockdiag(D_1, ..., D_N) x``, in one pass.
+
+    Args:
+        x: ``(..., N * b)``.
+        D: ``(N, b, b)``, any strides; the products take it in x's dtype.
+
+    Returns: like x.
+    """
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    N, b, _ = D.shape
+    rows = x.numel() // (N * b)
+    B = _tile_width(b)
+    tile = _tile_rows(rows, B)
+    grid = (N, triton.cdiv(rows, tile))
+    _mix_kernel[grid](
+        x, D, out, rows, N * b, D.stride(0), D.stride(1), D.stride(2), b, B, tile, _precision(x), num_warps=4
+    )  # fmt: skip
+    return out
+
+
+def mix_backward(x: torch.Tensor, D: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of ``mix`` with respect to x and D, in one pass over x and ``grad``.
+
+    Sums over rows are made in a fixed order: the result is the same each time.
+
+    Args:
+        x: ``(..., N * b)``, that of the forward.
+        D: ``(N, b, b)``.
+        grad: the gradient of the result, like x.
+
+    Returns: ``grad + D^T grad``, like x, and ``sum_rows grad x^T`` by block, ``(N, b, b)`` float32.
+    """
+    x, grad = x.contiguous(), grad.contiguous()
+    out = torch.empty_like(grad)
+    N, b, _ = D.shape
+    rows = x.numel() // (N * b)
+    B = _tile_width(b)
+    tile = _tile_rows(rows, B)
+    tiles = max(1, min(16, rows // (tile * 8)))
+    shares = triton.cdiv(rows, tile * tiles)
+    partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
+    _mix_backward_kernel[(N, shares)](
+        x, D, grad, out, partial, rows, N * b, N, tiles, D.stride(0), D.stride(1), D.stride(2),
+        b, B, tile, _precision(x), num_warps=4 if B <= 64 else 8,
+    )  # fmt: skip
+    return out, partial.sum(0)
+
+
+def _tile_width(b: int) -> int:
+    """The power of two that holds a block, at least 16, the least that a product of tiles takes."""
+    return max(16, triton.next_power_of_2(b))
+
+
+def _tile_rows(rows: int, width: int) -> int:
+    return 16 if rows <= 16 else 64 if width > 64 else 128
+
+
+def _precision(x: torch.Tensor) -> str:
+    """float32 is multiplied as float32 and not in the shorter form that tensor cores take."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+class Mix(torch.autograd.Function):
+    """``x + D x`` with its gradients. Keeps x and D."""
+
+    @staticmethod
+    def forward(ctx, x, D):
+        ctx.save_for_backward(x, D)
+        return mix(x, D)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, D = ctx.saved_tensors
+        dx, dD = mix_backward(x, D, grad)
+        return dx, dD.to(D.dtype)
+
+
+class FoldedLinear(torch.autograd.Function):
+    """``W (x + D x) + bias`` as ``(W + W D) x + bias``: one pass over W takes the place of one over x, which is longer.
+
+    ``W + W D`` is rounded to W's dtype as ``x + D x`` would be to x's, and lives only until the product is done. The
+    gradients are those of the unfolded form. W and bias get none.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, D):
+        ctx.save_for_backward(x, weight, D)
+        return torch.nn.functional.linear(x, mix(weight, D.mT), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, D = ctx.saved_tensors
+        dx, dD = mix_backward(x, D, grad @ weight)
+        return dx, None, None, dD.to(D.dtype)
+
+
+class Delta(torch.autograd.Function):
+    """``block_delta`` of ``basis.py``, in float32 whatever the dtypes; one kernel each way."""
+
+    @staticmethod
+    def forward(ctx, dR, ds, V, s0):
+        ctx.save_for_backward(dR, ds, V, s0)
+        N, r, b = dR.shape
+        out = torch.empty(N, b, b, dtype=torch.float32, device=dR.device)
+        grid = (N, triton.cdiv(b, 32))
+        _delta_kernel[grid](dR, s0 if ds is None else ds, V, s0, out, b, r, _tile_width(b), ds is not None, 32)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        dR, ds, V, s0 = ctx.saved_tensors
+        N, r, b = dR.shape
+        grad_dR = torch.empty_like(dR)
+        grad_ds = None if ds is None else torch.empty_like(ds)
+        _delta_backward_kernel[(N, triton.cdiv(r, 32))](
+            dR, s0 if ds is None else ds, V, s0, grad, grad_dR, grad_dR if ds is None else grad_ds,
+            grad.stride(0), grad.stride(1), grad.stride(2), b, r, _tile_width(b), ds is not None, 32,
+        )  # fmt: skip
+        return grad_dR, grad_ds, None, None
