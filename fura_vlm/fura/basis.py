@@ -162,7 +162,7 @@ def fold_pays(x: torch.Tensor, weight: torch.Tensor, D: torch.Tensor) -> bool:
         kernels.usable(x, D.shape[-1])
         and x.dtype == weight.dtype
         and x.numel() // x.shape[-1] > weight.shape[0]
-        and not torch.is_autocast_enabled(x.device.type)
+        and (not torch.is_autocast_enabled(x.device.type) or torch.get_autocast_dtype(x.device.type) == x.dtype)
     )
 
 

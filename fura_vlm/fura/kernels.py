@@ -78,6 +78,16 @@ if triton is not None:
         tl.store(partial + place, total, mask=square)
 
     @triton.jit
+    def _sum_kernel(partial, out, size, shares, TILE: tl.constexpr):
+        """A program: the sum over the shares of TILE numbers."""
+        place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        inside = place < size
+        total = tl.zeros((TILE,), dtype=tl.float32)
+        for share in range(shares):
+            total += tl.load(partial + share * size + place, mask=inside, other=0.0)
+        tl.store(out + place, total, mask=inside)
+
+    @triton.jit
     def _delta_kernel(
         dR, ds, V, s0, out,
         b: tl.constexpr, r: tl.constexpr, B: tl.constexpr, SCALED: tl.constexpr, K: tl.constexpr,
@@ -97,7 +107,7 @@ if triton is not None:
                 e = tl.load(ds + k, mask=k < r, other=0.0).to(tl.float32)
                 e = e / tl.load(s0 + k, mask=k < r, other=1.0).to(tl.float32)
                 change = e[:, None] * (right + change) + change
-            total = tl.dot(left, change, total, input_precision="ieee")
+            total = tl.dot(left, change, total, input_precision="tf32x3")
         square = (c[:, None] < b) & (column[None, :] < b)
         tl.store(out + block * b * b + c[:, None] * b + column[None, :], total, mask=square)
 
@@ -117,7 +127,7 @@ if triton is not None:
             left = tl.load(V + c[None, :] * r + k[:, None], mask=small, other=0.0).to(tl.float32)
             place = block * g_block + c[:, None] * g_row + column[None, :] * g_column
             right = tl.load(grad + place, mask=wide, other=0.0).to(tl.float32)
-            total = tl.dot(left, right, total, input_precision="ieee")
+            total = tl.dot(left, right, total, input_precision="tf32x3")
         inside = (k[:, None] < r) & (column[None, :] < b)
         place = k[:, None] * b + column[None, :]
         if SCALED:
@@ -144,12 +154,10 @@ def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
-    B = _tile_width(b)
-    tile = _tile_rows(rows, B)
-    grid = (N, triton.cdiv(rows, tile))
-    _mix_kernel[grid](
-        x, D, out, rows, N * b, D.stride(0), D.stride(1), D.stride(2), b, B, tile, _precision(x), num_warps=4
-    )  # fmt: skip
+    B, tile = _tile_width(b), _tile_rows(x, rows)
+    _mix_kernel[(N, triton.cdiv(rows, tile))](
+        x, D, out, rows, N * b, *D.stride(), b, B, tile, _precision(x), num_warps=_warps(B)
+    )
     return out
 
 
@@ -169,25 +177,32 @@ def mix_backward(x: torch.Tensor, D: torch.Tensor, grad: torch.Tensor) -> tuple[
     out = torch.empty_like(grad)
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
-    B = _tile_width(b)
-    tile = _tile_rows(rows, B)
-    tiles = max(1, min(16, rows // (tile * 8)))
+    B, tile = _tile_width(b), _tile_rows(x, rows)
+    tiles = max(1, min(16, rows // (tile * 8)))  # of a program: enough programs to fill the GPU, few sums to add up
     shares = triton.cdiv(rows, tile * tiles)
     partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
     _mix_backward_kernel[(N, shares)](
-        x, D, grad, out, partial, rows, N * b, N, tiles, D.stride(0), D.stride(1), D.stride(2),
-        b, B, tile, _precision(x), num_warps=4 if B <= 64 else 8,
-    )  # fmt: skip
-    return out, partial.sum(0)
+        x, D, grad, out, partial, rows, N * b, N, tiles, *D.stride(), b, B, tile, _precision(x), num_warps=_warps(B)
+    )
+    if shares == 1:
+        return out, partial[0]
+    total = torch.empty_like(partial[0])
+    _sum_kernel[(triton.cdiv(total.numel(), 1024),)](partial, total, total.numel(), shares, 1024)
+    return out, total
 
 
 def _tile_width(b: int) -> int:
-    """The power of two that holds a block, at least 16, the least that a product of tiles takes."""
+    """The power of two that holds a block; 16 is the least that a product of tiles takes."""
     return max(16, triton.next_power_of_2(b))
 
 
-def _tile_rows(rows: int, width: int) -> int:
-    return 16 if rows <= 16 else 64 if width > 64 else 128
+def _tile_rows(x: torch.Tensor, rows: int) -> int:
+    """As many rows as there is room for on the chip, and for a few rows no more than needed."""
+    return 16 if rows <= 16 else 128 if x.dtype.itemsize == 2 else 32
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 64 else 8
 
 
 def _precision(x: torch.Tensor) -> str:

@@ -1,0 +1,146 @@
+"""The Triton kernels, run by Triton's interpreter, against formulas in float64; block matrices kept while answering."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fura_models import perturb, tiny_llama
+from peft import get_peft_model
+
+from fura_vlm.fura import FuraConfig, kernels
+from fura_vlm.fura.layer import FuraLayer
+
+pytestmark = pytest.mark.skipif(kernels.triton is None, reason="this build of PyTorch comes without Triton")
+
+
+@pytest.fixture(scope="module")
+def reported():
+    worker = Path(__file__).with_name("kernels_worker.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {row.pop("case"): row for row in rows}
+
+
+def test_mixing_and_its_gradients(reported):
+    cases = {name: row for name, row in reported.items() if name.startswith("mix")}
+    assert len(cases) == 11
+    for name, row in cases.items():
+        # float16 results are rounded once, to 11 bits; sums are made in float32 in any case
+        rounding = 5e-4 if row["half"] else 1e-6
+        assert row["y"] < rounding and row["dx"] < rounding and row["dD"] < 1e-6, (name, row)
+        assert row["same_at_zero"], name
+
+
+def test_layers_are_the_explicit_factorisation(reported):
+    cases = {name: row for name, row in reported.items() if name.startswith("layer")}
+    assert {row["folded"] for row in cases.values()} == {True, False}
+    for name, row in cases.items():
+        for what in ("y", "answered", "dx", "dR", "ds"):
+            assert row[what] < 2e-5, (name, what, row)
+
+
+def test_large_blocks_are_left_to_plain_operations(reported):
+    assert reported["large blocks"] == {"used": False}
+
+
+# --------------------------------------------------------------------------------- block matrices kept while answering
+
+
+@pytest.fixture
+def model():
+    config = FuraConfig(target_modules=["q_proj", "down_proj"])
+    return perturb(get_peft_model(tiny_llama(), config), scale=0.1).eval()
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, FuraLayer)]
+
+
+def answer(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(8)[None]).logits
+
+
+def afresh(model):
+    """The logits with gradients on, where nothing is kept."""
+    return model(input_ids=torch.arange(8)[None]).logits.detach()
+
+
+def check(model, before):
+    after = answer(model)
+    torch.testing.assert_close(after, afresh(model))
+    assert (after - before).abs().max() > 1e-4
+
+
+def test_kept_from_one_call_to_the_next(model):
+    first = answer(model)
+    kept = [layer._kept_blocks.copy() for layer in layers(model)]
+    assert all(kept)
+    assert torch.equal(answer(model), first)
+    for layer, was in zip(layers(model), kept, strict=True):
+        assert layer._kept_blocks == was and all(layer._kept_blocks[key] is was[key] for key in was)
+
+
+def test_nothing_is_kept_where_gradients_are_needed(model):
+    afresh(model)
+    assert not any(layer._kept_blocks for layer in layers(model))
+    answer(model)
+    model.train()
+    answer(model)
+    assert not any(layer._kept_blocks for layer in layers(model))
+
+
+def test_a_step_of_an_optimizer_is_seen(model):
+    before = answer(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    check(model, before)
+
+
+def test_an_adapter_loaded_over_it_is_seen(model, tmp_path):
+    before = answer(model)
+    perturb(model, seed=5, scale=0.1)
+    model.save_pretrained(tmp_path)
+    perturb(model, seed=0, scale=0.1)
+    torch.testing.assert_close(answer(model), before)
+    model.load_adapter(tmp_path, "default")
+    model.eval()
+    check(model, before)
+
+
+def test_training_that_writes_behind_the_parameters_is_seen(model):
+    """DeepSpeed's parameters are views of one flat tensor, which it writes to: their version stays as it is."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([p.data.flatten() for p in trained])
+    start = 0
+    for p in trained:
+        p.data = flat[start : start + p.numel()].view_as(p)
+        start += p.numel()
+    before = answer(model)
+    model.train()
+    flat.mul_(0.2)
+    model.eval()
+    check(model, before)
+
+
+def test_another_adapter_of_the_same_name_is_seen(model):
+    before = answer(model)
+    model.add_adapter("other", FuraConfig(target_modules=["q_proj", "down_proj"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", FuraConfig(target_modules=["q_proj", "down_proj"]))
+    model.set_adapter("default")
+    check(model.eval(), before)
+    torch.testing.assert_close(answer(model), answer(tiny_llama()))
+
+
+def test_another_dtype_is_seen(model):
+    before = answer(model)
+    torch.testing.assert_close(answer(model.double()), before.double(), rtol=1e-4, atol=1e-4)
