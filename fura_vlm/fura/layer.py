@@ -298,7 +298,7 @@ class FuraLinear(nn.Module, FuraLayer):
         names = [name for name in adapter_names if self.fura_side.get(name) == side]
         if not names:
             return []
-        key, version = (*names, dtype), self._version(names)
+        key, version = (*names, dtype), self._written(names)
         if version is not None and key in self._kept_blocks and self._kept_blocks[key][0] == version:
             return self._kept_blocks[key][1]
         by_shape: dict[torch.Size, torch.Tensor] = {}
@@ -311,7 +311,7 @@ class FuraLinear(nn.Module, FuraLayer):
             self._kept_blocks[key] = version, blocks
         return blocks
 
-    def _version(self, adapter_names: list[str]) -> list[int] | None:
+    def _written(self, adapter_names: list[str]) -> list[int] | None:
         """A value that changes whenever a trained tensor is written to, or None if what follows from them is not to
         be kept: it needs gradients, or these tensors do not tell (compiled, partitioned, made in inference mode)."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
