@@ -91,7 +91,7 @@ def test_running_out_of_memory_ends_one_answer(models, engine, scenes, expected)
     length = failing["input_ids"].shape[1]
 
     def allocate(module, args, kwargs):
-        if kwargs["inputs_embeds"].shape[1] == length:
+        if "inputs_embeds" in kwargs and kwargs["inputs_embeds"].shape[1] == length:
             torch.empty(1 << 60)
 
     llava = models.model.get_base_model()
