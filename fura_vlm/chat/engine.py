@@ -250,7 +250,7 @@ class _Batch:
     """
 
     def __init__(self, llava):
-        self._decoder, self._head = llava.get_decoder(), llava.get_output_embeddings()
+        self._decoder, self._head = llava.model.language_model, llava.lm_head
         self.clear()
 
     def clear(self) -> None:
