@@ -26,7 +26,7 @@ from fura_vlm.chat.engine import Engine, Sampling
 from fura_vlm.training.config import TARGET_MODULES
 
 IMAGE_TOKENS, IMAGE_TOKEN, TEXT_TOKENS = 576, 32000, 64
-READ_SECONDS = 0.04  # how often the page looks at what has been written
+READ_SECONDS = 0.1  # how often the page looks at what has been written
 
 parser = argparse.ArgumentParser(description="Tokens per second of the chat's engine.")
 parser.add_argument("--tokens", type=int, default=128)
