@@ -1,8 +1,8 @@
 """Tokens per second of the chat's engine against a bare ``generate`` with a streamer, on LLaVA-1.5-7B's shapes.
 
-    python benchmarks/chat.py [--tokens 128] [--pairs 5]      one GPU; random weights, so nothing is downloaded
+    python benchmarks/chat.py [--tokens 128] [--pairs 5] > benchmarks/results/chat.md
 
-Prints a table in Markdown. The two take turns, with a FuRA adapter on; each rate is from the question to the last
+One GPU; random weights, so nothing is downloaded. Prints a table in Markdown. The two take turns, with a FuRA adapter on; each rate is from the question to the last
 token, and the ratio is the median over the pairs.
 """
 
@@ -11,6 +11,7 @@ import datetime
 import os
 import queue
 import statistics
+import sys
 import threading
 import time
 
@@ -131,9 +132,15 @@ for name, adapters in cases.items():
 hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
 versions = f"torch {torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}"
 shapes = "small layers, not the 7B's" if options.tiny else "LLaVA-1.5-7B's shapes"
+print("# The chat against a bare `generate`\n")
 print(f"{datetime.date.today()}, {hardware}, {dtype}, {versions}. {shapes}, a prompt of {ids.shape[1]} tokens,")
-print(f"{options.tokens} new ones. The tokens of one answer {'are' if same else 'are not'} those of `generate`.")
-print()
+print(
+    f"{options.tokens} new ones, a FuRA adapter on. The rates are medians, from the question to the last token, and the"
+)
+print(
+    f"ratio is that of pairs one after the other. One answer {'has' if same else 'has not'} the tokens of `generate`.\n"
+)
+print(f"    python {' '.join(sys.argv)}\n")
 print("| the chat | `generate` with a streamer, tokens/s | the chat, tokens/s in all | ratio | of the pairs |")
 print("|---|---:|---:|---:|---:|")
 print("\n".join(rows))

@@ -39,7 +39,9 @@ JOINER = "\u2060"  # takes no room and breaks no line
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container {width: 100% !important; max-width: 72rem !important; margin: auto}
-button[aria-label="Share"] {display: none}  /* it would send the picture to another site */
+/* Share would send the picture to another site. */
+button[aria-label="Share"], .icon-button-wrapper:not(:has(button:not([aria-label="Share"]))) {display: none}
+@media (hover: hover) { .image-container:not(:hover, :focus-within) [aria-label="Fullscreen"] {opacity: 0} }
 footer .divider {display: none}
 #inside th, #inside td {overflow-wrap: normal; word-break: normal}
 #left, #right {height: calc(100dvh - 27rem) !important; min-height: 20rem}
