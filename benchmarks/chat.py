@@ -2,8 +2,8 @@
 
     python benchmarks/chat.py [--tokens 128] [--pairs 5] > benchmarks/results/chat.md
 
-One GPU; random weights, so nothing is downloaded. Prints a table in Markdown. The two take turns, with a FuRA adapter on; each rate is from the question to the last
-token, and the ratio is the median over the pairs.
+One GPU; random weights, so nothing is downloaded. Prints a table in Markdown. The two take turns, with a FuRA adapter
+on; each rate is from the question to the last token, and the ratio is the median over the pairs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.generation.streamers import BaseStreamer
 
 from fura_vlm import FuraConfig
-from fura_vlm.chat.engine import Engine, Sampling
+from fura_vlm.chat.engine import Engine, Generation, Sampling
 from fura_vlm.training.config import TARGET_MODULES
 
 IMAGE_TOKENS, IMAGE_TOKEN, TEXT_TOKENS = 576, 32000, 64
@@ -98,18 +98,18 @@ def bare(length: int) -> tuple[float, list[int]]:
 
 def chat(length: int, adapters: list[str | None]) -> tuple[float, list[int]]:
     """Tokens per second of as many answers at once, all together, and the tokens of the first."""
-    # The engine takes over the model: it starts with the adapter off, and leaves it as it was last used.
-    engine = Engine(model, max_rows=len(adapters))
-    sampling = Sampling(max_new_tokens=length)
-    generations = [engine.submit(inputs, adapter, sampling) for adapter in adapters]
-    while not all(generation.done for generation in generations):
-        time.sleep(READ_SECONDS)
-    engine.close()
-    model.base_model.enable_adapter_layers()
-    failed = next((generation.error for generation in generations if generation.error), None)
-    assert failed is None, failed
+    generations = [engine.submit(inputs, adapter, Sampling(max_new_tokens=length)) for adapter in adapters]
+    wait(generations)
+    wait([engine.submit(inputs, "default", Sampling(max_new_tokens=1))])  # leaves the adapter on, for ``generate``
     seconds = max(generation.ended for generation in generations) - min(g.asked for g in generations)
     return len(adapters) * length / seconds, generations[0].tokens
+
+
+def wait(generations: list[Generation]) -> None:
+    while not all(generation.done for generation in generations):
+        time.sleep(READ_SECONDS)
+    failed = next((generation.error for generation in generations if generation.error), None)
+    assert failed is None, failed
 
 
 cases = {
@@ -117,9 +117,10 @@ cases = {
     f"{options.together} answers together": ["default"] * options.together,
     "side by side: adapter and base": ["default", None],
 }
+engine = Engine(model, max_rows=options.together)
 rows, same = [], True
 for name, adapters in cases.items():
-    bare(8), chat(8, adapters)  # to warm up
+    chat(8, adapters), bare(8)  # to warm up
     pairs = []
     for _ in range(options.pairs if len(adapters) == 1 else 3):
         (alone, expected), (ours, written) = bare(options.tokens), chat(options.tokens, adapters)
@@ -128,6 +129,7 @@ for name, adapters in cases.items():
     alone, ours, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratios = [ratio for *_, ratio in pairs]
     rows.append(f"| {name} | {alone:.1f} | {ours:.1f} | {ratio:.1%} | {min(ratios):.1%} to {max(ratios):.1%} |")
+engine.close()
 
 hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
 versions = f"torch {torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}"
