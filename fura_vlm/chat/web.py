@@ -233,13 +233,15 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             autofocus=True,
         )
         speed = gr.Markdown(elem_id="speed")
-        with gr.Accordion("Settings", open=False), gr.Row():
-            model = gr.Dropdown(labels, value=labels[0], label="Model", elem_id="model")
-            other = gr.Dropdown([NOTHING, *labels], value=NOTHING, label="Side by side with", elem_id="other")
-            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest word")
-            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1: any word")
-            usual = min(config.max_new_tokens, longest)
-            length = gr.Slider(1, longest, value=usual, step=1, label="Longest answer", info="in tokens")
+        with gr.Accordion("Settings", open=False):
+            with gr.Row():
+                model = gr.Dropdown(labels, value=labels[0], label="Model", elem_id="model")
+                other = gr.Dropdown([NOTHING, *labels], value=NOTHING, label="Side by side with", elem_id="other")
+            with gr.Row():
+                temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest word")
+                top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1: any word")
+                usual = min(config.max_new_tokens, longest)
+                length = gr.Slider(1, longest, value=usual, step=1, label="Longest answer", info="in tokens")
         with gr.Accordion("Camera", open=False):
             camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=240)
         with gr.Accordion("Look inside", open=False, elem_id="inside") as inside, gr.Row():
@@ -471,9 +473,9 @@ def _speed(sides: list[str], running: list[Generation]) -> str:
     parts = []
     for side, generation in zip(sides, running, strict=True):
         if generation.began:
-            rate = generation.tokens_per_second
+            count, rate = len(generation.tokens), generation.tokens_per_second
             parts.append(
-                f"{html.escape(side)}: {len(generation.tokens)} tokens, first after "
+                f"{html.escape(side)}: {count} {'token' if count == 1 else 'tokens'}, first after "
                 f"{generation.began - generation.asked:.2f} s" + (f", then {rate:.0f} per second" if rate else "")
             )
     return " · ".join(parts)

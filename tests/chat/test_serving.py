@@ -212,6 +212,19 @@ def test_a_plain_model_has_examples(browser, scenes):
         page.close()
 
 
+def test_the_queue_is_bounded():
+    """One answer at a time and two that wait: of eight long ones the last are turned away, the first are answered."""
+    data = {"data": [{"text": "Tell me all.", "files": []}, "base", 0, 1, 512]}
+    with serving("--model", TINY, "--max_users", "1", "--max_waiting", "2") as (address, _):
+        with httpx.Client(base_url=address, timeout=120) as http:
+            asked = [http.post("/gradio_api/call/chat", json=data) for _ in range(8)]
+            assert asked[-1].status_code == 503 and "Queue is full" in asked[-1].text
+            taken = [answer.json()["event_id"] for answer in asked if answer.status_code == 200]
+            assert 2 <= len(taken) < 8
+            for event in taken:
+                assert "event: complete" in http.get(f"/gradio_api/call/chat/{event}").text
+
+
 def test_what_the_model_sees(tmp_path):
     """A blue picture twice as wide as high: half of the square is padding, in the mean colour."""
     Image.new("RGB", (300, 150), (0, 0, 255)).save(tmp_path / "wide.png")
