@@ -37,7 +37,10 @@ parser.add_argument("--tiny", action="store_true", help="many small layers, to t
 options = parser.parse_args()
 
 layers = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096, **(layers if options.tiny else {}))
+# Random weights may write any token: none ends an answer.
+text = LlamaConfig(
+    vocab_size=32064, max_position_embeddings=4096, eos_token_id=None, **(layers if options.tiny else {})
+)
 vision = CLIPVisionConfig(
     hidden_size=1024,
     intermediate_size=4096,
@@ -56,7 +59,6 @@ with torch.device(device):
     torch.set_default_dtype(torch.float32)
 fura = FuraConfig(target_modules=TARGET_MODULES, init_weights=False, task_type="CAUSAL_LM")
 model = get_peft_model(llava, fura).eval()
-llava.generation_config.eos_token_id = None  # random weights: every answer has full length
 llava.generation_config.pad_token_id = 0
 
 ids = torch.randint(5, 31000, (1, 1 + IMAGE_TOKENS + TEXT_TOKENS))
@@ -110,6 +112,7 @@ def wait(generations: list[Generation]) -> None:
         time.sleep(READ_SECONDS)
     failed = next((generation.error for generation in generations if generation.error), None)
     assert failed is None, failed
+    assert all(len(generation.tokens) == generation.sampling.max_new_tokens for generation in generations)
 
 
 cases = {
@@ -135,13 +138,10 @@ hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count
 versions = f"torch {torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}"
 shapes = "small layers, not the 7B's" if options.tiny else "LLaVA-1.5-7B's shapes"
 print("# The chat against a bare `generate`\n")
-print(f"{datetime.date.today()}, {hardware}, {dtype}, {versions}. {shapes}, a prompt of {ids.shape[1]} tokens,")
-print(
-    f"{options.tokens} new ones, a FuRA adapter on. The rates are medians, from the question to the last token, and the"
-)
-print(
-    f"ratio is that of pairs one after the other. One answer {'has' if same else 'has not'} the tokens of `generate`.\n"
-)
+print(f"{datetime.date.today()}, {hardware}, {dtype}, {versions}.")
+print(f"{shapes}, a FuRA adapter on, a prompt of {ids.shape[1]} tokens, {options.tokens} new ones.")
+print("The rates are medians, from the question to the last token; the ratio is that of pairs one after the other.")
+print(f"One answer {'has' if same else 'has not'} the tokens of `generate`.\n")
 print(f"    python {' '.join(sys.argv)}\n")
 print("| the chat | `generate` with a streamer, tokens/s | the chat, tokens/s in all | ratio | of the pairs |")
 print("|---|---:|---:|---:|---:|")

@@ -45,7 +45,10 @@ button[aria-label="Share"], .icon-button-wrapper:not(:has(button:not([aria-label
 footer .divider {display: none}
 #inside th, #inside td {overflow-wrap: normal; word-break: normal}
 #left, #right {height: calc(100dvh - 27rem) !important; min-height: 20rem}
-@media (max-width: 640px) { #left, #right {height: 54dvh !important; min-height: 14rem} }
+@media (max-width: 640px) {
+  #left, #right {height: 54dvh !important; min-height: 14rem}
+  #left .example:nth-child(n + 3) {display: none}
+}
 """
 
 
