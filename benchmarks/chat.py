@@ -1,57 +1,65 @@
 """Tokens per second of the chat's engine against a bare ``generate`` with a streamer, on LLaVA-1.5-7B's shapes.
 
-    python benchmarks/chat.py [--tokens 256] [--repeats 5]      one GPU; random weights, so nothing is downloaded
+    python benchmarks/chat.py [--tokens 128] [--pairs 5] > benchmarks/results/chat.md
 
-Each pair is measured one after the other, with the adapter on, from the question to the last token.
+One GPU; random weights, so nothing is downloaded. Prints a table in Markdown. The two take turns, with a FuRA adapter
+on; each rate is from the question to the last token, and the ratio is the median over the pairs.
 """
 
 import argparse
+import datetime
+import os
 import queue
 import statistics
+import sys
 import threading
 import time
 
+import peft
 import torch
+import transformers
 from peft import get_peft_model
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from fura_vlm import FuraConfig
-from fura_vlm.chat.engine import Engine, Sampling
+from fura_vlm.chat.engine import Engine, Generation, Sampling
 from fura_vlm.training.config import TARGET_MODULES
 
 IMAGE_TOKENS, IMAGE_TOKEN, TEXT_TOKENS = 576, 32000, 64
+READ_SECONDS = 0.1  # how often the page looks at what has been written
 
 parser = argparse.ArgumentParser(description="Tokens per second of the chat's engine.")
-parser.add_argument("--tokens", type=int, default=256)
-parser.add_argument("--repeats", type=int, default=5)
+parser.add_argument("--tokens", type=int, default=128)
+parser.add_argument("--pairs", type=int, default=5)
 parser.add_argument("--together", type=int, default=8, help="answers written at once in the second part")
-parser.add_argument("--tiny", action="store_true", help="two small layers, to try the script without a GPU")
+parser.add_argument("--tiny", action="store_true", help="many small layers, to try the script without a GPU")
 options = parser.parse_args()
 
-small = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
+layers = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+# Random weights may write any token: none ends an answer.
 text = LlamaConfig(
-    vocab_size=32064, max_position_embeddings=4096, **(small if options.tiny else {"intermediate_size": 11008})
+    vocab_size=32064, max_position_embeddings=4096, eos_token_id=None, **(layers if options.tiny else {})
 )
 vision = CLIPVisionConfig(
     hidden_size=1024,
     intermediate_size=4096,
-    num_hidden_layers=24,
+    num_hidden_layers=2 if options.tiny else 24,
     num_attention_heads=16,
     image_size=336,
     patch_size=14,
 )
-if options.tiny:
-    vision.num_hidden_layers = 2
 config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
+torch.manual_seed(0)
 with torch.device(device):
     torch.set_default_dtype(dtype)
     llava = LlavaForConditionalGeneration(config).eval()
     torch.set_default_dtype(torch.float32)
-model = get_peft_model(llava, FuraConfig(target_modules=TARGET_MODULES, task_type="CAUSAL_LM")).eval()
-llava.generation_config.eos_token_id = -1  # random weights: every answer has full length
+fura = FuraConfig(target_modules=TARGET_MODULES, init_weights=False, task_type="CAUSAL_LM")
+model = get_peft_model(llava, fura).eval()
+llava.generation_config.pad_token_id = 0
 
 ids = torch.randint(5, 31000, (1, 1 + IMAGE_TOKENS + TEXT_TOKENS))
 ids[0, 1 : 1 + IMAGE_TOKENS] = IMAGE_TOKEN
@@ -76,41 +84,65 @@ class Tokens(BaseStreamer):
 
 
 @torch.inference_mode()
-def bare() -> float:
-    """Tokens per second of ``generate`` with a streamer that another thread reads."""
-    placed = {name: value.to(device) for name, value in inputs.items()}
-    placed["pixel_values"] = placed["pixel_values"].to(dtype)
-    streamer = Tokens()
-    reader = threading.Thread(target=lambda: list(iter(streamer.queue.get, None)))
+def bare(length: int) -> tuple[float, list[int]]:
+    """Tokens per second of ``generate`` with a streamer that another thread reads, and the tokens."""
+    streamer, read = Tokens(), []
+    reader = threading.Thread(target=lambda: read.extend(iter(streamer.queue.get, None)))
     reader.start()
     started = time.monotonic()
-    model.generate(**placed, streamer=streamer, do_sample=False, max_new_tokens=options.tokens)
+    placed = {name: value.to(device) for name, value in inputs.items()}
+    placed["pixel_values"] = placed["pixel_values"].to(dtype)
+    model.generate(**placed, streamer=streamer, do_sample=False, max_new_tokens=length)
+    ended = time.monotonic()
     reader.join()
-    return options.tokens / (time.monotonic() - started)
+    return length / (ended - started), [int(token) for token in read[1:]]  # the first are the prompt's
 
 
-def chat(engine: Engine, rows: int) -> float:
-    started = time.monotonic()
-    sampling = Sampling(max_new_tokens=options.tokens)
-    generations = [engine.submit(inputs, "default", sampling) for _ in range(rows)]
+def chat(length: int, adapters: list[str | None]) -> tuple[float, list[int]]:
+    """Tokens per second of as many answers at once, all together, and the tokens of the first."""
+    generations = [engine.submit(inputs, adapter, Sampling(max_new_tokens=length)) for adapter in adapters]
+    wait(generations)
+    wait([engine.submit(inputs, "default", Sampling(max_new_tokens=1))])  # leaves the adapter on, for ``generate``
+    seconds = max(generation.ended for generation in generations) - min(g.asked for g in generations)
+    return len(adapters) * length / seconds, generations[0].tokens
+
+
+def wait(generations: list[Generation]) -> None:
     while not all(generation.done for generation in generations):
-        time.sleep(0.002)
-    assert not any(generation.error for generation in generations), generations[0].error
-    return rows * options.tokens / (time.monotonic() - started)
+        time.sleep(READ_SECONDS)
+    failed = next((generation.error for generation in generations if generation.error), None)
+    assert failed is None, failed
+    assert all(len(generation.tokens) == generation.sampling.max_new_tokens for generation in generations)
 
 
-def median(measure) -> float:
-    measure()  # once to warm up
-    return statistics.median(measure() for _ in range(options.repeats))
-
-
-name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-print(f"{name}, {dtype}, prompt {ids.shape[1]} tokens, {options.tokens} new, median of {options.repeats}")
-alone = median(bare)
-print(f"generate with a streamer   {alone:8.1f} tokens/s")
+cases = {
+    "one answer": ["default"],
+    f"{options.together} answers together": ["default"] * options.together,
+    "side by side: adapter and base": ["default", None],
+}
 engine = Engine(model, max_rows=options.together)
-one = median(lambda: chat(engine, 1))
-print(f"the chat, one answer       {one:8.1f} tokens/s, {one / alone:.1%}")
-many = median(lambda: chat(engine, options.together))
-print(f"the chat, {options.together} answers       {many:8.1f} tokens/s in all")
+rows, same = [], True
+for name, adapters in cases.items():
+    chat(8, adapters), bare(8)  # to warm up
+    pairs = []
+    for _ in range(options.pairs if len(adapters) == 1 else 3):
+        (alone, expected), (ours, written) = bare(options.tokens), chat(options.tokens, adapters)
+        pairs.append((alone, ours, ours / alone))
+        same = same and (len(adapters) > 1 or written == expected)
+    alone, ours, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratios = [ratio for *_, ratio in pairs]
+    rows.append(f"| {name} | {alone:.1f} | {ours:.1f} | {ratio:.1%} | {min(ratios):.1%} to {max(ratios):.1%} |")
 engine.close()
+
+hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+versions = f"torch {torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}"
+shapes = "small layers, not the 7B's" if options.tiny else "LLaVA-1.5-7B's shapes"
+print("# The chat against a bare `generate`\n")
+print(f"{datetime.date.today()}, {hardware}, {dtype}, {versions}.")
+print(f"{shapes}, a FuRA adapter on, a prompt of {ids.shape[1]} tokens, {options.tokens} new ones.")
+print("The rates are medians, from the question to the last token; the ratio is that of pairs one after the other.")
+print(f"One answer {'has' if same else 'has not'} the tokens of `generate`.\n")
+print(f"    python {' '.join(sys.argv)}\n")
+print("| the chat | `generate` with a streamer, tokens/s | the chat, tokens/s in all | ratio | of the pairs |")
+print("|---|---:|---:|---:|---:|")
+print("\n".join(rows))

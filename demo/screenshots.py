@@ -35,7 +35,7 @@ with sync_playwright() as playwright:
             page.get_by_role("button", name="Settings").click()
             page.get_by_label("Side by side with", exact=True).click()
             page.get_by_role("option", name="base", exact=True).click()
-            number = page.get_by_label("number input for Longest answer, tokens")
+            number = page.get_by_label("number input for Longest answer")
             while number.input_value() != "24":  # what is typed while Gradio builds the slider is lost
                 number.fill("24")
                 number.press("Tab")

@@ -16,9 +16,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from fura_vlm.errors import FuraVLMError
+
+SWITCHED = BaseTunerLayer, AuxiliaryTrainingWrapper  # what PEFT turns on and off
 
 
 class ChatError(FuraVLMError):
@@ -82,14 +86,14 @@ class Engine:
     def __init__(self, model, max_rows: int = 24):
         self.model = model
         self._peft = model.base_model if isinstance(model, PeftModel) else None
+        self._switches = [] if self._peft is None else [m for m in model.modules() if isinstance(m, SWITCHED)]
         self._llava = model.get_base_model() if isinstance(model, PeftModel) else model
         ends = self._llava.generation_config.eos_token_id or self._llava.config.get_text_config().eos_token_id
         self._ends = set(ends) if isinstance(ends, list) else {ends}
         self._max_rows = max_rows
         self._adapter: str | None = None  # that the model is switched to
         self._active = model.active_adapter if self._peft is not None else None  # that PEFT turns on
-        if self._peft is not None:
-            self._peft.disable_adapter_layers()
+        self._enable(False)
         self._waiting: deque[Generation] = deque()
         self._writing: list[Generation] = []
         self._batches: dict[str | None, _Batch] = {}
@@ -177,10 +181,10 @@ class Engine:
         generation.inputs = {}  # the picture is needed no longer
         cache = DynamicCache(config=self._llava.config.get_text_config())
         output = self._llava(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self._write([generation], output.logits[:, -1])
+        token = self._write([generation], output.logits[:, -1])
         if not generation.done:
-            batch = self._batches.setdefault(generation.adapter, _Batch())
-            self._guarded([generation, *batch.rows], batch.add, generation, cache)
+            batch = self._batches.setdefault(generation.adapter, _Batch(self._llava))
+            self._guarded([generation, *batch.rows], batch.add, generation, cache, token)
 
     def _advance(self, batch: _Batch) -> None:
         """Writes the next token of each row."""
@@ -190,24 +194,30 @@ class Engine:
         batch.drop_done()
         if batch.rows:
             self._use(batch.rows[0].adapter)
-            self._write(batch.rows, batch.step(self._llava))
+            batch.last = self._write(batch.rows, batch.step())
             batch.drop_done()
 
     def _use(self, adapter: str | None) -> None:
         if adapter == self._adapter:
             return
-        if adapter is None:
-            self._peft.disable_adapter_layers()
-        else:
-            if self._adapter is None:
-                self._peft.enable_adapter_layers()
-            if adapter != self._active:  # each of these walks through all modules: milliseconds, for every token
-                self._peft.set_adapter(adapter)
-                self._active = adapter
+        if adapter is None or self._adapter is None:
+            self._enable(adapter is not None)
+        if adapter not in (None, self._active):
+            self._peft.set_adapter(adapter)
+            self._active = adapter
         self._adapter = adapter
 
-    def _write(self, rows: list[Generation], logits: torch.Tensor) -> None:
-        """Chooses a token for each row, from (rows, vocabulary), and ends the rows that are complete."""
+    def _enable(self, enabled: bool) -> None:
+        """Turns the adapters on or off. PEFT's own walks through all modules, which takes twice as long: side by
+        side, this is done for every token."""
+        for module in self._switches:
+            module.enable_adapters(enabled)
+
+    def _write(self, rows: list[Generation], logits: torch.Tensor) -> torch.Tensor:
+        """Chooses a token for each row, from (rows, vocabulary), and ends the rows that are complete.
+
+        Returns: the tokens, (rows) int64, on the device.
+        """
         tokens = logits.argmax(-1)
         for index, row in enumerate(rows):
             if row.sampling.temperature > 0:
@@ -218,6 +228,7 @@ class Engine:
             row.tokens.append(token)
             if token in self._ends or len(row.tokens) >= row.sampling.max_new_tokens:
                 self._finish(row)
+        return tokens
 
     def _finish(self, generation: Generation, error: str | None = None) -> None:
         generation.inputs = {}
@@ -227,45 +238,59 @@ class Engine:
 
 
 class _Batch:
-    """Answers decoded together: rows of one key-value cache, padded on the left to the longest."""
+    """Answers decoded together: rows of one key-value cache, padded on the left to the longest.
 
-    def __init__(self):
+    What a step needs stays on the device, and the language model is called without LLaVA around it: a step of a few
+    rows takes as long as it takes to launch its kernels, so that whatever else is done delays every token.
+
+    Attributes:
+        lengths: tokens of each row in the cache, padding not counted.
+        last: each row's last token, (rows) int64, which is not in the cache yet.
+        positions: the same lengths, (rows) int64.
+    """
+
+    def __init__(self, llava):
+        self._decoder, self._head = llava.model.language_model, llava.lm_head
         self.clear()
 
     def clear(self) -> None:
         self.rows: list[Generation] = []
-        self.lengths: list[int] = []  # tokens of each row in the cache, padding not counted
+        self.lengths: list[int] = []
         self.cache: DynamicCache | None = None
+        self.last: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
 
-    def add(self, row: Generation, cache: DynamicCache) -> None:
-        """Adds a row whose prompt is in a cache of its own."""
+    def add(self, row: Generation, cache: DynamicCache, last: torch.Tensor) -> None:
+        """Adds a row whose prompt is in a cache of its own; ``last`` (1) follows it."""
         length = cache.get_seq_length()
+        position = torch.full_like(last, length)
         if not self.rows:
-            self.cache = cache
+            self.cache, self.last, self.positions = cache, last, position
         else:
             width = max(*self.lengths, length)
             for layer, new in zip(self.cache.layers, cache.layers, strict=True):
                 layer.keys = torch.cat([_widen(layer.keys, width), _widen(new.keys, width)])
                 layer.values = torch.cat([_widen(layer.values, width), _widen(new.values, width)])
+            self.last, self.positions = torch.cat([self.last, last]), torch.cat([self.positions, position])
         self.rows.append(row)
         self.lengths.append(length)
 
-    def step(self, llava) -> torch.Tensor:
+    def step(self) -> torch.Tensor:
         """Gives each row's last token to the model; returns what comes next, (rows, vocabulary)."""
-        self.lengths = [length + 1 for length in self.lengths]
-        last = [row.tokens[-1] for row in self.rows]
-        last, lengths = torch.tensor([last, self.lengths], device=llava.device)[:, :, None]  # (rows, 1) each
-        mask, width = None, max(self.lengths)
-        if min(self.lengths) < width:  # without padding attention needs no mask, and is faster
-            mask = (torch.arange(width, device=llava.device) >= width - lengths).long()
-        output = llava(
-            input_ids=last,
+        mask, longest = None, max(self.lengths)
+        if min(self.lengths) < longest:  # without padding attention needs no mask, and is faster
+            columns = torch.arange(longest + 1, device=self.positions.device)
+            mask = (columns >= longest - self.positions[:, None]).long()
+        states = self._decoder(
+            input_ids=self.last[:, None],
             attention_mask=mask,
-            position_ids=lengths - 1,
+            position_ids=self.positions[:, None],
             past_key_values=self.cache,
             use_cache=True,
-        )
-        return output.logits[:, -1]
+        ).last_hidden_state
+        self.lengths = [length + 1 for length in self.lengths]
+        self.positions = self.positions + 1
+        return self._head(states[:, -1])
 
     def drop_done(self) -> None:
         """Takes out the rows that are complete, and the padding that only they needed."""
@@ -279,7 +304,8 @@ class _Batch:
         self.rows = [self.rows[index] for index in kept]
         self.lengths = [self.lengths[index] for index in kept]
         padded = width - max(self.lengths)
-        indices = torch.tensor(kept, device=self.cache.layers[0].keys.device)
+        indices = torch.tensor(kept, device=self.positions.device)
+        self.last, self.positions = self.last[indices], self.positions[indices]
         for layer in self.cache.layers:
             layer.keys = layer.keys[indices, :, padded:]
             layer.values = layer.values[indices, :, padded:]

@@ -92,9 +92,10 @@ def describe(models: Models) -> str:
         if name is not None:
             parts = ((key.split("."), value.numel()) for key, value in models.model.named_parameters())
             sizes[label] = sum(number for key, number in parts if name in key)
+    base = Path(models.base).name if Path(models.base).exists() else models.base  # not where the server keeps it
     device, dtype = models.model.device, str(models.model.dtype).removeprefix("torch.")
     lines = [
-        f"**Base** `{models.base}`: {total - sum(sizes.values()):,} parameters, {dtype} on {device}, "
+        f"**Base** `{base}`: {total - sum(sizes.values()):,} parameters, {dtype} on {device}, "
         f"a context of {models.context:,} tokens.",
         "",
         "| adapter | method | trained parameters |",

@@ -29,7 +29,9 @@ from fura_vlm.chat.engine import ChatError, Engine, Generation, Sampling
 from fura_vlm.chat.models import BASE, Models, describe, examples, load_models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode, is_animation, read_image
 
-POLL_SECONDS = 0.04  # how often the browser gets what has been written: faster than one reads, and no queue can grow
+# How often the browser gets what has been written. For each time, Gradio keeps the interpreter busy for milliseconds,
+# in which the engine cannot launch what the next token needs.
+POLL_SECONDS = 0.1
 KEEP_SECONDS = 4 * 3600  # how long an uploaded picture is kept
 MAX_UPLOAD = "50mb"
 NOTHING = "nothing"
@@ -37,19 +39,35 @@ JOINER = "\u2060"  # takes no room and breaks no line
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container {width: 100% !important; max-width: 72rem !important; margin: auto}
-button[aria-label="Share"] {display: none}  /* it would send the picture to another site */
+/* Share would send the picture to another site. */
+button[aria-label="Share"], .icon-button-wrapper:not(:has(button:not([aria-label="Share"]))) {display: none}
+@media (hover: hover) { .image-container:not(:hover, :focus-within) [aria-label="Fullscreen"] {opacity: 0} }
+footer .divider {display: none}
+#inside th, #inside td {overflow-wrap: normal; word-break: normal}
 #left, #right {height: calc(100dvh - 27rem) !important; min-height: 20rem}
-@media (max-width: 640px) { #left, #right {height: 46dvh !important; min-height: 14rem} }
+@media (max-width: 640px) {
+  #left, #right {height: 54dvh !important; min-height: 14rem}
+  #left .example:nth-child(n + 3) {display: none}
+}
 """
 
 
 @dataclass
 class Turn:
-    """A question with the answers of the left and the right side; ``None`` where a side was not asked."""
+    """A question with the answers of the left and the right side; ``None`` where a side was not asked.
+
+    Attributes:
+        models: the names of what was asked, of one side or two.
+    """
 
     question: str
     image: str | None
+    models: list[str] = field(default_factory=list)
     answers: list[str | None] = field(default_factory=lambda: [None, None])
+
+    def asked(self, beside: str | None) -> bool:
+        """Whether the left side (``None``), or this model on the right side, was asked."""
+        return beside is None or self.models[1:] == [beside]
 
 
 @dataclass
@@ -59,24 +77,29 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     running: list[Generation] = field(default_factory=list)
 
-    def history(self, side: int) -> list[Exchange]:
-        """The conversation as one side knows it; where it was not asked, the other's answer stands."""
-        return [Exchange(t.question, t.image, _first(t.answers[side], t.answers[0])) for t in self.turns]
+    def history(self, beside: str | None) -> list[Exchange]:
+        """The conversation as one side knows it; what it was not asked, the left side answered."""
+        return [Exchange(t.question, t.image, t.answers[beside is not None and t.asked(beside)]) for t in self.turns]
 
-    def messages(self, side: int) -> list[dict]:
-        """The conversation as a Chatbot shows it. A picture is a message of its own: Gradio edits no others."""
-        return [message for _, message in self._numbered(side)]
+    def messages(self, beside: str | None = None) -> list[dict]:
+        """The conversation as a Chatbot shows it. A picture is a message of its own: Gradio edits no others.
+
+        Args:
+            beside: the model of the right side, or ``None`` for the left side.
+        """
+        return [message for _, message in self._numbered(beside)]
 
     def turn_of(self, message: int) -> int:
-        """The number of the turn that a message of the Chatbot belongs to."""
-        return [number for number, _ in self._numbered(0)][message]
+        """The number of the turn that a message of the left Chatbot belongs to."""
+        return [number for number, _ in self._numbered(None)][message]
 
-    def _numbered(self, side: int) -> Iterator[tuple[int, dict]]:
-        for number, exchange in enumerate(self.history(side)):
-            if exchange.image:
-                yield number, {"role": "user", "content": {"path": exchange.image, "alt_text": "the picture"}}
-            yield number, {"role": "user", "content": _literal(exchange.question)}
-            yield number, {"role": "assistant", "content": exchange.answer or ""}
+    def _numbered(self, beside: str | None) -> Iterator[tuple[int, dict]]:
+        for number, turn in enumerate(self.turns):
+            if turn.image:
+                yield number, {"role": "user", "content": {"path": turn.image, "alt_text": "the picture"}}
+            yield number, {"role": "user", "content": _literal(turn.question)}
+            answer = turn.answers[beside is not None] if turn.asked(beside) else "*was not asked*"
+            yield number, {"role": "assistant", "content": answer or ""}
 
     def stop(self) -> None:
         for generation in self.running:
@@ -104,8 +127,8 @@ class Chat:
         """
         if session.running:
             raise ChatError("An answer is still being written: wait for it or stop it")
-        turn = Turn(question, image)
-        inputs, notices = await asyncio.to_thread(self._read, session, turn, len(sides), sampling)
+        turn = Turn(question, image, sides)
+        inputs, notices = await asyncio.to_thread(self._read, session, turn, sampling)
         for notice in notices:
             gr.Warning(notice)
         session.turns.append(turn)
@@ -124,7 +147,7 @@ class Chat:
                     self._copy(running, turn)
                     yield running
                 if not done:
-                    await asyncio.sleep(POLL_SECONDS)
+                    await asyncio.sleep(POLL_SECONDS if written else POLL_SECONDS / 5)
         finally:  # also when the browser is gone
             session.stop()
             session.running = []
@@ -134,15 +157,15 @@ class Chat:
             session.turns = [other for other in session.turns if other is not turn]
             raise ChatError(failed)
 
-    def _read(self, session: Session, turn: Turn, sides: int, sampling: Sampling) -> tuple[list[dict], list[str]]:
+    def _read(self, session: Session, turn: Turn, sampling: Sampling) -> tuple[list[dict], list[str]]:
         notices, prompts = [], []
         if turn.image:
             read_image(turn.image)
             if is_animation(turn.image):
                 notices.append("The picture is an animation: its first frame is used.")
         room = self.models.context - sampling.max_new_tokens
-        for side in range(sides):
-            exchanges = [*session.history(side), Exchange(turn.question, turn.image)]
+        for beside in [None, *turn.models[1:]]:
+            exchanges = [*session.history(beside), Exchange(turn.question, turn.image)]
             prompts.append(build_prompt(exchanges, self.models.processor, room))
         notices += [prompts[0].notice] if prompts[0].notice else []
         return [encode(prompt, self.models.processor) for prompt in prompts], notices
@@ -190,6 +213,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 allow_tags=False,
                 min_width=280,
                 buttons=["copy"],
+                allow_file_downloads=False,
                 placeholder="Add a picture and ask about it.",
                 examples=[{"text": question, "files": [path]} for path, question in samples] or None,
             )
@@ -200,6 +224,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 group_consecutive_messages=False,
                 min_width=280,
                 buttons=["copy"],
+                allow_file_downloads=False,
                 visible=False,
             )
         box = gr.MultimodalTextbox(
@@ -211,50 +236,47 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             autofocus=True,
         )
         speed = gr.Markdown(elem_id="speed")
-        with gr.Accordion("Settings", open=False), gr.Row():
-            model = gr.Dropdown(labels, value=labels[0], label="Model", elem_id="model")
-            other = gr.Dropdown([NOTHING, *labels], value=NOTHING, label="Side by side with", elem_id="other")
-            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: always the likeliest word")
-            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
-            length = gr.Slider(
-                1, longest, value=min(config.max_new_tokens, longest), step=1, label="Longest answer, tokens"
-            )
+        with gr.Accordion("Settings", open=False):
+            with gr.Row():
+                model = gr.Dropdown(labels, value=labels[0], label="Model", elem_id="model")
+                other = gr.Dropdown([NOTHING, *labels], value=NOTHING, label="Side by side with", elem_id="other")
+            with gr.Row():
+                temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest word")
+                top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1: any word")
+                usual = min(config.max_new_tokens, longest)
+                length = gr.Slider(1, longest, value=usual, step=1, label="Longest answer", info="in tokens")
         with gr.Accordion("Camera", open=False):
             camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=240)
-        with gr.Accordion("Look inside", open=False, elem_id="inside"), gr.Row():
+        with gr.Accordion("Look inside", open=False, elem_id="inside") as inside, gr.Row():
             gr.Markdown(describe(models))
             with gr.Column():
                 seen = gr.Image(label="What the model sees", interactive=False, height=240, buttons=[])
                 padding = gr.Markdown(elem_id="padding")
 
         settings = [model, other, temperature, top_p, length]
-        shown = [left, right, box, speed, seen, padding]
+        shown = [left, right, box, speed]
 
         async def answer(session, question, image, model, other, temperature, top_p, length):
             """Yields values for ``shown``."""
             sides = [model] if other == NOTHING else [model, other]
-            first = True
-            picture = gr.skip(), gr.skip()
+            taken = False
             try:
                 sampling = _sampling(temperature, top_p, length, longest)
                 async for running in chat.ask(session, question, image, sides, sampling):
-                    if first and image:
-                        picture = await asyncio.to_thread(as_seen, image, models.processor)
                     yield (
-                        session.messages(0),
-                        session.messages(1) if len(sides) > 1 else gr.skip(),
-                        gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True) if first else gr.skip(),
+                        session.messages(),
+                        session.messages(other),
+                        gr.skip() if taken else gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True),
                         _speed(sides, running),
-                        *picture,
                     )
-                    first, picture = False, (gr.skip(), gr.skip())
+                    taken = True
             except ChatError as error:
                 message = gr.MultimodalTextbox(
                     value={"text": question, "files": [image] if image else []}, submit_btn=True, stop_btn=False
                 )
-                yield session.messages(0), session.messages(1), message, "", gr.skip(), gr.skip()
+                yield session.messages(), session.messages(other), message, ""
                 raise _shown_error(error) from error
-            yield gr.skip(), gr.skip(), gr.MultimodalTextbox(submit_btn=True, stop_btn=False), *[gr.skip()] * 3
+            yield gr.skip(), gr.skip(), gr.MultimodalTextbox(submit_btn=True, stop_btn=False), gr.skip()
 
         def image_of(message) -> str | None:
             files = message.get("files") or []
@@ -290,22 +312,29 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             async for values in answer(session, question, str(Path(image).absolute()), *settings):
                 yield values
 
-        async def undo(session):
+        async def undo(session, other):
             await _idle(session)
             turn = session.turns.pop() if session.turns else Turn("", None)
             message = {"text": turn.question, "files": [turn.image] if turn.image else []}
-            return session.messages(0), session.messages(1), message
+            return session.messages(), session.messages(other), message
 
         async def start_over(session):
             await _idle(session)
             session.turns.clear()
-            return [], [], "", None, ""
+            return [], [], ""
 
         def compare(session, model, other):
             return (
                 gr.Chatbot(label=model),
-                gr.Chatbot(session.messages(1), label=other, visible=other != NOTHING),
+                gr.Chatbot(session.messages(other), label=other, visible=other != NOTHING),
             )
+
+        def look(session):
+            image = next((turn.image for turn in reversed(session.turns) if turn.image), None)
+            try:
+                return as_seen(image, models.processor) if image else (None, "")
+            except ChatError as error:
+                return None, _literal(str(error))
 
         async def api(session, message, model, temperature, top_p, max_new_tokens):
             """Asks a question, with a picture or about the one sent before; yields the answer as it grows."""
@@ -324,15 +353,19 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         private = {"api_visibility": "private", "show_progress": "hidden"}
         # All that use the model share one limit; more of them wait in Gradio's queue, first come, first served.
         slow = private | {"concurrency_id": "answers", "concurrency_limit": config.max_users}
-        box.submit(submit, [session, box, *settings], shown, **slow)
-        left.retry(retry, [session, *settings], shown, **slow)
-        left.edit(edit, [session, *settings], shown, **slow)
-        if samples:
-            left.example_select(example, [session, *settings], shown, **slow)
+        asking = [
+            box.submit(submit, [session, box, *settings], shown, **slow),
+            left.retry(retry, [session, *settings], shown, **slow),
+            left.edit(edit, [session, *settings], shown, **slow),
+            *([left.example_select(example, [session, *settings], shown, **slow)] if samples else []),
+            left.undo(undo, [session, other], [left, right, box], **private),
+            gr.on([left.clear, right.clear], start_over, session, [left, right, speed], **private),
+        ]
         box.stop(Session.stop, session, None, queue=False, **private)
-        left.undo(undo, session, [left, right, box], **private)
-        gr.on([left.clear, right.clear], start_over, session, [left, right, speed, seen, padding], **private)
         gr.on([model.change, other.change], compare, [session, model, other], [left, right], **private)
+        # Also when it is opened: a closed accordion does not keep the picture that it was sent.
+        for then in [inside.expand, *(event.then for event in asking)]:
+            then(look, session, [seen, padding], **private)
         camera.input(lambda path, message: message | {"files": [path] if path else []}, [camera, box], box, **private)
 
         answered = gr.Textbox(label="answer", visible=False)
@@ -443,9 +476,9 @@ def _speed(sides: list[str], running: list[Generation]) -> str:
     parts = []
     for side, generation in zip(sides, running, strict=True):
         if generation.began:
-            rate = generation.tokens_per_second
+            count, rate = len(generation.tokens), generation.tokens_per_second
             parts.append(
-                f"{html.escape(side)}: {len(generation.tokens)} tokens, first after "
+                f"{html.escape(side)}: {count} {'token' if count == 1 else 'tokens'}, first after "
                 f"{generation.began - generation.asked:.2f} s" + (f", then {rate:.0f} per second" if rate else "")
             )
     return " · ".join(parts)
@@ -458,7 +491,3 @@ def _literal(text: str) -> str:
 
 def _shown_error(error: ChatError) -> gr.Error:
     return gr.Error(html.escape(str(error)), print_exception=False)
-
-
-def _first(*values: str | None) -> str | None:
-    return next((value for value in values if value is not None), None)

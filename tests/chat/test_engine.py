@@ -85,28 +85,31 @@ def test_cancelled_answers_free_the_model(models, engine, scenes, expected):
     assert engine.load == (0, 0)
 
 
-def test_running_out_of_memory_ends_one_answer(models, engine, scenes, expected):
-    """A real failure of torch's allocator, in the middle of one prompt."""
+@pytest.mark.parametrize("when", ["prompt", "token"])
+def test_running_out_of_memory_ends_what_it_concerns(models, engine, scenes, expected, when):
+    """A real failure of torch's allocator, in the middle of a prompt or of a token that two answers share."""
     failing = tensors(models, scenes[1], 1)
     length = failing["input_ids"].shape[1]
 
     def allocate(module, args, kwargs):
-        if kwargs["inputs_embeds"].shape[1] == length:
+        prompt = "inputs_embeds" in kwargs and kwargs["inputs_embeds"].shape[1] == length
+        token = "input_ids" in kwargs and kwargs["input_ids"].shape == (2, 1)
+        if prompt if when == "prompt" else token:
             torch.empty(1 << 60)
 
-    llava = models.model.get_base_model()
     beside = engine.submit(tensors(models, scenes[2], 2), "default", Sampling(max_new_tokens=LENGTH))
-    hook = llava.model.language_model.register_forward_pre_hook(allocate, with_kwargs=True)
+    hook = models.model.get_base_model().model.language_model.register_forward_pre_hook(allocate, with_kwargs=True)
     try:
-        failed = engine.submit(failing, "default", Sampling(max_new_tokens=LENGTH))
-        wait(failed, beside)
+        failed = [engine.submit(failing, None, Sampling(max_new_tokens=LENGTH)) for _ in range(2)]
+        wait(*failed, beside)
     finally:
         hook.remove()
-    assert "ran out of memory" in failed.error
+    assert all("ran out of memory" in generation.error for generation in failed)
     assert beside.error is None and beside.tokens == expected[scenes[2], "default"]
     again = engine.submit(failing, "default", Sampling(max_new_tokens=LENGTH))
     wait(again)
     assert again.tokens == expected[scenes[1], "default"]
+    assert engine.load == (0, 0)
 
 
 def test_sampling_follows_the_model(models, engine, scenes):

@@ -1,7 +1,9 @@
 """The page in a real browser. What it shows is held to ``generate`` on the same prompt."""
 
+import base64
 import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ def reference(run):
 
 def open_settings(page, length=24):
     page.get_by_role("button", name="Settings").click()
-    number = page.get_by_label("number input for Longest answer, tokens")
+    number = page.get_by_label("number input for Longest answer")
     while number.input_value() != str(length):  # what is typed while Gradio builds the slider is lost
         number.fill(str(length))
         number.press("Tab")
@@ -108,8 +110,12 @@ def test_two_turns_retry_edit_undo_and_clear(page, reference, scenes):
 
 def test_side_by_side(page, reference, scenes):
     open_settings(page)
+    ask(page, "Anything?")
+    idle(page)
     choose(page, "Side by side with", "base")
-    expect(page.locator("#right")).to_be_visible()
+    expect(bot(page, "right")).to_have_text("was not asked")
+    page.get_by_label("Clear").first.click()
+    expect(bot(page)).to_have_count(0)
     ask(page, "What is this?", scenes[1])
     exchange = Exchange("What is this?", scenes[1])
     tuned, base = reference([exchange]), reference([exchange], adapter=False)
@@ -181,16 +187,42 @@ def test_phone(page, reference, scenes):
     assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"] and box["y"] + box["height"] <= PHONE["height"]
 
 
-def test_padding_is_shown(page, tmp_path):
+def test_look_inside(page, tmp_path):
+    """Opened before a question or after it, it shows the picture as the model gets it."""
     from PIL import Image
 
-    Image.new("RGB", (300, 150), "blue").save(tmp_path / "wide.png")
-    page.get_by_role("button", name="Look inside").click()
+    for name, size in (("wide.png", (300, 150)), ("high.png", (50, 200))):
+        Image.new("RGB", size, "blue").save(tmp_path / name)
     open_settings(page, 1)
     ask(page, "What is this?", str(tmp_path / "wide.png"))
+    idle(page)
+    page.get_by_role("button", name="Look inside").click()
     expect(page.locator("#padding")).to_contain_text("50% of it is padding, above and below")
     expect(page.locator("#inside img")).to_have_count(1)
     expect(page.locator("#inside")).to_contain_text("402,368")
+    ask(page, "And this?", str(tmp_path / "high.png"))
+    expect(page.locator("#padding")).to_contain_text("75% of it is padding, left and right")
+
+
+@pytest.mark.parametrize("how", ["paste", "drop"])
+def test_a_picture_is_pasted_or_dropped(page, scenes, how):
+    page.evaluate(
+        """async ([scene, how]) => {
+            const data = new DataTransfer(), usual = {bubbles: true, cancelable: true};
+            data.items.add(new File([await (await fetch(scene)).blob()], 'scene.png', {type: 'image/png'}));
+            document.querySelector('#question textarea').dispatchEvent(
+                how == 'paste'
+                    ? new ClipboardEvent('paste', {clipboardData: data, ...usual})
+                    : new DragEvent('drop', {dataTransfer: data, ...usual}));
+        }""",
+        ["data:image/png;base64," + base64.b64encode(Path(scenes[0]).read_bytes()).decode(), how],
+    )
+    expect(page.locator("#question img")).to_have_count(1)
+    open_settings(page, 1)
+    page.locator("#question textarea").fill("What is this?")
+    page.get_by_label("Submit").click()
+    idle(page)
+    expect(page.locator("#left .user img")).to_have_count(1)
 
 
 def test_two_tabs_know_nothing_of_each_other(page, browser, address, scenes):

@@ -168,11 +168,12 @@ def test_an_animation_and_a_question_of_ten_thousand_words(address, tmp_path, sc
     assert ask(user, scenes[0], question="word " * 10_000)
 
 
-def test_settings_out_of_range_are_refused_or_bounded(address):
-    """However long an answer is asked for, it is no longer than the page allows."""
-    events = raw(address, [{"text": "Hello", "files": []}, "base", 0, 1, 10**9])
-    assert "event: error" in events or "event: complete" in events
-    assert "event: error" in raw(address, [{"text": "Hello", "files": []}, "no such model", 0, 1, 4])
+@pytest.mark.parametrize(
+    "settings", [["base", 0, 1, 10**9], ["base", 0, 1, -5], ["base", 3, 1, 4], ["no such model", 0, 1, 4], ["base"], []]
+)
+def test_settings_out_of_range_are_refused(address, settings):
+    events = raw(address, [{"text": "Hello", "files": []}, *settings])
+    assert "event: error" in events and "event: complete" not in events
 
 
 def test_example_of_the_readme(address, scenes):
@@ -209,6 +210,19 @@ def test_a_plain_model_has_examples(browser, scenes):
         page.locator("#left .bot.message").wait_for()
         assert page.locator("#left .user img").count() == 1
         page.close()
+
+
+def test_the_queue_is_bounded():
+    """One answer at a time and two that wait: of eight long ones the last are turned away, the first are answered."""
+    data = {"data": [{"text": "Tell me all.", "files": []}, "base", 0, 1, 512]}
+    with serving("--model", TINY, "--max_users", "1", "--max_waiting", "2") as (address, _):
+        with httpx.Client(base_url=address, timeout=120) as http:
+            asked = [http.post("/gradio_api/call/chat", json=data) for _ in range(8)]
+            assert asked[-1].status_code == 503 and "Queue is full" in asked[-1].text
+            taken = [answer.json()["event_id"] for answer in asked if answer.status_code == 200]
+            assert 2 <= len(taken) < 8
+            for event in taken:
+                assert "event: complete" in http.get(f"/gradio_api/call/chat/{event}").text
 
 
 def test_what_the_model_sees(tmp_path):
