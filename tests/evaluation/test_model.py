@@ -14,7 +14,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fura_vlm.data.conversation import SYSTEM_PROMPT
 from fura_vlm.data.scenes import draw, make_scene
-from fura_vlm.evaluation.lmms_model import EvaluationError, FuraLlava, generation_arguments
+from fura_vlm.evaluation.generation import EvaluationError
+from fura_vlm.evaluation.lmms_model import FuraLlava, generation_arguments
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0, "do_sample": False, "top_p": 1.0, "num_beams": 1}
 QUESTIONS = [
@@ -149,7 +150,7 @@ def test_videos_are_refused(make):
 
 def test_memory_runs_out(make, expected):
     model = make(batch_size="auto")
-    generate, tried = model.model.generate, []
+    generate, tried = model.answerer.model.generate, []
 
     def small_memory(**inputs):
         tried.append(len(inputs["input_ids"]))
@@ -157,7 +158,7 @@ def test_memory_runs_out(make, expected):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return generate(**inputs)
 
-    model.model.generate = small_memory
+    model.answerer.model.generate = small_memory
     assert model.generate_until(requests()) == expected
     assert model.batch_size == 2 and tried == [9, 4, 2, 2, 2, 2, 1]
 
@@ -208,7 +209,7 @@ def test_batch_size_must_be_a_number():
 
 def test_published_processors_pad_here(make):
     model = make()
-    assert model.processor.image_processor.do_pad
+    assert model.answerer.processor.image_processor.do_pad
     wide = Image.new("RGB", (112, 56), "red")
-    batch = model.processor(text="<image>", images=[wide], return_tensors="pt")["pixel_values"][0]
+    batch = model.answerer.processor(text="<image>", images=[wide], return_tensors="pt")["pixel_values"][0]
     assert torch.allclose(batch[:, 0, :].mean(-1), torch.zeros(3), atol=0.02)  # the mean colour, normalised
