@@ -3,7 +3,8 @@
 What is behind the model for lmms-eval, without lmms-eval. Three things keep a GPU busy:
 
 - Pictures are decoded and resized by other processes, a whole batch ahead; only copying them to the GPU is left.
-- The longest questions come first: little is padded, and a batch that does not fit in memory shows at once.
+- The longest questions come first, so that a batch that does not fit in memory shows at once, and those of a length
+  share batches: where nothing is padded, attention needs no mask and takes its fastest form.
 - Keys and values are written into buffers that have room for the answer. transformers' own cache copies all of them
   for every new token: for LLaVA-1.5-7B, 640 tokens and a batch of 128, that is 43 GB a token.
 """
@@ -104,32 +105,31 @@ class Answerer:
             EvaluationError: if a question cannot be answered; the message names it.
         """
         self.waited = 0.0
-        groups = self._groups(questions)
-        order = [number for group in groups for number in group]
-        if not order:
-            return
+        lengths = self._lengths(questions)
+        groups: dict[str, list[int]] = {}
+        for number, question in enumerate(questions):
+            groups.setdefault(repr(sorted(question.arguments.items())), []).append(number)
+        for group in groups.values():
+            group.sort(key=lambda number: -lengths[number])
+        order = [number for group in groups.values() for number in group]
         prepared = iter(self._loader(questions, order))
-        with tqdm(total=len(order), desc="answers", disable=not progress, mininterval=1) as bar:
-            for group in groups:
+        with tqdm(total=len(order), desc="answers", disable=not progress or not order, mininterval=1) as bar:
+            for group in groups.values():
                 while group:
-                    batch, group = group[: self.batch_size], group[self.batch_size :]
-                    inputs = self._take(prepared, len(batch))
+                    size = _first_batch([lengths[number] for number in group[: self.batch_size + 1]], self.batch_size)
+                    batch, group = group[:size], group[size:]
+                    inputs = self._take(prepared, size)
                     try:
                         texts = self._answer(inputs, questions[batch[0]].arguments)
                     except Exception as error:
                         raise EvaluationError(f"{_names(questions, batch)}: {first_line(error)}") from error
                     yield dict(zip(batch, texts, strict=True))
-                    bar.update(len(batch))
+                    bar.update(size)
 
-    def _groups(self, questions: Sequence[Question]) -> list[list[int]]:
-        """The numbers of the questions, those with the same arguments together, the longest first."""
-        if not questions:
-            return []
-        lengths = self.processor.tokenizer([each.text for each in questions], return_length=True)["length"]
-        groups: dict[str, list[int]] = {}
-        for number, question in enumerate(questions):
-            groups.setdefault(repr(sorted(question.arguments.items())), []).append(number)
-        return [sorted(group, key=lambda number: -lengths[number]) for group in groups.values()]
+    def _lengths(self, questions: Sequence[Question]) -> list[int]:
+        """Their lengths in tokens, without conversation and pictures."""
+        texts = [question.text for question in questions]
+        return list(self.processor.tokenizer(texts, return_length=True)["length"]) if texts else []
 
     def _loader(self, questions: Sequence[Question], order: list[int]) -> DataLoader:
         workers = min(self.num_workers, len(order))
@@ -276,6 +276,14 @@ def batch_limit(batch_size: int | str, max_batch_size: int | None = None) -> int
     if not str(batch_size).isdigit() or int(batch_size) < 1:
         raise EvaluationError(f"batch_size is {batch_size!r}: give a number above 0, or auto")
     return int(batch_size)
+
+
+def _first_batch(lengths: list[int], limit: int) -> int:
+    """How many of the first questions make a batch: ``limit``, or fewer, at least half of it, up to where a new length
+    begins.
+    """
+    changes = (number for number in range(-(-limit // 2), len(lengths)) if lengths[number] != lengths[number - 1])
+    return min(next(changes, limit), limit, len(lengths))
 
 
 def prompt_of(text: str, pictures: int) -> str:
