@@ -152,6 +152,7 @@ class FuraLlava(lmms):
         return request_key(
             model=self._identity,
             task=task,
+            version=request.metadata.get("version"),
             data=self.task_dict[task][split]._fingerprint,
             document=document,
             context=context,
