@@ -1,119 +1,127 @@
-"""Speed of the evaluation, end to end: decoding and preprocessing of pictures, generation, decoding of answers.
+"""Samples a second of the evaluation, end to end, on the shapes of LLaVA-1.5-7B.
 
-    python benchmarks/evaluation.py                    LLaVA-1.5-7B shapes, random weights, on a GPU
-    python benchmarks/evaluation.py --model data/tiny-llava --samples 32    a model with weights; runs anywhere
+    python benchmarks/evaluation.py                                      random weights, on a GPU
+    python benchmarks/evaluation.py --model data/tiny-llava --samples 64 --sizes 8    a model with weights, anywhere
 
-Every sample is a JPEG of 640 x 480 pixels of noise over a gradient, decoded anew, and a question that makes about 64
-tokens of text beside the 576 of the picture; every answer has 16 new tokens. In the same process it then measures what
-lmms-eval does, one sample at a time: first with its pictures, as a whole; then the model alone, inputs prepared.
-Prints one JSON object; rates are samples a second.
+A sample is a JPEG of 640 x 480 pixels, noise over a gradient, and a question; with the conversation around it that is
+576 image tokens and about 64 of text, in five lengths. It gets 16 new tokens, as a task of lmms-eval asks for them. End
+to end is from the file in memory to the answer as text, with the start of the processes that prepare the pictures.
+"batch 1" is how lmms-eval's own LLaVA goes, one sample after the other, in one process. "model only" has its inputs on
+the GPU; the last line is with transformers' own cache, which copies all keys and values for each new token.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
+import os
 import platform
 import time
+from functools import partial
+from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
-from lmms_eval.api.instance import Instance
+import transformers
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from fura_vlm.evaluation.lmms_model import FuraLlava, _Prepared, generation_arguments
+from fura_vlm.evaluation.generation import Answerer, Prepared, Question
 from fura_vlm.modelling.load import load_base, load_processor
 
-GENERATION = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
-QUESTION = "Is there a red car to the left of the tree?\nAnswer the question using a single word or phrase."
+ARGUMENTS = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16, "until": ["\n\n"]}
+THINGS = ("car", "red car", "small red car", "car and the tree", "red car and the old tree")
+QUESTION = "Is the {} to the left of the {}?\nAnswer the question using a single word or phrase."
 
 
-class Jpegs:
-    """Documents whose picture is decoded when it is asked for, as those of a benchmark are."""
+def questions(number: int) -> list[Question]:
+    """Questions of several lengths, each with its picture."""
+    rng = np.random.default_rng(0)
+    gradient = np.linspace(0, 200, 640)[None, :, None]
+    files = []
+    for _ in range(min(number, 64)):
+        buffer = io.BytesIO()
+        pixels = gradient + rng.integers(0, 56, (480, 640, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
 
-    _fingerprint = "noise"
-
-    def __init__(self, number: int):
-        rng = np.random.default_rng(0)
-        gradient = np.linspace(0, 200, 640)[None, :, None]
-        self.files = []
-        for _ in range(min(number, 64)):
-            buffer = io.BytesIO()
-            pixels = gradient + rng.integers(0, 56, (480, 640, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(buffer, "JPEG", quality=90)
-            self.files.append(buffer.getvalue())
-
-    def __getitem__(self, number: int) -> dict:
-        return {"image": Image.open(io.BytesIO(self.files[number % len(self.files)])).convert("RGB")}
+    texts = [QUESTION.format(thing, thing) for thing in THINGS]
+    return [
+        Question(f"question {n}", texts[n % len(texts)], partial(pictures, files[n % len(files)]), ARGUMENTS)
+        for n in range(number)
+    ]
 
 
-def model_of_7b_shapes() -> LlavaForConditionalGeneration:
-    """Random weights in bfloat16, made on the GPU."""
+def pictures(file: bytes) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(file)).convert("RGB")]
+
+
+def model_of_7b_shapes(tokenizer_from: str):
+    """Random weights in bfloat16, made on the GPU, and a processor for them."""
+    processor = load_processor(tokenizer_from)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
             patch_size=14, projection_dim=768,
         ),
         text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5),
-        image_token_id=32000, image_seq_length=576, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_token_id=processor.image_token_id, image_seq_length=576, vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
     )  # fmt: skip
+    processor.image_processor.size = {"shortest_edge": 336}
+    processor.image_processor.crop_size = {"height": 336, "width": 336}
+    processor.patch_size = 14
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            return LlavaForConditionalGeneration(config).eval()
+            return LlavaForConditionalGeneration(config).eval(), processor
     finally:
         torch.set_default_dtype(default)
 
 
-def processor_for(config: LlavaConfig, tokenizer_from: str):
-    """The processor of ``tokenizer_from`` for pictures of another size, with the ids of ``config``."""
-    processor = load_processor(tokenizer_from)
-    size = config.vision_config.image_size
-    processor.image_processor.size = {"shortest_edge": size}
-    processor.image_processor.crop_size = {"height": size, "width": size}
-    processor.patch_size = config.vision_config.patch_size
-    return processor
-
-
-def requests(number: int) -> list[Instance]:
-    return [
-        Instance(
-            "generate_until",
-            (QUESTION, dict(GENERATION), lambda document: [document["image"]], n, "speed", "test"),
-            0,
-            {"task": "speed", "doc_id": n, "repeats": 1},
-        )
-        for n in range(number)
-    ]
-
-
-def rate(model: FuraLlava, number: int) -> float:
-    _wait(model)
+def seconds(device: torch.device, call) -> float:
+    wait(device)
     start = time.perf_counter()
-    model.generate_until(requests(number))
-    _wait(model)
-    return number / (time.perf_counter() - start)
+    call()
+    wait(device)
+    return time.perf_counter() - start
 
 
-def model_only_rate(model: FuraLlava, number: int) -> float:
-    """One prepared sample at a time."""
-    prepared = _Prepared(model.processor, model.task_dict, requests(1), [[0]], model.dtype)[0]
-    generation = generation_arguments(GENERATION)
-    model._answer(prepared, generation)
-    _wait(model)
-    start = time.perf_counter()
-    for _ in range(number):
-        model._answer(prepared, generation)
-    _wait(model)
-    return number / (time.perf_counter() - start)
-
-
-def _wait(model: FuraLlava) -> None:
-    if model.device.type == "cuda":
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def end_to_end(answerer: Answerer, asked: list[Question]) -> tuple[float, float]:
+    """Samples a second, and the share of the time in which the model waited for pictures."""
+    taken = seconds(answerer.device, lambda: sum(map(len, answerer.answers(asked))))
+    return len(asked) / taken, answerer.waited / taken
+
+
+@torch.inference_mode()
+def model_only(answerer: Answerer, asked: list[Question], own_cache: bool = True, repeats: int = 2) -> dict[str, float]:
+    """Seconds of one batch as a whole, of its pictures (tower and projector), of all before the first new token, and
+    of the other fifteen.
+    """
+    prepared = Prepared(answerer.processor, asked, answerer.dtype)
+    inputs = [prepared[number] for number in range(len(asked))]
+    batch = answerer.batch(inputs)
+
+    def generate(new: int) -> None:
+        arguments = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+        cache = answerer.cache(arguments) if own_cache else None
+        pad = answerer.processor.tokenizer.pad_token_id
+        answerer.model.generate(**batch, **arguments, past_key_values=cache, pad_token_id=pad)
+
+    def best(call) -> float:
+        return min(seconds(answerer.device, call) for _ in range(repeats))
+
+    generate(2)
+    whole, first = best(lambda: generate(ARGUMENTS["max_new_tokens"])), best(lambda: generate(1))
+    pictures = best(lambda: answerer.model.get_image_features(pixel_values=batch["pixel_values"]))
+    return {"whole": whole, "pictures": pictures, "prefill": first - pictures, "decode": whole - first}
 
 
 def main() -> None:
@@ -121,40 +129,79 @@ def main() -> None:
     parser.add_argument("--model", help="a LLaVA with weights; by default random ones of the 7B's shapes, on a GPU")
     parser.add_argument("--tokenizer", default="data/tiny-llava", help="processor for the random weights")
     parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--single", type=int, default=16, help="samples of the runs one at a time")
-    parser.add_argument("--batch_size", default="auto")
-    parser.add_argument("--workers", type=int)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256], help="batch sizes")
+    parser.add_argument("--single", type=int, default=12, help="samples of the runs one at a time")
+    parser.add_argument("--workers", type=int, help="processes that prepare pictures")
+    parser.add_argument("--output", type=Path, help="folder for evaluation.md")
     options = parser.parse_args()
 
     cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
     if options.model:
-        model = load_base(options.model, torch.bfloat16 if cuda else torch.float32).to("cuda" if cuda else "cpu")
+        llava = load_base(options.model, dtype).to("cuda" if cuda else "cpu")
         processor = load_processor(options.model)
     elif cuda:
-        model = model_of_7b_shapes()
-        processor = processor_for(model.config, options.tokenizer)
-        model.config.image_token_id = processor.image_token_id  # that of the tokenizer in use
+        llava, processor = model_of_7b_shapes(options.tokenizer)
     else:
         parser.error("the 7B shapes need a GPU; name a small model with --model")
+    processor.image_processor.do_pad = True
 
-    lm = FuraLlava.from_model(model, processor, options.batch_size, options.workers)
-    single = FuraLlava.from_model(model, processor, 1, 0)
-    lm.task_dict = single.task_dict = {"speed": {"test": Jpegs(options.samples)}}
-    tokens = _Prepared(processor, lm.task_dict, requests(1), [[0]], lm.dtype)[0]["input_ids"].shape[1]
-    rate(lm, min(options.samples, 2 * lm.batch_size))  # warms up, and finds the batch size that fits
-    results = {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor(),
-        "torch": torch.__version__,
-        "prompt_tokens": tokens,
-        "new_tokens": GENERATION["max_new_tokens"],
-        "samples": options.samples,
-        "batch_size": lm.batch_size,
-        "batched, end to end": rate(lm, options.samples),
-        "batch 1, end to end": rate(single, options.single),
-        "batch 1, model only": model_only_rate(single, options.single),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-    }
-    print(json.dumps(results, indent=1))
+    asked = questions(options.samples)
+    first_of_each = Prepared(processor, asked[: len(THINGS)], dtype)
+    lengths = [len(first_of_each[number]["input_ids"]) for number in range(len(first_of_each))]
+    alike = asked[2 :: len(THINGS)]  # questions of one length: a batch as the suite makes them
+    lines, first = [], []
+
+    def row(name: str, rate: float, *cells: str) -> None:
+        first.append(rate)
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else ""
+        lines.append(f"| {' | '.join([name, f'{rate:.2f}', f'{rate / first[0]:.1f}', *cells, peak])} |")
+        print(lines[-1], flush=True)
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def whole(name: str, answerer: Answerer, number: int) -> None:
+        end_to_end(answerer, asked[: 2 * answerer.batch_size])  # warms up, and finds what fits
+        rate, waited = end_to_end(answerer, asked[:number])
+        row(f"{name}, end to end", rate, f"{100 * waited:.1f} %", "", "", "")
+
+    def model(name: str, answerer: Answerer, own_cache: bool = True) -> None:
+        batch = alike[: answerer.batch_size]
+        spent = model_only(answerer, batch, own_cache)
+        shares = [f"{100 * spent[part] / spent['whole']:.0f} %" for part in ("pictures", "prefill", "decode")]
+        row(f"{name}, model only", len(batch) / spent["whole"], "", *shares)
+
+    single = Answerer(llava, processor, dtype, 1, num_workers=0)
+    whole("batch 1", single, options.single)
+    model("batch 1", single)
+    for size in options.sizes:
+        answerer = Answerer(llava, processor, dtype, size, num_workers=options.workers)
+        whole(f"batch {size}", answerer, options.samples)
+        if answerer.batch_size < size:
+            lines[-1] = lines[-1].replace(f"batch {size}", f"batch {size}, cut to {answerer.batch_size}")
+            break
+        model(f"batch {size}", answerer)
+    answerer = Answerer(llava, processor, dtype, options.sizes[0], num_workers=options.workers)
+    model(f"batch {options.sizes[0]}, transformers' cache", answerer, own_cache=False)
+
+    hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    text = "\n".join([
+        f"# Evaluation: {'the shapes of LLaVA-1.5-7B' if not options.model else options.model}, {dtype}",
+        "",
+        f"{time.strftime('%Y-%m-%d')}, {hardware}, {os.cpu_count()} CPU cores, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}.",
+        f"{options.samples} samples of {min(lengths)} to {max(lengths)} tokens (mean {mean(lengths):.0f}), "
+        f"{ARGUMENTS['max_new_tokens']} new; {answerer.num_workers} processes prepare pictures.",
+        "",
+        "| | samples/s | of batch 1 | waits for pictures | tower | prefill | decode | peak, GiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        *lines,
+    ])  # fmt: skip
+    print("\n" + text)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "evaluation.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

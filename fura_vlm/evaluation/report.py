@@ -10,10 +10,13 @@ from pathlib import Path
 from statistics import mean
 
 from jinja2 import Environment, PackageLoader
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from fura_vlm.training.report import write_text
 
-__all__ = ["PUBLISHED", "markdown", "page", "read_samples", "write_samples", "write_text"]
+__all__ = ["PUBLISHED", "markdown", "page", "read_samples", "show", "write_samples", "write_text"]
 
 BENCHMARKS = {"gqa": "GQA", "scienceqa": "ScienceQA-IMG", "textvqa": "TextVQA", "pope": "POPE"}
 PUBLISHED = {
@@ -42,6 +45,27 @@ def markdown(results: dict) -> str:
     Args:
         results: what ``results.json`` holds.
     """
+    head, rows = _table(results)
+    lines = [f"# {results['model']}", "", _row(head), _row(["---", *["---:"] * (len(head) - 1)]), *map(_row, rows)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(results))]) + "\n"
+
+
+def show(results: dict, console: Console) -> None:
+    """The same on a terminal, where the names of the tasks stay whole."""
+    head, rows = _table(results)
+    table = Table(title=results["model"], box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for number, name in enumerate(head):
+        longest = max(len(word) for word in name.split())
+        table.add_column(name, justify="right" if number else "left", no_wrap=not number, min_width=longest)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for note in notes(results):
+        console.print(f"- {note}", highlight=False)
+
+
+def _table(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Its head and its rows."""
     names, published = list(results["scores"]), results["published"]
     head = [
         "task",
@@ -49,21 +73,19 @@ def markdown(results: dict) -> str:
         *(f"{name}, % (95 % interval)" for name in names),
         *(f"published: {name}" for name in published),
     ]
-    lines = [f"# {results['model']}", "", _row(head), _row(["---", *["---:"] * (len(head) - 1)])]
-    tasks = results["scores"][names[0]]
+    rows, tasks = [], results["scores"][names[0]]
     for task, score in tasks.items():
         n = str(score["n"]) if score["n"] == score["total"] else f"{score['n']} of {score['total']}"
         each = (results["scores"][name][task] for name in names)
         ours = [f"{100 * s['score']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})" for s in each]
         theirs = (method["scores"].get(_benchmark(task)) for method in published.values())
-        lines.append(_row([task, n, *ours, *(f"{figure:.1f}" if figure else "" for figure in theirs)]))
+        rows.append([task, n, *ours, *(f"{figure:.1f}" if figure else "" for figure in theirs)])
     means = [f"{100 * results['average'][name]:.1f}" for name in names]
     if sorted(map(str, map(_benchmark, tasks))) == sorted(BENCHMARKS):
         means += [f"{mean(method['scores'].values()):.1f}" for method in published.values()]
     else:
         means += [""] * len(published)
-    lines += [_row(["average", "", *means]), "", *(f"- {note}" for note in notes(results))]
-    return "\n".join(lines) + "\n"
+    return head, [*rows, ["average", "", *means]]
 
 
 def notes(results: dict) -> list[str]:

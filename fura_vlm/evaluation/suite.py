@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
-from rich.markdown import Markdown
 
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import EvalConfig
@@ -110,12 +109,11 @@ def evaluate(config: EvalConfig) -> Path | None:
     }
     for name, rows in samples.items():
         report.write_samples(folder / f"samples-{name}.jsonl", rows)
-    table = report.markdown(results)
-    report.write_text(folder / "results.md", table)
+    report.write_text(folder / "results.md", report.markdown(results))
     report.write_text(folder / "index.html", report.page(results, samples, tasks))
     report.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")  # last: it says all is there
     console = Console()
-    console.print(Markdown(table))
+    report.show(results, console)
     console.print(f"results  {folder / 'results.json'}, {folder / 'results.md'}", soft_wrap=True)
     console.print(f"page     {folder / 'index.html'}", soft_wrap=True)
     return folder

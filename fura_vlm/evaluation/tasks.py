@@ -94,6 +94,7 @@ def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) 
         hint = f": did you mean {' or '.join(near)}?" if near else ""
         raise TaskError(f"lmms-eval has no task {name!r}{hint}")
     config = extended(load_yaml_config(manager.task_index[name]["yaml_path"]))
+    config["metadata"] = _metadata(config.get("metadata"))
     benchmark = Path(config.get("dataset_path") or "").name
     if benchmark not in COLUMNS:
         task = ConfigurableTask(config=config, model_name="fura_llava")
@@ -135,6 +136,14 @@ def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) 
     unreadable = [{"document": number, "reason": reason} for number, reason in sorted(reasons.items())]
     metrics = [metric["metric"] for metric in config["metric_list"]]
     return LoadedTask(task, "pope_f1_score" if "pope_f1_score" in metrics else metrics[0], total, unreadable)
+
+
+def _metadata(given: dict | list[dict] | None) -> dict:
+    """As one dictionary. lmms-eval takes the version of a task from such a one alone, and many tasks write a list."""
+    merged: dict = {}
+    for part in given if isinstance(given, list) else [given or {}]:
+        merged |= part
+    return merged
 
 
 class _WithData(ConfigurableTask):

@@ -94,7 +94,10 @@ def load_adapter(model: LlavaForConditionalGeneration, path: str) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, path).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"The adapter at {path} cannot be used: {_first_line(error)}") from error
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
+        raise ModelError(
+            f"The adapter at {path} cannot be used ({_first_line(error).rstrip('.:')}): it names {base} as its base"
+        ) from error
 
 
 def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
@@ -193,4 +196,6 @@ def _check_folder(path: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """The first line of its message; where that announces a list, with the first of it."""
+    lines = str(error).strip().split("\n")
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -14,7 +14,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fura_vlm.data.conversation import SYSTEM_PROMPT
 from fura_vlm.data.scenes import draw, make_scene
-from fura_vlm.evaluation.lmms_model import EvaluationError, FuraLlava, generation_arguments
+from fura_vlm.evaluation.generation import EvaluationError, prompt_of
+from fura_vlm.evaluation.lmms_model import FuraLlava, generation_arguments
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0, "do_sample": False, "top_p": 1.0, "num_beams": 1}
 QUESTIONS = [
@@ -77,6 +78,30 @@ def expected(adapter):
 def test_any_batch_gives_the_answers_of_one(batch_size, workers, make, expected):
     assert len(set(expected)) > 3
     assert make(batch_size=batch_size, num_workers=workers).generate_until(requests()) == expected
+
+
+def test_questions_of_a_length_share_batches(make, expected):
+    model = make(batch_size=4)
+    generate, padding = model.answerer.model.generate, []
+
+    def watched(**inputs):
+        padding.append((inputs["attention_mask"] == 0).sum(1).tolist())
+        return generate(**inputs)
+
+    model.answerer.model.generate = watched
+    alike = Documents({"pictures": PICTURES[:1], "text": text} for text in ("Where?",) * 3 + ("Where is it?",) * 3)
+    model.task_dict = {"shapes": {"test": alike}}
+    model.generate_until(requests(documents=alike))
+    assert padding == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_beams(make):
+    model = make()
+    processor, beams = model.answerer.processor, {"do_sample": False, "num_beams": 3, "max_new_tokens": 6}
+    inputs = processor(text=prompt_of(DOCUMENTS[0]["text"], 1), images=DOCUMENTS[0]["pictures"], return_tensors="pt")
+    ids = model.answerer.model.generate(**inputs, **beams)[0, inputs["input_ids"].shape[1] :]
+    answer = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert model.generate_until(requests(GREEDY | beams))[0] == answer
 
 
 def test_adapter_changes_the_answers(make, expected):
@@ -149,7 +174,7 @@ def test_videos_are_refused(make):
 
 def test_memory_runs_out(make, expected):
     model = make(batch_size="auto")
-    generate, tried = model.model.generate, []
+    generate, tried = model.answerer.model.generate, []
 
     def small_memory(**inputs):
         tried.append(len(inputs["input_ids"]))
@@ -157,7 +182,7 @@ def test_memory_runs_out(make, expected):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return generate(**inputs)
 
-    model.model.generate = small_memory
+    model.answerer.model.generate = small_memory
     assert model.generate_until(requests()) == expected
     assert model.batch_size == 2 and tried == [9, 4, 2, 2, 2, 2, 1]
 
@@ -175,14 +200,14 @@ def test_interrupted_answers_are_not_asked_again(make, expected, tmp_path):
         return document["pictures"]
 
     with pytest.raises(EvaluationError, match="off"):
-        make(batch_size=2, cache=str(tmp_path)).generate_until(requests(visuals=visuals))
+        make(batch_size=1, cache=str(tmp_path)).generate_until(requests(visuals=visuals))
     [file] = tmp_path.iterdir()
     assert len(file.read_text().splitlines()) == 6
     file.write_text(file.read_text()[:-20])  # a crash in the middle of a line
 
     seen.clear()
     later = requests(visuals=lambda document: seen.append(document) or document["pictures"])
-    assert make(batch_size=2, cache=str(tmp_path)).generate_until(later) == expected
+    assert make(batch_size=1, cache=str(tmp_path)).generate_until(later) == expected
     assert len(seen) == 4
     seen.clear()
     assert make(cache=str(tmp_path)).generate_until(later) == expected
@@ -208,7 +233,7 @@ def test_batch_size_must_be_a_number():
 
 def test_published_processors_pad_here(make):
     model = make()
-    assert model.processor.image_processor.do_pad
+    assert model.answerer.processor.image_processor.do_pad
     wide = Image.new("RGB", (112, 56), "red")
-    batch = model.processor(text="<image>", images=[wide], return_tensors="pt")["pixel_values"][0]
+    batch = model.answerer.processor(text="<image>", images=[wide], return_tensors="pt")["pixel_values"][0]
     assert torch.allclose(batch[:, 0, :].mean(-1), torch.zeros(3), atol=0.02)  # the mean colour, normalised

@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Image, load_dataset
 from eval_models import BASE, ROOT, make_adapter
+from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
 from fura_vlm.data.benchmarks import write_benchmarks
 from fura_vlm.data.embedded import EmbeddedConfig, EmbeddedError, write_embedded
@@ -141,6 +145,35 @@ def test_compare(evaluated, settings, tmp_path):
         compare(CompareConfig(str(tmp_path / "run"), str(base)))
 
 
+def test_lmms_eval_scores_as_the_suite(evaluated, benchmarks, settings, adapter, tmp_path):
+    # Its own command, its own loading of the four tasks: a folder is found before the hub.
+    (tmp_path / "lmms-lab-encoder").symlink_to(benchmarks)
+    command = [sys.executable, "-m", "lmms_eval", "--model", "fura_llava", "--batch_size", "4", "--log_samples"]
+    arguments = f"pretrained={ROOT / BASE},adapter={adapter},dtype=float32"
+    command += ["--model_args", arguments, "--gen_kwargs", f"max_new_tokens={settings['max_new_tokens']}"]
+    command += ["--tasks", ",".join([*TASKS["lmms-eval"], "pope_paper"]), "--include_path", str(ROOT / "eval")]
+    done = subprocess.run(
+        [*command, "--output_path", str(tmp_path / "own")],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = json.loads((evaluated / "results.json").read_text())["scores"]["tuned"]
+    [file] = (tmp_path / "own").rglob("*_results.json")
+    scores = json.loads(file.read_text())["results"]
+    for task in TASKS["lmms-eval"]:
+        for metric, value in expected[task]["metrics"].items():
+            assert scores[task][f"{metric},none"] == pytest.approx(value)
+        [file] = (tmp_path / "own").rglob(f"*_samples_{task}.jsonl")
+        own = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
+        suite = [row["predicted"] for row in rows(evaluated, "tuned") if row["task"] == task]
+        assert [row["filtered_resps"] for row in own] == suite
+    assert scores["pope_paper"]["pope_predicted_yes,none"] >= 0
+
+
 def test_two_processes_score_as_one(evaluated, settings, tmp_path):
     options = {
         "output_dir": str(tmp_path / "two"),
@@ -227,13 +260,19 @@ def test_results_of_another_model(evaluated, settings, tmp_path):
 
 
 def test_adapter_for_another_base(settings, tmp_path):
-    adapter = make_adapter(tmp_path / "adapter")
-    path = adapter / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["block_size"] = 64  # the tensors on disk have the shapes of other layers
-    path.write_text(json.dumps(config))
-    with pytest.raises(FuraVLMError, match="The adapter at .* cannot be used"):
-        evaluate(EvalConfig(**settings | {"model": str(adapter), "output_dir": str(tmp_path / "eval")}))
+    own = settings | {"output_dir": str(tmp_path / "eval"), "tasks": ["pope"]}
+    fura = make_adapter(tmp_path / "fura")
+    path = fura / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_size": 64}))  # the shapes of other layers
+    with pytest.raises(FuraVLMError, match=f"The adapter at .* cannot be used .*: it names {BASE} as its base"):
+        evaluate(EvalConfig(**own | {"model": str(fura)}))
+
+    base = LlavaForConditionalGeneration.from_pretrained(BASE)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["down_proj"])).save_pretrained(tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({key: torch.cat([value, value]) for key, value in load_file(path).items()}, path)
+    with pytest.raises(FuraVLMError, match=r"The adapter at .* cannot be used \(.*size mismatch for .*\): it names"):
+        evaluate(EvalConfig(**own | {"model": str(tmp_path / "lora")}))
 
 
 def test_limit_must_be_positive(settings):

@@ -1,0 +1,309 @@
+"""Answers to many questions about pictures: batched, padded on the left, the pictures prepared ahead of the model.
+
+What is behind the model for lmms-eval, without lmms-eval. Three things keep a GPU busy:
+
+- Pictures are decoded and resized by other processes, a whole batch ahead; only copying them to the GPU is left.
+- The longest questions come first, so that a batch that does not fit in memory shows at once, and those of a length
+  share batches: where nothing is padded, attention needs no mask and takes its fastest form.
+- Keys and values are written into buffers that have room for the answer. transformers' own cache copies all of them
+  for every new token: for LLaVA-1.5-7B, 640 tokens and a batch of 128, that is 43 GB a token.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, StoppingCriteriaList, StopStringCriteria
+from transformers.cache_utils import DynamicLayer
+
+from fura_vlm.data.conversation import prompt
+from fura_vlm.data.records import IMAGE, Turn
+from fura_vlm.errors import FuraVLMError
+
+MAX_BATCH_SIZE = 128
+"""Where ``auto`` starts."""
+
+
+class EvaluationError(FuraVLMError):
+    """An evaluation that cannot go on; the message names the task and the document."""
+
+
+class Question(NamedTuple):
+    """What is asked.
+
+    Args:
+        name: how an error calls it: its task and document.
+        text: the question; an ``<image>`` in it is left out, for pictures stand before it, as in training.
+        pictures: loads its pictures, one, several or none; called in another process.
+        arguments: for ``generate``, and ``until``, a list of strings that end an answer.
+    """
+
+    name: str
+    text: str
+    pictures: Callable[[], Sequence[Image.Image]]
+    arguments: dict
+
+
+class Answerer:
+    """A model that answers questions in batches.
+
+    Args:
+        model: a ``LlavaForConditionalGeneration`` or a PEFT model around one, where it is to run.
+        processor: its ``LlavaProcessor``.
+        dtype: of the pictures, that of the vision tower.
+        batch_size: questions answered at once, or ``"auto"``: as many as fit, at most ``max_batch_size``. Either is
+            halved, for good, when memory runs out.
+        max_batch_size: the most that ``"auto"`` tries, by default ``MAX_BATCH_SIZE``.
+        num_workers: processes that decode and preprocess ahead of the model; by default up to 8 beside a GPU, none
+            without one.
+
+    Attributes:
+        batch_size: questions answered at once, as far as is known now.
+        waited: seconds in which the model has waited for pictures, in the last call of ``answers``.
+
+    Raises:
+        EvaluationError: if a size is no number above 0 and ``batch_size`` not ``"auto"``.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        dtype: torch.dtype,
+        batch_size: int | str = "auto",
+        max_batch_size: int | None = None,
+        num_workers: int | None = None,
+    ) -> None:
+        self.model, self.processor, self.dtype = model.eval(), processor, dtype
+        self.device = next(model.parameters()).device
+        self.batch_size = batch_limit(batch_size, max_batch_size)
+        if num_workers is None:
+            num_workers = min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 0
+        self.num_workers, self.waited = num_workers, 0.0
+        self._criteria: dict[tuple[str, ...], StoppingCriteriaList] = {}
+        # The workers are copies of this process; tokenizers would warn about its threads once for each of them.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def answers(self, questions: Sequence[Question], progress: bool = True) -> Iterator[dict[int, str]]:
+        """Yields the answers of each batch when they are there, by the number of the question.
+
+        Questions with the same arguments share batches.
+
+        Raises:
+            EvaluationError: if a question cannot be answered; the message names it.
+        """
+        self.waited = 0.0
+        lengths = self._lengths(questions)
+        groups: dict[str, list[int]] = {}
+        for number, question in enumerate(questions):
+            groups.setdefault(repr(sorted(question.arguments.items())), []).append(number)
+        for group in groups.values():
+            group.sort(key=lambda number: -lengths[number])
+        order = [number for group in groups.values() for number in group]
+        prepared = iter(self._loader(questions, order))
+        with tqdm(total=len(order), desc="answers", disable=not progress or not order, mininterval=1) as bar:
+            for group in groups.values():
+                while group:
+                    size = _first_batch([lengths[number] for number in group[: self.batch_size + 1]], self.batch_size)
+                    batch, group = group[:size], group[size:]
+                    inputs = self._take(prepared, size)
+                    try:
+                        texts = self._answer(inputs, questions[batch[0]].arguments)
+                    except Exception as error:
+                        raise EvaluationError(f"{_names(questions, batch)}: {first_line(error)}") from error
+                    yield dict(zip(batch, texts, strict=True))
+                    bar.update(size)
+
+    def _lengths(self, questions: Sequence[Question]) -> list[int]:
+        """Their lengths in tokens, without conversation and pictures."""
+        texts = [question.text for question in questions]
+        return list(self.processor.tokenizer(texts, return_length=True)["length"]) if texts else []
+
+    def _loader(self, questions: Sequence[Question], order: list[int]) -> DataLoader:
+        workers = min(self.num_workers, len(order))
+        return DataLoader(
+            Prepared(self.processor, questions, self.dtype),
+            sampler=order,
+            batch_size=None,
+            num_workers=workers,
+            # Functions that load pictures need not be picklable: the workers are forks.
+            multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
+            prefetch_factor=max(2, -(-self.batch_size // workers)) if workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _take(self, prepared: Iterator, count: int) -> list[dict]:
+        start, inputs = time.perf_counter(), []
+        for _ in range(count):
+            item = next(prepared)
+            if isinstance(item, EvaluationError):
+                raise item
+            inputs.append(item)
+        self.waited += time.perf_counter() - start
+        return inputs
+
+    def _answer(self, inputs: list[dict], arguments: dict) -> list[str]:
+        """The answers of a batch, in as many parts as memory asks for."""
+        texts: list[str] = []
+        while len(texts) < len(inputs):
+            part = inputs[len(texts) : len(texts) + self.batch_size]
+            try:
+                texts += self._generate(part, arguments)
+            except RuntimeError as error:
+                if len(part) == 1 or not should_reduce_batch_size(error):
+                    raise
+                self.batch_size = len(part) // 2
+                tqdm.write(f"Out of memory: batches of {self.batch_size} from here on", file=sys.stderr)
+            else:
+                continue
+            gc.collect()  # after the except clause, whose traceback holds the tensors of the failed batch
+            torch.cuda.empty_cache()
+        return texts
+
+    @torch.inference_mode()
+    def _generate(self, inputs: list[dict], arguments: dict) -> list[str]:
+        tokenizer, until = self.processor.tokenizer, arguments["until"]
+        batch = self.batch(inputs)
+        generated = self.model.generate(
+            **batch,
+            **{name: value for name, value in arguments.items() if name != "until"},
+            past_key_values=self.cache(arguments),
+            stopping_criteria=self._ends(until),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_cut(text, until) for text in texts]
+
+    def batch(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
+        """What ``generate`` takes, on the device: ids and mask (n, tokens) int64, and the pictures if there are any."""
+        ids = [each["input_ids"] for each in inputs]
+        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0}
+        rows = {"input_ids": ids, "attention_mask": [torch.ones_like(each) for each in ids]}
+        batch = {
+            name: pad_sequence(rows[name], batch_first=True, padding_value=value, padding_side="left").to(self.device)
+            for name, value in padding.items()
+        }
+        pictures = [each["pixel_values"] for each in inputs if "pixel_values" in each]
+        if pictures:
+            batch["pixel_values"] = torch.cat([each.to(self.device, non_blocking=True) for each in pictures])
+        return batch
+
+    def cache(self, arguments: dict) -> Cache | None:
+        """A cache with room for the answer; ``None``, transformers' own, where a layer or beams need another kind."""
+        layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
+        if (arguments.get("num_beams") or 1) > 1 or any(type(layer) is not DynamicLayer for layer in layers):
+            return None
+        return Cache(layers=[RoomyLayer(arguments["max_new_tokens"]) for _ in layers])
+
+    def _ends(self, until: list[str]) -> StoppingCriteriaList | None:
+        """transformers' criterion for ``until``, made once, for it goes through the whole vocabulary."""
+        if not until:
+            return None
+        if tuple(until) not in self._criteria:
+            criterion = StopStringCriteria(self.processor.tokenizer, until)
+            self._criteria[tuple(until)] = StoppingCriteriaList([criterion])
+        return self._criteria[tuple(until)]
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values (n, heads, tokens, size) as views of buffers with room for ``room`` more tokens."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not start:
+            self.lazy_initialization(key_states, value_states)
+            shape = (*key_states.shape[:-2], end + self.room, key_states.shape[-1])
+            self._buffers = key_states.new_empty(shape), value_states.new_empty(shape)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return (self.keys, self.values) if start else (key_states, value_states)
+
+
+class Prepared(Dataset):
+    """Questions as the model takes them: ``input_ids`` (tokens,) int64 and, if there are pictures, ``pixel_values``
+    (pictures, 3, height, width). Where preparing one fails, its ``EvaluationError`` stands in its place.
+    """
+
+    def __init__(self, processor, questions: Sequence[Question], dtype: torch.dtype):
+        self.processor, self.questions, self.dtype = processor, questions, dtype
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, number: int) -> dict | EvaluationError:
+        question = self.questions[number]
+        try:
+            pictures = list(question.pictures())
+            if not all(isinstance(picture, Image.Image) for picture in pictures):
+                raise TypeError("it has a video or a sound, and LLaVA takes pictures")
+            inputs = self.processor(
+                text=[prompt_of(question.text, len(pictures))], images=pictures or None, return_tensors="pt"
+            )
+        except Exception as error:
+            return EvaluationError(f"{question.name}: {first_line(error)}")
+        prepared = {"input_ids": inputs["input_ids"][0]}
+        if pictures:
+            prepared["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        return prepared
+
+
+def batch_limit(batch_size: int | str, max_batch_size: int | None = None) -> int:
+    """The size to begin with.
+
+    Raises:
+        EvaluationError: as :class:`Answerer`.
+    """
+    if batch_size == "auto":
+        batch_size = MAX_BATCH_SIZE if max_batch_size is None else max_batch_size
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
+        raise EvaluationError(f"batch_size is {batch_size!r}: give a number above 0, or auto")
+    return int(batch_size)
+
+
+def _first_batch(lengths: list[int], limit: int) -> int:
+    """How many of the first questions make a batch: ``limit``, or fewer, at least half of it, up to where a new length
+    begins.
+    """
+    changes = (number for number in range(-(-limit // 2), len(lengths)) if lengths[number] != lengths[number - 1])
+    return min(next(changes, limit), limit, len(lengths))
+
+
+def prompt_of(text: str, pictures: int) -> str:
+    """The prompt of the Vicuna v1 conversation. Pictures stand before the question, as in training."""
+    text = text.replace(IMAGE, "").strip()
+    if not pictures:
+        return prompt([Turn("human", text)])
+    return prompt([Turn("human", f"{IMAGE}\n{text}")]).replace(IMAGE, " ".join([IMAGE] * pictures))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def _cut(text: str, until: list[str]) -> str:
+    for end in until:
+        text = text.split(end)[0]
+    return text.strip()
+
+
+def _names(questions: Sequence[Question], numbers: list[int]) -> str:
+    more = f" and {len(numbers) - 8} more of its batch" if len(numbers) > 8 else ""
+    return "; ".join(questions[number].name for number in numbers[:8]) + more
