@@ -7,7 +7,8 @@
 A step is forward, backward and AdamW on random weights and random input states; the loss is the mean square of the
 output. "frozen base" trains nothing and sends gradients to the input only: no method over a frozen base can be
 faster. PEFT's LoRA keeps its matrices in float32 unless told otherwise; it is measured so, as transformers' Trainer
-runs it (under autocast), and with all of it in bfloat16, as DeepSpeed runs it. The compiler of each decoder layer may
+runs it (under autocast), and with all of it in bfloat16, as DeepSpeed runs it. Products of float32 may use TF32, as in
+the recipe. The compiler of each decoder layer may
 compute cheap operations again rather than keep their results (an activation budget of 0.9), for every method alike.
 """
 
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--output", type=Path, help="folder for method-SIZE.md and .png")
     args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")  # TF32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = SIZES[args.size]
