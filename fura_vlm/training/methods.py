@@ -68,3 +68,10 @@ def prepare(model: LlavaForConditionalGeneration, config: TrainConfig) -> LlavaF
     model.lm_head.requires_grad_(True)
     model.model.multi_modal_projector.requires_grad_(config.mm_projector != "frozen")
     return model
+
+
+def compile_layers(model: LlavaForConditionalGeneration | PeftModel) -> None:
+    """``torch.compile`` on each decoder layer, once for all of them and for batches of every size and length."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for layer in base.model.language_model.layers:
+        layer.compile(dynamic=True)

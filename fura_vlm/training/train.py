@@ -33,15 +33,13 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from rich.console import Console
 from rich.markdown import Markdown
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.dataset import ConversationDataset
 from fura_vlm.data.records import Record, check_images, read_records, report_problems
-from fura_vlm.data.sampler import ModalityLengthSampler
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.heldout import (
     Answer,
@@ -55,7 +53,8 @@ from fura_vlm.evaluation.heldout import (
 from fura_vlm.modelling.load import load_base, load_processor, use_all_parts
 from fura_vlm.training import report
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.methods import prepare, quantization
+from fura_vlm.training.methods import compile_layers, prepare, quantization
+from fura_vlm.training.trainer import FuraTrainer
 
 FINISHED = "report.md"  # written last
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
@@ -94,9 +93,7 @@ def train(config: TrainConfig) -> Path:
     if state.num_processes > 1:
         use_all_parts(model)
     if config.compile_layers:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        for layer in base.model.language_model.layers:
-            layer.compile()
+        compile_layers(model)
 
     checkpoint = _agree(lambda: get_last_checkpoint(str(run)))
     if state.is_main_process:
@@ -254,73 +251,6 @@ def _dtype(arguments: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if arguments.bf16 else torch.float32
 
 
-class FuraTrainer(Trainer):
-    """transformers' Trainer with LLaVA's batches, a rate of its own for the projector, and whole checkpoints."""
-
-    def __init__(self, *args, mm_projector_lr: float | None, group_by_modality_length: bool, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.mm_projector_lr = mm_projector_lr
-        self.group_by_modality_length = group_by_modality_length
-        self._staging = False
-
-    def _get_train_sampler(self, train_dataset=None):
-        if not self.group_by_modality_length:
-            return super()._get_train_sampler(train_dataset)
-        return ModalityLengthSampler(
-            lengths=self.train_dataset.lengths,
-            has_image=self.train_dataset.has_image,
-            batch_size=self.args.per_device_train_batch_size,
-            world_size=self.args.world_size,
-            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            seed=self.args.seed,
-        )
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-            projector = [p for name, p in trained if "multi_modal_projector" in name]
-            rest = [p for name, p in trained if "multi_modal_projector" not in name]
-            groups = [
-                {"params": rest, "weight_decay": self.args.weight_decay},
-                {
-                    "params": projector,
-                    "weight_decay": self.args.weight_decay,
-                    "lr": self.args.learning_rate if self.mm_projector_lr is None else self.mm_projector_lr,
-                },
-            ]
-            self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
-        return self.optimizer
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        # A pickle, and config.yaml says it all. Other processes than the main one have written none.
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def _get_output_dir(self, trial):
-        run = super()._get_output_dir(trial)
-        return os.path.join(run, "saving") if self._staging else run
-
-    def _save_checkpoint(self, model, trial):
-        """Saves into ``saving/`` and renames when every process is done: what is called checkpoint-N is whole."""
-        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(run / "saving", ignore_errors=True)
-        PartialState().wait_for_everyone()
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        PartialState().wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(run / "saving" / name, run / name)
-            shutil.rmtree(run / "saving")
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
-        PartialState().wait_for_everyone()
-
-
 class SaveOnSignal(TrainerCallback):
     """On SIGTERM or Ctrl-C: finish the step, save, stop. All processes agree on the step."""
 
@@ -403,15 +333,17 @@ class HeldOut(TrainerCallback):
         rank, world = args.process_index, args.world_size
         share = -(-len(self.questions) // world)
         mine = [self.questions[min(i * world + rank, len(self.questions) - 1)] for i in range(share)]
-        answers = answer_questions(
-            model,
-            self.processor,
-            mine,
-            self.config.eval_batch_size,
-            self.config.eval_max_new_tokens,
-            progress=rank == 0,
-            synced_gpus=is_deepspeed_zero3_enabled(),
-        )
+        # Layers compiled for generating would be compiled for each length, and leave no room for training's.
+        with torch.compiler.set_stance("force_eager"):
+            answers = answer_questions(
+                model,
+                self.processor,
+                mine,
+                self.config.eval_batch_size,
+                self.config.eval_max_new_tokens,
+                progress=rank == 0,
+                synced_gpus=is_deepspeed_zero3_enabled(),
+            )
         if world > 1:
             gathered = gather_object(answers)
             answers = [gathered[r * share + i] for i in range(share) for r in range(world)]
