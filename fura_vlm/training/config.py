@@ -29,6 +29,8 @@ class TrainConfig:
         strict: refuse to train while any record cannot be used, instead of listing and leaving it out.
         verify_images: how images are checked before training: decode each, read headers only, or not at all.
         method: what is trained, and how: see ``fura_vlm/training/methods.py``.
+        conversation: what a record becomes: Vicuna's conversation, or the bare picture and its caption, as LLaVA
+            pretrains the projector.
         mm_projector: the projector is adapted like the language model, or trained in full, or frozen.
         lora_r, lora_alpha, lora_dropout: of LoRA, QLoRA and DoRA; the defaults are those of LLaVA's LoRA script.
         target_modules: what is adapted, as PEFT's ``target_modules`` (a regex over full names, or a list).
@@ -57,7 +59,8 @@ class TrainConfig:
     strict: bool = False
     verify_images: Literal["auto", "decode", "header", "none"] = "auto"
 
-    method: Literal["fura", "qfura", "lora", "qlora", "dora", "full"] = "fura"
+    method: Literal["fura", "qfura", "lora", "qlora", "dora", "full", "projector"] = "fura"
+    conversation: Literal["v1", "plain"] = "v1"
     mm_projector: Literal["adapter", "full", "frozen"] = "adapter"
     target_modules: str | list[str] = TARGET_MODULES
     block_size: int | None = None

@@ -104,7 +104,7 @@ def train(config: TrainConfig) -> Path:
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(processor.tokenizer),
+        data_collator=Collator(processor.tokenizer, pad_to_multiple_of=8),  # as tensor cores like it
         callbacks=[MetricsFile(run / "metrics.jsonl", resume_from=checkpoint), signals, held_out],
         mm_projector_lr=config.mm_projector_lr,
         group_by_modality_length=config.group_by_modality_length,
@@ -206,6 +206,11 @@ def _check(config: TrainConfig) -> int:
         raise TrainingError(
             f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
             "scripts/zero2.json, or the method without q"
+        )
+    if stage == 3 and config.compile_layers:
+        raise TrainingError(
+            "compile_layers and ZeRO-3 do not go together, because DeepSpeed gathers weights in the midst of a layer: "
+            "take --compile_layers false, or --deepspeed scripts/zero2.json where memory allows"
         )
     if config.train_batch_size is None:
         return config.gradient_accumulation_steps
