@@ -1,6 +1,7 @@
 """A training run, from a configuration to a run folder.
 
 <output_dir>/adapter/            the PEFT adapter; model/, a whole LLaVA, where every weight was trained
+<output_dir>/mm_projector.safetensors  by LLaVA's names, for ``fura-vlm assemble``, where the projector was pretrained
 <output_dir>/processor/          the processor it was trained with
 <output_dir>/config.yaml         every setting, defaults included
 <output_dir>/versions.json       the libraries
@@ -33,6 +34,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from rich.console import Console
 from rich.markdown import Markdown
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
@@ -50,10 +52,11 @@ from fura_vlm.evaluation.heldout import (
     read_answers,
     write_answers,
 )
+from fura_vlm.modelling.assemble import PROJECTOR_KEYS
 from fura_vlm.modelling.load import load_base, load_processor, use_all_parts
 from fura_vlm.training import report
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.methods import compile_layers, prepare, quantization
+from fura_vlm.training.methods import PROJECTOR, compile_layers, prepare, quantization
 from fura_vlm.training.trainer import FuraTrainer
 
 FINISHED = "report.md"  # written last
@@ -120,6 +123,8 @@ def train(config: TrainConfig) -> Path:
 
     _save(trainer, run / ("model" if config.method == "full" else "adapter"))
     if state.is_main_process:
+        if config.method == "projector":
+            _write_projector(run)
         _finish(config, run, held_out, console)
     state.wait_for_everyone()
     return run
@@ -191,7 +196,7 @@ def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationD
         questions = load_questions(config.eval_data_path, config.eval_image_folder)
     records, problems = read_records(config.data_path, config.image_folder)
     records, broken = check_images(records, config.verify_images)
-    dataset = ConversationDataset(records, processor, config.model_max_length)
+    dataset = ConversationDataset(records, processor, config.model_max_length, conversation=config.conversation)
     problems += broken + dataset.problems
     said = report_problems(problems, len(dataset), run / "skipped.jsonl", config.strict)
     return dataset, questions, said
@@ -385,6 +390,17 @@ def _save(trainer: FuraTrainer, folder: Path) -> None:
     if PartialState().is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
+
+
+def _write_projector(run: Path) -> None:
+    """The pretrained projector out of its adapter, as LLaVA calls its parts."""
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    weights = {}
+    for theirs, ours in PROJECTOR_KEYS.items():
+        [weights[theirs]] = (weight for name, weight in trained.items() if name.endswith(f"{PROJECTOR}.{ours}"))
+    building = run / "mm_projector.tmp"
+    save_file(weights, building)
+    os.replace(building, run / "mm_projector.safetensors")
 
 
 def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console) -> None:

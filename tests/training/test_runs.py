@@ -190,6 +190,35 @@ def test_every_method_trains_and_is_loaded_again(method, launch):
     assert not same
 
 
+def test_projector_is_pretrained_for_the_next_stage(launch, mixture):
+    """LLaVA's first stage: from a projector of noise, over captions, to a base that the second stage starts from."""
+    base = LlavaForConditionalGeneration.from_pretrained("data/tiny-llava")
+    torch.manual_seed(0)
+    for parameter in base.model.multi_modal_projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    base.save_pretrained(launch.folder / "start")
+    AutoProcessor.from_pretrained("data/tiny-llava").save_pretrained(launch.folder / "start")
+    records = json.loads((mixture / "train.json").read_text())
+    captions = [record | {"conversations": record["conversations"][:2]} for record in records if "image" in record]
+    (launch.folder / "captions.json").write_text(json.dumps(captions + [{**captions[0], "image": None, "id": "bare"}]))
+    settings = {"method": "projector", "conversation": "plain", "learning_rate": 1e-2, "mm_projector_lr": None}
+    settings |= {"data_path": str(launch.folder / "captions.json"), "image_folder": str(mixture)}
+    job = launch("stage1", model_name_or_path=str(launch.folder / "start"), deepspeed="scripts/zero3.json", **settings)
+    assert job.status == 0, job.output
+    assert job.losses()[6] < 0.8 * job.losses()[1]
+
+    names = {"model.mm_projector.0": "linear_1", "model.mm_projector.2": "linear_2"}
+    projector = load_file(job.run / "mm_projector.safetensors")
+    assert {name.rpartition(".")[0] for name in projector} == set(names) and len(projector) == 4
+    model, _ = load_any(str(job.run))
+    merged = dict(model.merge_and_unload().named_parameters())
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, merged[name]) != ("multi_modal_projector" in name), name
+    for name, weight in projector.items():
+        layer, _, kind = name.rpartition(".")
+        assert torch.equal(weight, merged[f"model.multi_modal_projector.{names[layer]}.{kind}"])
+
+
 def test_options_together(launch):
     job = launch(
         "options",
