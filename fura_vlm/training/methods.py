@@ -20,6 +20,8 @@ from fura_vlm.fura import FuraConfig
 from fura_vlm.training.config import TrainConfig
 
 PROJECTOR = "multi_modal_projector"
+ADAPTER_LEARNING_RATE = 2e-4
+LEARNING_RATES = {"full": 2e-5, "projector": 1e-3}  # of the others: LLaVA-1.5's
 
 
 def quantization(method: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -62,6 +64,13 @@ def adapter_config(config: TrainConfig) -> PeftConfig:
         lora_dropout=config.lora_dropout,
         use_dora=config.method == "dora",
     )
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """What is given, or the recipe's for the method."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return LEARNING_RATES.get(config.method, ADAPTER_LEARNING_RATE)
 
 
 def prepare(model: LlavaForConditionalGeneration, config: TrainConfig) -> LlavaForConditionalGeneration | PeftModel:

@@ -8,7 +8,7 @@ done. Asked for are, a weight of the language model and a token:
   and not the usual 6.
 - The head takes part at supervised positions only; attention with 6 t^2 d a layer for t tokens of width d (causal, so
   half of the pairs; forward and twice that backward); the vision tower forward only, 2 a weight and patch and
-  4 n^2 d a layer, over all of its n patches.
+  4 n^2 d a layer, for its n patches and class token.
 
 Padding is not asked for, nor is what gradient checkpointing computes a second time, nor additions and norms.
 """
@@ -68,8 +68,8 @@ class Work:
         patches = (vision.image_size // vision.patch_size) ** 2
         projector = llava.model.multi_modal_projector
         trains_projector = any(p.requires_grad for p in projector.parameters())
-        tower = 2 * _weights(llava.model.vision_tower)[0] * patches
-        tower += 4 * patches**2 * vision.hidden_size * vision.num_hidden_layers
+        tower = 2 * sum(_weights(llava.model.vision_tower)) * (patches + 1)
+        tower += 4 * (patches + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
             token=_cost(llava.model.language_model, 4),
@@ -109,8 +109,7 @@ class Meter:
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.work, self.device = Work.of(model), device
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.peak = peak
+        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.started = self.first = None
         self._clear()
 

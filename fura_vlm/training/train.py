@@ -20,7 +20,7 @@ import os
 import platform
 import shutil
 import signal
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +56,7 @@ from fura_vlm.modelling.assemble import PROJECTOR_KEYS
 from fura_vlm.modelling.load import load_base, load_processor, use_all_parts
 from fura_vlm.training import report
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.methods import PROJECTOR, compile_layers, prepare, quantization
+from fura_vlm.training.methods import PROJECTOR, compile_layers, learning_rate, prepare, quantization
 from fura_vlm.training.trainer import FuraTrainer
 
 FINISHED = "report.md"  # written last
@@ -112,7 +112,8 @@ def train(config: TrainConfig) -> Path:
         mm_projector_lr=config.mm_projector_lr,
         group_by_modality_length=config.group_by_modality_length,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with advice_on_memory(config):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if signals.stopped:
         console.print(
             f"Stopped and saved at step {trainer.state.global_step}; the same command goes on from there.",
@@ -206,7 +207,7 @@ def _check(config: TrainConfig) -> int:
     """Looks at what the settings say together. Returns the gradient accumulation steps."""
     if not Path(config.deepspeed).is_file():
         raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
-    stage = json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage")
+    stage = _zero_stage(config)
     if stage == 3 and config.method in ("qfura", "qlora"):
         raise TrainingError(
             f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
@@ -230,6 +231,42 @@ def _check(config: TrainConfig) -> int:
     return config.train_batch_size // at_once
 
 
+def _zero_stage(config: TrainConfig) -> int | None:
+    return json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage")
+
+
+@contextmanager
+def advice_on_memory(config: TrainConfig):
+    """Where memory runs out within: a TrainingError that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not any(word in str(error) for word in words):
+            raise
+        advice = []
+        if config.per_device_train_batch_size > 1:
+            advice.append(f"--per_device_train_batch_size {config.per_device_train_batch_size // 2}")
+        if not config.gradient_checkpointing:
+            advice.append("--gradient_checkpointing true")
+        if _zero_stage(config) != 3:
+            advice.append("--deepspeed scripts/zero3.json on several GPUs")
+        elif "offload" not in config.deepspeed:
+            advice.append("--deepspeed scripts/zero3_offload.json")
+        if config.method in ("fura", "lora"):
+            advice.append(f"--method q{config.method}")
+        if torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+            where = f"a GPU of {total:.0f} GiB"
+        else:
+            where = "this machine"
+        raise TrainingError(
+            f"The memory of {where} does not suffice for {config.per_device_train_batch_size} records of up to "
+            f"{config.model_max_length} tokens with {config.method}: try {', or '.join(advice)} (with train_batch_size "
+            "a step has as many records as before)"
+        ) from error
+
+
 def _training_arguments(config: TrainConfig, run: Path, accumulation: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
@@ -237,6 +274,7 @@ def _training_arguments(config: TrainConfig, run: Path, accumulation: int) -> Tr
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k in same_name}
     shared |= {
         "gradient_accumulation_steps": accumulation,
+        "learning_rate": learning_rate(config),
         "output_dir": str(run),
         "bf16": bf16,
         "tf32": config.tf32 if cuda else None,

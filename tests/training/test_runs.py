@@ -112,9 +112,16 @@ def test_finished_run_is_left_alone(uninterrupted, shared_launch):
     assert len(uninterrupted.losses()) == 6
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_train_as_one(stage, uninterrupted, launch):
-    job = launch("two", processes=2, per_device_train_batch_size=2, deepspeed=f"scripts/zero{stage}.json")
+@pytest.mark.parametrize(("processes", "stage", "accumulation"), [(2, 2, 1), (2, 3, 1), (1, 3, 2), (2, 2, 2)])
+def test_however_a_step_is_divided(processes, stage, accumulation, uninterrupted, launch):
+    """The loss is the mean over all labels of a step, whoever has them: one process under ZeRO-2 says the same."""
+    job = launch(
+        "divided",
+        processes=processes,
+        per_device_train_batch_size=4 // processes // accumulation,
+        gradient_accumulation_steps=accumulation,
+        deepspeed=f"scripts/zero{stage}.json",
+    )
     assert job.status == 0, job.output
     alone, together = uninterrupted.losses(), job.losses()
     assert together == pytest.approx(alone, rel=2e-4)
@@ -140,9 +147,10 @@ def test_killed_run_resumes_to_the_same_end(uninterrupted, launch, mixture):
     assert_same_adapter(job, uninterrupted, 1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_first(number, uninterrupted, launch):
-    process = launch.start("stopped", processes=2, per_device_train_batch_size=2)
+@pytest.mark.parametrize(("number", "stage"), [(signal.SIGTERM, 2), (signal.SIGINT, 3)])
+def test_signal_saves_first(number, stage, uninterrupted, launch):
+    settings = {"processes": 2, "per_device_train_batch_size": 2, "deepspeed": f"scripts/zero{stage}.json"}
+    process = launch.start("stopped", **settings)
     run = launch.folder / "stopped"
     metrics = run / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
@@ -154,7 +162,7 @@ def test_signal_saves_first(number, uninterrupted, launch):
     step = int(checkpoint.name.rpartition("-")[2])
     assert 2 <= step < 6
 
-    job = launch("stopped", processes=2, per_device_train_batch_size=2)
+    job = launch("stopped", **settings)
     assert job.status == 0, job.output
     assert f"stopped: {checkpoint}" in job.output
     assert job.losses() == pytest.approx(uninterrupted.losses(), rel=2e-4)
