@@ -227,10 +227,12 @@ def test_projector_is_pretrained_for_the_next_stage(launch, mixture):
         assert torch.equal(weight, merged[f"model.multi_modal_projector.{names[layer]}.{kind}"])
 
 
-def test_options_together(launch):
+def test_options_together(launch, mixture):
     job = launch(
         "options",
-        max_steps=2,
+        env={"TORCH_LOGS": "recompiles"},
+        eval_data_path=str(mixture / "eval.json"),
+        max_steps=3,
         gradient_checkpointing=True,
         compile_layers=True,
         bf16=True,
@@ -240,6 +242,10 @@ def test_options_together(launch):
     )
     assert job.status == 0, job.output
     assert all(0 < loss < 20 for loss in job.losses().values())
+    assert "Recompiling" not in job.output  # neither for lengths nor for generating
+    figures = [row for row in job.metrics() if "loss" in row]
+    assert all(row["tokens_per_second"] > 0 and 0 <= row["padding"] < 0.5 for row in figures)
+    assert figures[-1]["seconds_left"] == 0 and "tokens/s" in job.output
 
 
 def test_real_photographs(launch):
