@@ -200,42 +200,40 @@ def model_and_processor(tiny: bool):
             model = LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(default)
-    model.config._attn_implementation = "sdpa"
     return model.requires_grad_(False), processor, size
 
 
-class Window(TrainerCallback):
-    """Times the steps after the warm-up and keeps their batches, and what was compiled in them."""
+class Timed(FuraTrainer):
+    """The trainer with a clock for the steps after the warm-up, which keeps their batches."""
 
-    def __init__(self, warmup: int):
-        self.warmup, self.batches, self.seconds = warmup, [], None
-        self.graphs: list[int] = []
+    def __init__(self, *args, warmup: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.warmup, self.kept, self.started, self.graphs = warmup, [], None, []
+        self.add_callback(StopsTheClock(self))
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.warmup and self.seconds is None:
+    def get_batch_samples(self, *args, **kwargs):
+        if self.state.global_step == self.warmup and self.started is None:
             synchronize()
-            self.batches.clear()  # only what is seen from here on
             self.graphs.append(compiled_graphs())
             self.started = time.perf_counter()
+        step = super().get_batch_samples(*args, **kwargs)
+        if self.started is not None:
+            self.kept.append(step)
+        return step
+
+
+class StopsTheClock(TrainerCallback):
+    """Stops it when the last step is done."""
+
+    def __init__(self, trainer: Timed):
+        self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
         print(f"    step {state.global_step} of {state.max_steps}", flush=True)
         if state.global_step == state.max_steps:
             synchronize()
-            self.seconds = time.perf_counter() - self.started
-            self.graphs.append(compiled_graphs())
-
-
-class KeepsBatches(FuraTrainer):
-    """The trainer, remembering the batches of the window."""
-
-    window: Window
-
-    def get_batch_samples(self, *args, **kwargs):
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        if self.window.seconds is None and self.state.global_step >= self.window.warmup:
-            self.window.batches.append((batches, items))
-        return batches, items
+            self.trainer.seconds = time.perf_counter() - self.trainer.started
+            self.trainer.graphs.append(compiled_graphs())
 
 
 def synchronize() -> None:
@@ -252,8 +250,10 @@ def compiled_graphs() -> int:
 def measure(method: str, setting: Setting, folder: Path) -> dict:
     """A row of the table."""
     cuda = torch.cuda.is_available()
-    deepspeed = cuda and importlib.util.find_spec("deepspeed") is not None
+    deepspeed = importlib.util.find_spec("deepspeed") is not None
     if deepspeed:
+        if not cuda:
+            os.environ["DS_ACCELERATOR"] = "cpu"
         with socket.socket() as free:
             free.bind(("", 0))
             port = str(free.getsockname()[1])
@@ -300,38 +300,36 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
     elif setting.compile:
         compile_layers(model)
     rows = Rows(processor, folder, model.config.image_seq_length, setting)
-    window = Window(setting.warmup)
-    trainer = KeepsBatches(
+    trainer = Timed(
         model=model,
         args=arguments,
         train_dataset=rows,
         data_collator=Collator(processor.tokenizer, pad_to_multiple_of=64 if setting.static else 8),
-        callbacks=[window],
         mm_projector_lr=2e-5,
         group_by_modality_length=True,
+        warmup=setting.warmup,
     )
-    trainer.window = window
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     logged = [row for row in trainer.state.log_history if "mfu" in row and row["step"] > setting.warmup]
-    batches = [batch for step, _ in window.batches for batch in step]
+    batches = [batch for step, _ in trainer.kept for batch in step]
     tokens = sum(batch["attention_mask"].sum().item() for batch in batches)
     places = sum(batch["input_ids"].numel() for batch in batches)
-    alone = model_only(trainer, window.batches)
+    alone = model_only(trainer, trainer.kept)
     samples = sum(len(batch["input_ids"]) for batch in batches)
     return {
         "method": method,
-        "tokens/s": tokens / window.seconds,
+        "tokens/s": tokens / trainer.seconds,
         "tokens/s, model only": tokens / alone,
-        "pipeline / model": alone / window.seconds,
-        "samples/s": samples / window.seconds,
+        "pipeline / model": alone / trainer.seconds,
+        "samples/s": samples / trainer.seconds,
         "padding": 1 - tokens / places,
         "mfu": float(np.mean([row["mfu"] for row in logged])) if logged else None,
         "peak GiB": peak,
-        "recompilations": window.graphs[1] - window.graphs[0],
-        "graphs": window.graphs[1],
+        "recompilations": trainer.graphs[1] - trainer.graphs[0],
+        "graphs": trainer.graphs[1],
         "last loss": next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row),
         "deepspeed": deepspeed,
         "timed": f"{samples} samples, {len(batches)} batches",

@@ -40,7 +40,7 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
         # The position before a label predicts it. Looked up first, while there is nothing to wait for on the device.
         rows, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         targets = labels[rows, before + 1]
-        del inputs["attention_mask"]
+        inputs.pop("attention_mask", None)
         hidden = model.model(*args, **inputs).last_hidden_state
         # One call of the head whatever the number of rows: under ZeRO-3 it gathers weights in step with the others.
         logits = model.lm_head(hidden[rows, before])
