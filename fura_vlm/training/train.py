@@ -93,7 +93,8 @@ def train(config: TrainConfig) -> Path:
     model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation, quantized)
     model.config.use_cache = False
     model = prepare(model, config)
-    if state.num_processes > 1:
+    # ZeRO-3 also takes the last gradients again of what a batch leaves out.
+    if state.num_processes > 1 or is_deepspeed_zero3_enabled():
         use_all_parts(model)
     if config.compile_layers:
         compile_layers(model)
@@ -208,15 +209,15 @@ def _check(config: TrainConfig) -> int:
     if not Path(config.deepspeed).is_file():
         raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
     stage = _zero_stage(config)
-    if stage == 3 and config.method in ("qfura", "qlora"):
-        raise TrainingError(
-            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
-            "scripts/zero2.json, or the method without q"
-        )
     if stage == 3 and config.compile_layers:
         raise TrainingError(
             "compile_layers and ZeRO-3 do not go together, because DeepSpeed gathers weights in the midst of a layer: "
             "take --compile_layers false, or --deepspeed scripts/zero2.json where memory allows"
+        )
+    if stage == 3 and config.method in ("qfura", "qlora"):
+        raise TrainingError(
+            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
+            "scripts/zero2.json, or the method without q"
         )
     if config.train_batch_size is None:
         return config.gradient_accumulation_steps
@@ -229,42 +230,6 @@ def _check(config: TrainConfig) -> int:
             "the number of processes"
         )
     return config.train_batch_size // at_once
-
-
-def _zero_stage(config: TrainConfig) -> int | None:
-    return json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage")
-
-
-@contextmanager
-def advice_on_memory(config: TrainConfig):
-    """Where memory runs out within: a TrainingError that says what to change."""
-    try:
-        yield
-    except RuntimeError as error:
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        if not any(word in str(error) for word in words):
-            raise
-        advice = []
-        if config.per_device_train_batch_size > 1:
-            advice.append(f"--per_device_train_batch_size {config.per_device_train_batch_size // 2}")
-        if not config.gradient_checkpointing:
-            advice.append("--gradient_checkpointing true")
-        if _zero_stage(config) != 3:
-            advice.append("--deepspeed scripts/zero3.json on several GPUs")
-        elif "offload" not in config.deepspeed:
-            advice.append("--deepspeed scripts/zero3_offload.json")
-        if config.method in ("fura", "lora"):
-            advice.append(f"--method q{config.method}")
-        if torch.cuda.is_available():
-            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-            where = f"a GPU of {total:.0f} GiB"
-        else:
-            where = "this machine"
-        raise TrainingError(
-            f"The memory of {where} does not suffice for {config.per_device_train_batch_size} records of up to "
-            f"{config.model_max_length} tokens with {config.method}: try {', or '.join(advice)} (with train_batch_size "
-            "a step has as many records as before)"
-        ) from error
 
 
 def _training_arguments(config: TrainConfig, run: Path, accumulation: int) -> TrainingArguments:
@@ -399,6 +364,42 @@ class HeldOut(TrainerCallback):
 
 
 # ------------------------------------------------------------------------------------------------------ the end
+
+
+def _zero_stage(config: TrainConfig) -> int | None:
+    return json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage")
+
+
+@contextmanager
+def advice_on_memory(config: TrainConfig):
+    """Where memory runs out within: a TrainingError that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not any(word in str(error) for word in words):
+            raise
+        advice = []
+        if config.per_device_train_batch_size > 1:
+            advice.append(f"--per_device_train_batch_size {config.per_device_train_batch_size // 2}")
+        if not config.gradient_checkpointing:
+            advice.append("--gradient_checkpointing true")
+        if _zero_stage(config) != 3:
+            advice.append("--deepspeed scripts/zero3.json on several GPUs")
+        elif "offload" not in config.deepspeed:
+            advice.append("--deepspeed scripts/zero3_offload.json")
+        if config.method in ("fura", "lora"):
+            advice.append(f"--method q{config.method}")
+        if torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+            where = f"a GPU of {total:.0f} GiB"
+        else:
+            where = "this machine"
+        raise TrainingError(
+            f"The memory of {where} does not suffice for {config.per_device_train_batch_size} records of up to "
+            f"{config.model_max_length} tokens with {config.method}: try {', or '.join(advice)} (with train_batch_size "
+            "a step has as many records as before)"
+        ) from error
 
 
 def _describe(config, run, processor, model, dataset, checkpoint, console) -> None:
