@@ -139,7 +139,7 @@ def _join() -> PartialState:
     """Meets the other processes. They wait an hour for one another: the main one may have many images to check."""
     cuda = torch.cuda.is_available()
     # Batches of ever new lengths would leave holes in the GPU's memory that nothing fits into.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         if "RANK" in os.environ:  # by way of DeepSpeed, which else believes itself alone under ZeRO-3
             deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(hours=1), auto_mpi_discovery=False)
