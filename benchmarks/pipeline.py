@@ -260,6 +260,7 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
         os.environ |= {
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the loader's workers are parallel enough
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as a run sets it
     torch.manual_seed(0)
     arguments = TrainingArguments(

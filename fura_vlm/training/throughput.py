@@ -90,9 +90,10 @@ def _weights(module: nn.Module) -> tuple[int, int]:
     counts = [0, 0]
     linear = {id(m.weight): m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear)}
     embedded = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        if id(parameter) not in embedded and (len(shape) > 1 or id(parameter) in linear):
+        unused = id(parameter) in embedded or "original_module" in name  # of what PEFT trains a copy in full
+        if not unused and (len(shape) > 1 or id(parameter) in linear):
             counts[parameter.requires_grad] += linear.get(id(parameter), torch.Size(shape).numel())
     return tuple(counts)
 
