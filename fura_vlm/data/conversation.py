@@ -88,6 +88,31 @@ def render(record: Record | Sequence[Turn], eos: str = "</s>") -> Rendered:
     return Rendered(text, spans)
 
 
+def render_plain(record: Record | Sequence[Turn], eos: str = "</s>") -> Rendered:
+    """The bare picture and its caption, as LLaVA v1.5 pretrains the projector (``preprocess_plain``)::
+
+        <s><image>A cat on a sofa.\\n
+                  supervised: the caption and its line break
+
+    What was asked is dropped, and no ``</s>`` ends the caption. LLaVA tokenizes the caption by itself, so that its
+    first word has the space that begins a text; here that space is written.
+
+    Raises:
+        EncodingError: if it is not one question about an image, and its answer.
+    """
+    turns = _turns(record)
+    if len(turns) != 2:
+        raise EncodingError(f"it has {len(turns)} turns, and a plain conversation is a picture and its caption")
+    if IMAGE not in turns[0].value:
+        raise EncodingError("it has no image, and a plain conversation is a picture and its caption")
+    text = f"{IMAGE} {turns[1].value}\n"
+    return Rendered(text, [(len(IMAGE), len(text))])
+
+
+RENDER = {"v1": render, "plain": render_plain}
+"""The kinds of conversation by name."""
+
+
 def prompt(record: Record | Sequence[Turn], eos: str = "</s>") -> str:
     """What the model is given to answer the last question: all before the answer, up to ``ASSISTANT:``."""
     turns = list(_turns(record))
@@ -109,7 +134,9 @@ def _image_first(question: str) -> str:
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
-def encode(record: Record | Sequence[Turn], tokenizer, num_image_tokens: int, max_length: int) -> dict[str, list[int]]:
+def encode(
+    record: Record | Sequence[Turn], tokenizer, num_image_tokens: int, max_length: int, conversation: str = "v1"
+) -> dict[str, list[int]]:
     """Input ids and labels of one conversation, the image spread over its tokens.
 
     Args:
@@ -117,6 +144,7 @@ def encode(record: Record | Sequence[Turn], tokenizer, num_image_tokens: int, ma
         tokenizer: a fast tokenizer that knows ``<image>`` as one token and adds ``<s>``.
         num_image_tokens: tokens of an image.
         max_length: longer conversations are cut on the right, as LLaVA v1.5 does.
+        conversation: its kind, a key of ``RENDER``.
 
     Returns:
         ``input_ids`` and ``labels``, equally long; -100 where there is no supervision.
@@ -125,7 +153,7 @@ def encode(record: Record | Sequence[Turn], tokenizer, num_image_tokens: int, ma
         EncodingError: if the image does not fit into ``max_length``, if no token of an answer does, or if the
             text has special tokens of the tokenizer.
     """
-    [tokens] = tokenize([record], tokenizer)
+    [tokens] = tokenize([record], tokenizer, conversation)
     if isinstance(tokens, EncodingError):
         raise tokens
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -134,8 +162,10 @@ def encode(record: Record | Sequence[Turn], tokenizer, num_image_tokens: int, ma
     return {"input_ids": ids.tolist(), "labels": labels.tolist()}
 
 
-def tokenize(records: Sequence[Record | Sequence[Turn]], tokenizer) -> list[Tokens | EncodingError]:
-    """Many conversations at once; an image is one token. Where one fails, its error stands in its place.
+def tokenize(
+    records: Sequence[Record | Sequence[Turn]], tokenizer, conversation: str = "v1"
+) -> list[Tokens | EncodingError]:
+    """Many conversations of one kind at once; an image is one token. Where one fails, its error stands in its place.
 
     Raises:
         EncodingError: if the tokenizer itself will not do.
@@ -145,22 +175,33 @@ def tokenize(records: Sequence[Record | Sequence[Turn]], tokenizer) -> list[Toke
     if tokenizer.encode("x")[:1] != [tokenizer.bos_token_id]:
         raise EncodingError(f"the tokenizer adds no {tokenizer.bos_token}: load it with add_bos_token=True")
     special = [token for token in tokenizer.all_special_tokens if token != IMAGE]
-    rendered = [render(record, tokenizer.eos_token) for record in records]
-    encodings = tokenizer([text for text, _ in rendered], return_attention_mask=False).encodings
+    rendered = [_rendered(record, tokenizer.eos_token, conversation) for record in records]
+    texts = ["" if isinstance(made, EncodingError) else made.text for made in rendered]
+    encodings = tokenizer(texts, return_attention_mask=False).encodings
     results: list[Tokens | EncodingError] = []
-    for record, (_, spans), encoding in zip(records, rendered, encodings, strict=True):
+    for record, made, encoding in zip(records, rendered, encodings, strict=True):
+        if isinstance(made, EncodingError):
+            results.append(made)
+            continue
         found = [token for token in special if any(token in turn.value for turn in _turns(record))]
         if found:
             results.append(EncodingError(f"the text has {found[0]}, a special token of the tokenizer"))
             continue
         supervised = np.zeros(len(encoding.ids), dtype=bool)
-        for start, end in spans:
+        for start, end in made.spans:
             first = encoding.char_to_token(start)
             if first is None:  # tokenizers that do not count the space before a word as part of its token
                 first = encoding.char_to_token(start + 1)
             supervised[first : encoding.char_to_token(end - 1) + 1] = True
         results.append(Tokens(np.array(encoding.ids), supervised))
     return results
+
+
+def _rendered(record: Record | Sequence[Turn], eos: str, conversation: str) -> Rendered | EncodingError:
+    try:
+        return RENDER[conversation](record, eos)
+    except EncodingError as reason:
+        return reason
 
 
 def cut(tokens: Tokens, image_token_id: int, num_image_tokens: int, max_length: int) -> Tokens:

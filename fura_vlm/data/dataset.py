@@ -36,6 +36,7 @@ class ConversationDataset(Dataset):
         processor: a ``LlavaProcessor`` with a fast tokenizer.
         max_length: tokens of a row, image tokens included; longer ones are cut on the right.
         progress: show a bar if there are many records.
+        conversation: what a record becomes, a key of ``fura_vlm.data.conversation.RENDER``.
 
     Attributes:
         problems: records that cannot be encoded and are left out, and those that are cut.
@@ -46,7 +47,9 @@ class ConversationDataset(Dataset):
         EncodingError: if the tokenizer will not do.
     """
 
-    def __init__(self, records: list[Record], processor, max_length: int, progress: bool = True):
+    def __init__(
+        self, records: list[Record], processor, max_length: int, progress: bool = True, conversation: str = "v1"
+    ):
         self.image_processor = processor.image_processor
         self.image_token_id = processor.image_token_id
         self.num_image_tokens = count_image_tokens(processor)
@@ -58,7 +61,7 @@ class ConversationDataset(Dataset):
         bar = tqdm(total=len(records), desc="tokens", disable=not progress or len(records) < 20_000)
         for start in range(0, len(records), 1000):
             part = records[start : start + 1000]
-            for record, tokens in zip(part, tokenize(part, processor.tokenizer), strict=True):
+            for record, tokens in zip(part, tokenize(part, processor.tokenizer, conversation), strict=True):
                 try:
                     kept = self._fit(record, tokens, max_length)
                 except EncodingError as reason:

@@ -29,6 +29,8 @@ class TrainConfig:
         strict: refuse to train while any record cannot be used, instead of listing and leaving it out.
         verify_images: how images are checked before training: decode each, read headers only, or not at all.
         method: what is trained, and how: see ``fura_vlm/training/methods.py``.
+        conversation: what a record becomes: Vicuna's conversation, or the bare picture and its caption, as LLaVA
+            pretrains the projector.
         mm_projector: the projector is adapted like the language model, or trained in full, or frozen.
         lora_r, lora_alpha, lora_dropout: of LoRA, QLoRA and DoRA; the defaults are those of LLaVA's LoRA script.
         target_modules: what is adapted, as PEFT's ``target_modules`` (a regex over full names, or a list).
@@ -36,12 +38,13 @@ class TrainConfig:
         train_singular_values: train the singular values with the cores (the paper's main form).
         train_batch_size: records a step over all processes, from which ``gradient_accumulation_steps`` follows; by
             default that is what is given.
-        learning_rate: of the language model's adapter.
-        mm_projector_lr: of the projector's adapter; by default ``learning_rate``.
+        learning_rate: of the language model's adapter; by default 2e-4, with ``full`` 2e-5 (LLaVA's own), with
+            ``projector`` 1e-3.
+        mm_projector_lr: of the projector, adapter or whole; by default ``learning_rate``.
         model_max_length: tokens a record may have, image tokens included; longer ones are cut.
         warmup_steps: steps over which the rate rises; below 1, the share of all steps.
         group_by_modality_length: batches of one modality and of similar length, as LLaVA trains.
-        compile_layers: ``torch.compile`` on each decoder layer.
+        compile_layers: ``torch.compile`` on each decoder layer; not under ZeRO-3.
         bf16: train in bfloat16; ``None`` means where a GPU supports it.
         deepspeed: the DeepSpeed configuration, a JSON file.
         eval_batch_size: held-out questions answered at once, on each process.
@@ -57,7 +60,8 @@ class TrainConfig:
     strict: bool = False
     verify_images: Literal["auto", "decode", "header", "none"] = "auto"
 
-    method: Literal["fura", "qfura", "lora", "qlora", "dora", "full"] = "fura"
+    method: Literal["fura", "qfura", "lora", "qlora", "dora", "full", "projector"] = "fura"
+    conversation: Literal["v1", "plain"] = "v1"
     mm_projector: Literal["adapter", "full", "frozen"] = "adapter"
     target_modules: str | list[str] = TARGET_MODULES
     block_size: int | None = None
@@ -71,7 +75,7 @@ class TrainConfig:
     per_device_train_batch_size: int = 16
     train_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
     mm_projector_lr: float | None = None
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03

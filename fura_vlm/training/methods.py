@@ -1,23 +1,27 @@
 """The ways to fine-tune, behind one switch: in which form the base is loaded and what of it is trained.
 
-fura     full-rank adaptation, this project's own (arXiv 2605.22869)
-qfura    the same over a 4-bit base
-lora     PEFT's LoRA (arXiv 2106.09685)
-qlora    the same over a 4-bit base (arXiv 2305.14314)
-dora     PEFT's DoRA (arXiv 2402.09353)
-full     every weight of the language model
+fura       full-rank adaptation, this project's own (arXiv 2605.22869)
+qfura      the same over a 4-bit base
+lora       PEFT's LoRA (arXiv 2106.09685)
+qlora      the same over a 4-bit base (arXiv 2305.14314)
+dora       PEFT's DoRA (arXiv 2402.09353)
+full       every weight of the language model
+projector  the projector alone, in full: LLaVA's first stage (arXiv 2310.03744)
 """
 
 from __future__ import annotations
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from fura_vlm.fura import FuraConfig
 from fura_vlm.training.config import TrainConfig
 
 PROJECTOR = "multi_modal_projector"
+ADAPTER_LEARNING_RATE = 2e-4
+LEARNING_RATES = {"full": 2e-5, "projector": 1e-3}  # of the others: LLaVA-1.5's
 
 
 def quantization(method: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -41,7 +45,7 @@ def quantization(method: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
 
 def adapter_config(config: TrainConfig) -> PeftConfig:
     """PEFT's configuration of the chosen method. All methods adapt the same modules; the projector is adapted with
-    them, or trained in full (PEFT's ``modules_to_save``), or left alone."""
+    them, or trained in full (PEFT's ``modules_to_save``), or left alone; or it is all that is trained."""
     shared = {
         "target_modules": config.target_modules,
         "exclude_modules": None if config.mm_projector == "adapter" else rf".*{PROJECTOR}.*",
@@ -51,6 +55,8 @@ def adapter_config(config: TrainConfig) -> PeftConfig:
     }
     if config.method in ("fura", "qfura"):
         return FuraConfig(**shared, block_size=config.block_size, train_singular_values=config.train_singular_values)
+    if config.method == "projector":  # an adapter that adapts nothing and holds a whole projector
+        return LoraConfig(**shared | {"target_modules": DUMMY_TARGET_MODULES, "modules_to_save": [PROJECTOR]})
     return LoraConfig(
         **shared,
         r=config.lora_r,
@@ -58,6 +64,13 @@ def adapter_config(config: TrainConfig) -> PeftConfig:
         lora_dropout=config.lora_dropout,
         use_dora=config.method == "dora",
     )
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """What is given, or the recipe's for the method."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return LEARNING_RATES.get(config.method, ADAPTER_LEARNING_RATE)
 
 
 def prepare(model: LlavaForConditionalGeneration, config: TrainConfig) -> LlavaForConditionalGeneration | PeftModel:
@@ -68,3 +81,10 @@ def prepare(model: LlavaForConditionalGeneration, config: TrainConfig) -> LlavaF
     model.lm_head.requires_grad_(True)
     model.model.multi_modal_projector.requires_grad_(config.mm_projector != "frozen")
     return model
+
+
+def compile_layers(model: LlavaForConditionalGeneration | PeftModel) -> None:
+    """``torch.compile`` on each decoder layer, once for all of them and for batches of every size and length."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for layer in base.model.language_model.layers:
+        layer.compile(dynamic=True)

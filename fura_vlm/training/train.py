@@ -1,6 +1,7 @@
 """A training run, from a configuration to a run folder.
 
 <output_dir>/adapter/            the PEFT adapter; model/, a whole LLaVA, where every weight was trained
+<output_dir>/mm_projector.safetensors  by LLaVA's names, for ``fura-vlm assemble``, where the projector was pretrained
 <output_dir>/processor/          the processor it was trained with
 <output_dir>/config.yaml         every setting, defaults included
 <output_dir>/versions.json       the libraries
@@ -19,7 +20,7 @@ import os
 import platform
 import shutil
 import signal
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -33,15 +34,14 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from rich.console import Console
 from rich.markdown import Markdown
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.dataset import ConversationDataset
 from fura_vlm.data.records import Record, check_images, read_records, report_problems
-from fura_vlm.data.sampler import ModalityLengthSampler
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.heldout import (
     Answer,
@@ -52,10 +52,12 @@ from fura_vlm.evaluation.heldout import (
     read_answers,
     write_answers,
 )
+from fura_vlm.modelling.assemble import PROJECTOR_KEYS
 from fura_vlm.modelling.load import load_base, load_processor, use_all_parts
 from fura_vlm.training import report
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.methods import prepare, quantization
+from fura_vlm.training.methods import PROJECTOR, compile_layers, learning_rate, prepare, quantization
+from fura_vlm.training.trainer import FuraTrainer
 
 FINISHED = "report.md"  # written last
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
@@ -91,12 +93,11 @@ def train(config: TrainConfig) -> Path:
     model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation, quantized)
     model.config.use_cache = False
     model = prepare(model, config)
-    if state.num_processes > 1:
+    # ZeRO-3 also takes the last gradients again of what a batch leaves out.
+    if state.num_processes > 1 or is_deepspeed_zero3_enabled():
         use_all_parts(model)
     if config.compile_layers:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        for layer in base.model.language_model.layers:
-            layer.compile()
+        compile_layers(model)
 
     checkpoint = _agree(lambda: get_last_checkpoint(str(run)))
     if state.is_main_process:
@@ -107,12 +108,13 @@ def train(config: TrainConfig) -> Path:
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(processor.tokenizer),
+        data_collator=Collator(processor.tokenizer, pad_to_multiple_of=8),  # as tensor cores like it
         callbacks=[MetricsFile(run / "metrics.jsonl", resume_from=checkpoint), signals, held_out],
         mm_projector_lr=config.mm_projector_lr,
         group_by_modality_length=config.group_by_modality_length,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with advice_on_memory(config):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if signals.stopped:
         console.print(
             f"Stopped and saved at step {trainer.state.global_step}; the same command goes on from there.",
@@ -123,6 +125,8 @@ def train(config: TrainConfig) -> Path:
 
     _save(trainer, run / ("model" if config.method == "full" else "adapter"))
     if state.is_main_process:
+        if config.method == "projector":
+            _write_projector(run)
         _finish(config, run, held_out, console)
     state.wait_for_everyone()
     return run
@@ -134,6 +138,8 @@ def train(config: TrainConfig) -> Path:
 def _join() -> PartialState:
     """Meets the other processes. They wait an hour for one another: the main one may have many images to check."""
     cuda = torch.cuda.is_available()
+    # Batches of ever new lengths would leave holes in the GPU's memory that nothing fits into.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         if "RANK" in os.environ:  # by way of DeepSpeed, which else believes itself alone under ZeRO-3
             deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(hours=1), auto_mpi_discovery=False)
@@ -194,7 +200,7 @@ def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationD
         questions = load_questions(config.eval_data_path, config.eval_image_folder)
     records, problems = read_records(config.data_path, config.image_folder)
     records, broken = check_images(records, config.verify_images)
-    dataset = ConversationDataset(records, processor, config.model_max_length)
+    dataset = ConversationDataset(records, processor, config.model_max_length, conversation=config.conversation)
     problems += broken + dataset.problems
     said = report_problems(problems, len(dataset), run / "skipped.jsonl", config.strict)
     return dataset, questions, said
@@ -204,7 +210,12 @@ def _check(config: TrainConfig) -> int:
     """Looks at what the settings say together. Returns the gradient accumulation steps."""
     if not Path(config.deepspeed).is_file():
         raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
-    stage = json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage")
+    stage = _zero_stage(config)
+    if stage == 3 and config.compile_layers:
+        raise TrainingError(
+            "compile_layers and ZeRO-3 do not go together, because DeepSpeed gathers weights in the midst of a layer: "
+            "take --compile_layers false, or --deepspeed scripts/zero2.json where memory allows"
+        )
     if stage == 3 and config.method in ("qfura", "qlora"):
         raise TrainingError(
             f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
@@ -230,6 +241,7 @@ def _training_arguments(config: TrainConfig, run: Path, accumulation: int) -> Tr
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k in same_name}
     shared |= {
         "gradient_accumulation_steps": accumulation,
+        "learning_rate": learning_rate(config),
         "output_dir": str(run),
         "bf16": bf16,
         "tf32": config.tf32 if cuda else None,
@@ -252,73 +264,6 @@ def _training_arguments(config: TrainConfig, run: Path, accumulation: int) -> Tr
 
 def _dtype(arguments: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if arguments.bf16 else torch.float32
-
-
-class FuraTrainer(Trainer):
-    """transformers' Trainer with LLaVA's batches, a rate of its own for the projector, and whole checkpoints."""
-
-    def __init__(self, *args, mm_projector_lr: float | None, group_by_modality_length: bool, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.mm_projector_lr = mm_projector_lr
-        self.group_by_modality_length = group_by_modality_length
-        self._staging = False
-
-    def _get_train_sampler(self, train_dataset=None):
-        if not self.group_by_modality_length:
-            return super()._get_train_sampler(train_dataset)
-        return ModalityLengthSampler(
-            lengths=self.train_dataset.lengths,
-            has_image=self.train_dataset.has_image,
-            batch_size=self.args.per_device_train_batch_size,
-            world_size=self.args.world_size,
-            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            seed=self.args.seed,
-        )
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-            projector = [p for name, p in trained if "multi_modal_projector" in name]
-            rest = [p for name, p in trained if "multi_modal_projector" not in name]
-            groups = [
-                {"params": rest, "weight_decay": self.args.weight_decay},
-                {
-                    "params": projector,
-                    "weight_decay": self.args.weight_decay,
-                    "lr": self.args.learning_rate if self.mm_projector_lr is None else self.mm_projector_lr,
-                },
-            ]
-            self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
-        return self.optimizer
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        # A pickle, and config.yaml says it all. Other processes than the main one have written none.
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def _get_output_dir(self, trial):
-        run = super()._get_output_dir(trial)
-        return os.path.join(run, "saving") if self._staging else run
-
-    def _save_checkpoint(self, model, trial):
-        """Saves into ``saving/`` and renames when every process is done: what is called checkpoint-N is whole."""
-        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(run / "saving", ignore_errors=True)
-        PartialState().wait_for_everyone()
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        PartialState().wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(run / "saving" / name, run / name)
-            shutil.rmtree(run / "saving")
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
-        PartialState().wait_for_everyone()
 
 
 class SaveOnSignal(TrainerCallback):
@@ -403,15 +348,17 @@ class HeldOut(TrainerCallback):
         rank, world = args.process_index, args.world_size
         share = -(-len(self.questions) // world)
         mine = [self.questions[min(i * world + rank, len(self.questions) - 1)] for i in range(share)]
-        answers = answer_questions(
-            model,
-            self.processor,
-            mine,
-            self.config.eval_batch_size,
-            self.config.eval_max_new_tokens,
-            progress=rank == 0,
-            synced_gpus=is_deepspeed_zero3_enabled(),
-        )
+        # Layers compiled for generating would be compiled for each length, and leave no room for training's.
+        with torch.compiler.set_stance("force_eager"):
+            answers = answer_questions(
+                model,
+                self.processor,
+                mine,
+                self.config.eval_batch_size,
+                self.config.eval_max_new_tokens,
+                progress=rank == 0,
+                synced_gpus=is_deepspeed_zero3_enabled(),
+            )
         if world > 1:
             gathered = gather_object(answers)
             answers = [gathered[r * share + i] for i in range(share) for r in range(world)]
@@ -419,6 +366,42 @@ class HeldOut(TrainerCallback):
 
 
 # ------------------------------------------------------------------------------------------------------ the end
+
+
+def _zero_stage(config: TrainConfig) -> int | None:
+    return json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage")
+
+
+@contextmanager
+def advice_on_memory(config: TrainConfig):
+    """Where memory runs out within: a TrainingError that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not any(word in str(error) for word in words):
+            raise
+        advice = []
+        if config.per_device_train_batch_size > 1:
+            advice.append(f"--per_device_train_batch_size {config.per_device_train_batch_size // 2}")
+        if not config.gradient_checkpointing:
+            advice.append("--gradient_checkpointing true")
+        if _zero_stage(config) != 3:
+            advice.append("--deepspeed scripts/zero3.json on several GPUs")
+        elif "offload" not in config.deepspeed:
+            advice.append("--deepspeed scripts/zero3_offload.json")
+        if config.method in ("fura", "lora"):
+            advice.append(f"--method q{config.method}")
+        if torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+            where = f"a GPU of {total:.0f} GiB"
+        else:
+            where = "this machine"
+        raise TrainingError(
+            f"The memory of {where} does not suffice for {config.per_device_train_batch_size} records of up to "
+            f"{config.model_max_length} tokens with {config.method}: try {', or '.join(advice)} (with train_batch_size "
+            "a step has as many records as before)"
+        ) from error
 
 
 def _describe(config, run, processor, model, dataset, checkpoint, console) -> None:
@@ -448,6 +431,17 @@ def _save(trainer: FuraTrainer, folder: Path) -> None:
     if PartialState().is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
+
+
+def _write_projector(run: Path) -> None:
+    """The pretrained projector out of its adapter, as LLaVA calls its parts."""
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    weights = {}
+    for theirs, ours in PROJECTOR_KEYS.items():
+        [weights[theirs]] = (weight for name, weight in trained.items() if name.endswith(f"{PROJECTOR}.{ours}"))
+    building = run / "mm_projector.tmp"
+    save_file(weights, building)
+    os.replace(building, run / "mm_projector.safetensors")
 
 
 def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console) -> None:

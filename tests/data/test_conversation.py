@@ -242,3 +242,33 @@ def test_the_template_takes_a_system_message(tokenizer):
     assert tokenizer.apply_chat_template(chat, **options) == "Be brief. USER: What? "
     with pytest.raises(Exception, match="the roles are user and assistant"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], **options)
+
+
+# ----------------------------------------------------------------------------------------------------- plain
+
+CAPTION = (Turn("human", "Describe the picture.\n<image>"), Turn("gpt", "A red cat."))
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "legacy_tokenizer"])
+def test_plain_is_picture_and_caption(kind, request):
+    """LLaVA tokenizes the caption and its line break by themselves and takes off their <s>."""
+    tokenizer = request.getfixturevalue(kind)
+    caption = tokenizer("A red cat.\n").input_ids[1:]
+    row = encode(CAPTION, tokenizer, 3, 50, conversation="plain")
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert row["input_ids"] == [tokenizer.bos_token_id, image, image, image, *caption]
+    assert row["labels"] == [IGNORE] * 4 + caption
+    assert tokenizer.eos_token_id not in caption
+
+
+def test_plain_takes_captions_only(tokenizer):
+    with pytest.raises(EncodingError, match="4 turns"):
+        encode(CAPTION * 2, tokenizer, 3, 50, conversation="plain")
+    with pytest.raises(EncodingError, match="no image"):
+        encode((Turn("human", "What?"), CAPTION[1]), tokenizer, 3, 50, conversation="plain")
+
+
+def test_plain_is_cut_where_it_is_full(tokenizer):
+    whole = encode(CAPTION, tokenizer, 3, 50, conversation="plain")
+    short = encode(CAPTION, tokenizer, 3, 6, conversation="plain")
+    assert short["input_ids"] == whole["input_ids"][:6] and short["labels"] == whole["labels"][:6]

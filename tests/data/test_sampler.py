@@ -106,6 +106,20 @@ def test_less_padding_than_in_random_order(lengths, world_size):
     assert shares[1] < shares[0] / 2
 
 
+@pytest.mark.parametrize(("batch_size", "world_size", "accumulation"), [(16, 8, 1), (16, 1, 8), (8, 1, 16), (4, 8, 4)])
+def test_little_padding_in_the_recipe(batch_size, world_size, accumulation):
+    """128 records a step of a mixture like the 665k one, lengths rounded up to 8 as in training."""
+    rng = np.random.default_rng(0)
+    rows, has_image = 60_000, np.arange(60_000) % 16 != 0
+    lengths = np.where(has_image, 621 + rng.lognormal(5.4, 0.5, rows), rng.lognormal(7.3, 0.9, rows))
+    lengths = np.minimum(lengths, 2048).astype(int)
+    sampler = ModalityLengthSampler(lengths, has_image, batch_size, world_size, accumulation)
+    times = micro_steps(sampler, batch_size, world_size)
+    used = sum(lengths[batch].sum() for time in times for batch in time)
+    paid = sum(-(-lengths[batch].max() // 8) * 8 * len(batch) for time in times for batch in time)
+    assert 1 - used / paid < 0.02
+
+
 def test_epochs_of_a_small_mixture_have_other_batches(lengths):
     sampler = ModalityLengthSampler(lengths[:128], HAS_IMAGE[:128], 16)
     first = {frozenset(step) for step in steps(list(sampler), 16)}

@@ -1,5 +1,6 @@
 """What a user does wrong ends in one sentence that says where and what to do."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,7 +9,12 @@ import socket
 import subprocess
 
 import pytest
+import torch
+import yaml
 from PIL import Image
+
+from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.train import TrainingError, advice_on_memory
 
 
 def said(job) -> str:
@@ -67,6 +73,34 @@ def test_batch_that_does_not_divide(launch):
 
 def test_four_bits_under_zero3(launch):
     assert "qfura keeps its base in 4 bits" in said(launch("four", method="qfura", deepspeed="scripts/zero3.json"))
+
+
+def test_compiled_layers_under_zero3(launch):
+    job = launch("compiled", compile_layers=True, deepspeed="scripts/zero3.json")
+    assert "compile_layers and ZeRO-3 do not go together" in said(job)
+
+
+def test_checkpoint_of_another_method(launch):
+    run = launch.folder / "other"
+    (run / "checkpoint-3").mkdir(parents=True)
+    settings = dataclasses.asdict(TrainConfig(**launch.recipe, output_dir=str(run), method="lora"))
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    line = said(launch("other", method="fura"))
+    assert f"{run} holds an interrupted run with another method ('lora' there, 'fura' here)" in line
+    assert "choose another --output_dir" in line
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-3", "config.yaml"]  # nothing is lost
+
+
+def test_out_of_memory():
+    config = TrainConfig(method="fura", per_device_train_batch_size=16)
+    with pytest.raises(TrainingError) as said, advice_on_memory(config):
+        torch.empty(1 << 60)
+    [line] = str(said.value).splitlines()
+    assert "16 records of up to 2048 tokens with fura" in line
+    for advice in ("--per_device_train_batch_size 8", "--gradient_checkpointing true", "zero3.json", "--method qfura"):
+        assert advice in line
+    with pytest.raises(RuntimeError, match="shapes"), advice_on_memory(config):  # another error is left alone
+        torch.ones(2, 3) @ torch.ones(2, 3)
 
 
 def test_port_in_use(launch):

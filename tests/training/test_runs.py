@@ -112,9 +112,16 @@ def test_finished_run_is_left_alone(uninterrupted, shared_launch):
     assert len(uninterrupted.losses()) == 6
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_train_as_one(stage, uninterrupted, launch):
-    job = launch("two", processes=2, per_device_train_batch_size=2, deepspeed=f"scripts/zero{stage}.json")
+@pytest.mark.parametrize(("processes", "stage", "accumulation"), [(2, 2, 1), (2, 3, 1), (1, 3, 2), (2, 2, 2)])
+def test_however_a_step_is_divided(processes, stage, accumulation, uninterrupted, launch):
+    """The loss is the mean over all labels of a step, whoever has them: one process under ZeRO-2 says the same."""
+    job = launch(
+        "divided",
+        processes=processes,
+        per_device_train_batch_size=4 // processes // accumulation,
+        gradient_accumulation_steps=accumulation,
+        deepspeed=f"scripts/zero{stage}.json",
+    )
     assert job.status == 0, job.output
     alone, together = uninterrupted.losses(), job.losses()
     assert together == pytest.approx(alone, rel=2e-4)
@@ -140,9 +147,10 @@ def test_killed_run_resumes_to_the_same_end(uninterrupted, launch, mixture):
     assert_same_adapter(job, uninterrupted, 1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_first(number, uninterrupted, launch):
-    process = launch.start("stopped", processes=2, per_device_train_batch_size=2)
+@pytest.mark.parametrize(("number", "stage"), [(signal.SIGTERM, 2), (signal.SIGINT, 3)])
+def test_signal_saves_first(number, stage, uninterrupted, launch):
+    settings = {"processes": 2, "per_device_train_batch_size": 2, "deepspeed": f"scripts/zero{stage}.json"}
+    process = launch.start("stopped", **settings)
     run = launch.folder / "stopped"
     metrics = run / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
@@ -154,7 +162,7 @@ def test_signal_saves_first(number, uninterrupted, launch):
     step = int(checkpoint.name.rpartition("-")[2])
     assert 2 <= step < 6
 
-    job = launch("stopped", processes=2, per_device_train_batch_size=2)
+    job = launch("stopped", **settings)
     assert job.status == 0, job.output
     assert f"stopped: {checkpoint}" in job.output
     assert job.losses() == pytest.approx(uninterrupted.losses(), rel=2e-4)
@@ -190,10 +198,41 @@ def test_every_method_trains_and_is_loaded_again(method, launch):
     assert not same
 
 
-def test_options_together(launch):
+def test_projector_is_pretrained_for_the_next_stage(launch, mixture):
+    """LLaVA's first stage: from a projector of noise, over captions, to a base that the second stage starts from."""
+    base = LlavaForConditionalGeneration.from_pretrained("data/tiny-llava")
+    torch.manual_seed(0)
+    for parameter in base.model.multi_modal_projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    base.save_pretrained(launch.folder / "start")
+    AutoProcessor.from_pretrained("data/tiny-llava").save_pretrained(launch.folder / "start")
+    records = json.loads((mixture / "train.json").read_text())
+    captions = [record | {"conversations": record["conversations"][:2]} for record in records if "image" in record]
+    (launch.folder / "captions.json").write_text(json.dumps(captions + [{**captions[0], "image": None, "id": "bare"}]))
+    settings = {"method": "projector", "conversation": "plain", "learning_rate": 1e-2, "mm_projector_lr": None}
+    settings |= {"data_path": str(launch.folder / "captions.json"), "image_folder": str(mixture)}
+    job = launch("stage1", model_name_or_path=str(launch.folder / "start"), deepspeed="scripts/zero3.json", **settings)
+    assert job.status == 0, job.output
+    assert job.losses()[6] < 0.8 * job.losses()[1]
+
+    names = {"model.mm_projector.0": "linear_1", "model.mm_projector.2": "linear_2"}
+    projector = load_file(job.run / "mm_projector.safetensors")
+    assert {name.rpartition(".")[0] for name in projector} == set(names) and len(projector) == 4
+    model, _ = load_any(str(job.run))
+    merged = dict(model.merge_and_unload().named_parameters())
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, merged[name]) != ("multi_modal_projector" in name), name
+    for name, weight in projector.items():
+        layer, _, kind = name.rpartition(".")
+        assert torch.equal(weight, merged[f"model.multi_modal_projector.{names[layer]}.{kind}"])
+
+
+def test_options_together(launch, mixture):
     job = launch(
         "options",
-        max_steps=2,
+        env={"TORCH_LOGS": "recompiles"},
+        eval_data_path=str(mixture / "eval.json"),
+        max_steps=3,
         gradient_checkpointing=True,
         compile_layers=True,
         bf16=True,
@@ -203,6 +242,10 @@ def test_options_together(launch):
     )
     assert job.status == 0, job.output
     assert all(0 < loss < 20 for loss in job.losses().values())
+    assert "Recompiling" not in job.output  # neither for lengths nor for generating
+    figures = [row for row in job.metrics() if "loss" in row]
+    assert all(row["tokens_per_second"] > 0 and 0 <= row["padding"] < 0.5 for row in figures)
+    assert figures[-1]["seconds_left"] == 0 and "tokens/s" in job.output
 
 
 def test_real_photographs(launch):

@@ -1,0 +1,102 @@
+"""transformers' Trainer as LLaVA needs it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import ProgressCallback, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from fura_vlm.data.sampler import ModalityLengthSampler
+from fura_vlm.training.loss import train_on_labels_only
+from fura_vlm.training.throughput import Meter, Progress
+
+
+class FuraTrainer(Trainer):
+    """transformers' Trainer with LLaVA's batches, loss on the labels alone, a rate of its own for the
+    projector, whole checkpoints, and figures of its speed."""
+
+    def __init__(self, *args, mm_projector_lr: float | None, group_by_modality_length: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mm_projector_lr = mm_projector_lr
+        self.group_by_modality_length = group_by_modality_length
+        self._staging = False
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        train_on_labels_only(model)
+        self.meter = Meter(self.model, self.args.device)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Progress)
+
+    def get_batch_samples(self, *args, **kwargs):
+        self.meter.start()
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            self.meter.add(batch)
+        return batches, items
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:  # not the summary at the end
+            logs |= self.meter.read(self.state.global_step, self.state.max_steps)
+        super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.group_by_modality_length:
+            return super()._get_train_sampler(train_dataset)
+        return ModalityLengthSampler(
+            lengths=self.train_dataset.lengths,
+            has_image=self.train_dataset.has_image,
+            batch_size=self.args.per_device_train_batch_size,
+            world_size=self.args.world_size,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+        )
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            projector = [p for name, p in trained if "multi_modal_projector" in name]
+            rest = [p for name, p in trained if "multi_modal_projector" not in name]
+            groups = [
+                {"params": rest, "weight_decay": self.args.weight_decay},
+                {
+                    "params": projector,
+                    "weight_decay": self.args.weight_decay,
+                    "lr": self.args.learning_rate if self.mm_projector_lr is None else self.mm_projector_lr,
+                },
+            ]
+            self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
+        return self.optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # A pickle, and config.yaml says it all. Other processes than the main one have written none.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _get_output_dir(self, trial):
+        run = super()._get_output_dir(trial)
+        return os.path.join(run, "saving") if self._staging else run
+
+    def _save_checkpoint(self, model, trial):
+        """Saves into ``saving/`` and renames when every process is done: what is called checkpoint-N is whole."""
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(run / "saving", ignore_errors=True)
+        PartialState().wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        PartialState().wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(run / "saving" / name, run / name)
+            shutil.rmtree(run / "saving")
+            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+        PartialState().wait_for_everyone()

@@ -1,0 +1,102 @@
+"""The loss on the labels alone, against transformers' own forward pass."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from fura_vlm.data.collator import Collator
+from fura_vlm.data.conversation import IGNORE
+from fura_vlm.fura import FuraConfig
+from fura_vlm.modelling.load import load_base, load_processor
+from fura_vlm.training import loss
+from fura_vlm.training.config import TARGET_MODULES
+from fura_vlm.training.loss import train_on_labels_only
+
+
+def model_in_training():
+    torch.manual_seed(0)
+    model = load_base("data/tiny-llava", torch.float64)
+    config = FuraConfig(target_modules=TARGET_MODULES, init_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model, config).train()
+
+
+def batch(lengths=(120, 90, 77), pictures=True):
+    """Rows of different length, with labels on the last tokens and somewhere in between."""
+    processor = load_processor("data/tiny-llava")
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(300, 700, (length,), generator=generator)
+        labels = torch.full_like(ids, IGNORE)
+        labels[-7:], labels[70:72] = ids[-7:], ids[70:72]
+        row = {"input_ids": ids, "labels": labels}
+        if pictures:
+            ids[3:67] = processor.image_token_id
+            row["pixel_values"] = torch.randn(3, 112, 112, generator=generator, dtype=torch.float64)
+        rows.append(row)
+    return Collator(processor.tokenizer, pad_to_multiple_of=16)(rows)
+
+
+def gradients(model):
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert found and all(gradient is not None for gradient in found.values())
+    return found
+
+
+@pytest.mark.parametrize("items", [None, 40])
+@pytest.mark.parametrize("pictures", [True, False])
+def test_it_is_transformers_loss(pictures, items, monkeypatch):
+    monkeypatch.setattr(loss, "ROWS_AT_ONCE", 10)  # several parts
+    inputs = batch(pictures=pictures) | ({} if items is None else {"num_items_in_batch": torch.tensor(items)})
+    theirs, ours = model_in_training(), model_in_training()
+    train_on_labels_only(ours.get_base_model())
+    expected, found = theirs(**inputs), ours(**inputs)
+    assert found.logits is None
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)  # float32 in both
+    expected.loss.backward()
+    found.loss.backward()
+    wanted = {name: g for name, g in ((n, p.grad) for n, p in theirs.named_parameters()) if g is not None}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(dict(ours.named_parameters())[name].grad, gradient, rtol=1e-5, atol=1e-9)
+    assert len(wanted) > 20
+
+
+def test_two_halves_make_a_whole():
+    """As gradient accumulation calls it: each part divided by the number of labels of all."""
+    whole, parts = model_in_training(), model_in_training()
+    for model in (whole, parts):
+        train_on_labels_only(model.get_base_model())
+    inputs = batch(lengths=(120, 110, 100, 90))
+    labels = (inputs["labels"][:, 1:] != IGNORE).sum()
+    whole(**inputs).loss.backward()
+    for part in (slice(0, 2), slice(2, 4)):
+        parts(**{key: value[part] for key, value in inputs.items()}, num_items_in_batch=labels).loss.backward()
+    wanted = gradients(whole)
+    for name, gradient in gradients(parts).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-9)
+
+
+def test_head_and_tower_do_no_more_than_they_must():
+    model = model_in_training()
+    base = model.get_base_model()
+    model.enable_input_require_grads()  # what gradient checkpointing turns on, for the tower's embeddings too
+    train_on_labels_only(base)
+    seen = {}
+    base.lm_head.register_forward_hook(lambda module, args, output: seen.update(head=output.shape))
+    base.model.vision_tower.register_forward_hook(
+        lambda module, args, output: seen.update(tower=output.last_hidden_state.requires_grad)
+    )
+    inputs = batch()
+    model(**inputs).loss.backward()
+    assert seen["head"] == (25, base.config.text_config.vocab_size)  # 9, 9 and 7 labels at 3 x 128 positions
+    assert seen["tower"] is False
+
+
+def test_calls_without_labels_are_left_alone():
+    model = model_in_training()
+    inputs = batch()
+    del inputs["labels"]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        train_on_labels_only(model.get_base_model())
+        assert torch.equal(model(**inputs).logits, expected)

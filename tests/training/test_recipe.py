@@ -1,0 +1,105 @@
+"""The configurations against the recipe as it is written: LLaVA-1.5 (arXiv 2310.03744, table 9; its scripts) and the
+settings of the FuRA paper's release."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+
+from fura_vlm.modelling.load import load_base
+from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.methods import learning_rate, prepare
+from fura_vlm.training.train import _training_arguments
+
+ROOT = Path(__file__).parents[2]
+STAGE2 = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "weight_decay": 0.0,
+    "num_train_epochs": 1,
+    "train_batch_size": 128,
+    "model_max_length": 2048,
+    "mm_projector_lr": 2e-5,
+    "max_grad_norm": 1.0,
+    "group_by_modality_length": True,
+    "bf16": True,
+    "tf32": True,
+    "deepspeed": "scripts/zero2.json",
+    "conversation": "v1",
+    "mm_projector": "adapter",
+    "lora_r": 128,
+    "lora_alpha": 256,
+    "lora_dropout": 0.05,
+}
+STAGE1 = STAGE2 | {
+    "train_batch_size": 256,
+    "mm_projector_lr": None,
+    "learning_rate": 1e-3,
+    "conversation": "plain",
+    "method": "projector",
+}
+
+
+def recipe(name: str, **changes) -> TrainConfig:
+    return TrainConfig(**yaml.safe_load((ROOT / "scripts/configs" / name).read_text()) | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("llava-1.5-7b.yaml", STAGE2), ("llava-1.5-7b-pretrain.yaml", STAGE1)], ids=["2", "1"]
+)
+def test_values(name, wanted):
+    settings = dataclasses.asdict(recipe(name))
+    assert {key: settings[key] for key in wanted} == wanted
+
+
+def test_what_reaches_the_trainer(tmp_path, monkeypatch):
+    """No default of another library comes between: AdamW's betas, the scheduler's warm-up, the rate by method."""
+    monkeypatch.chdir(ROOT)
+    for name in ("ACCELERATE_USE_DEEPSPEED", "TENSORBOARD_LOGGING_DIR"):  # what it sets, taken back at the end
+        monkeypatch.setenv(name, "")
+    arguments = _training_arguments(recipe("llava-1.5-7b.yaml", bf16=False), tmp_path, 8)
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert arguments.learning_rate == 2e-4 and arguments.weight_decay == 0 and arguments.max_grad_norm == 1
+    assert arguments.get_warmup_steps(5198) == 156  # 3 % of an epoch of 665,298 records, 128 a step
+    assert arguments.gradient_accumulation_steps == 8 and arguments.gradient_checkpointing
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_rates_by_method():
+    for method in ("fura", "qfura", "lora", "qlora", "dora"):
+        assert learning_rate(recipe("llava-1.5-7b.yaml", method=method)) == 2e-4
+    assert learning_rate(recipe("llava-1.5-7b.yaml", method="full")) == 2e-5
+    assert learning_rate(TrainConfig(method="projector")) == 1e-3
+    assert learning_rate(recipe("llava-1.5-7b.yaml", method="full", learning_rate=1e-6)) == 1e-6
+
+
+def test_deepspeed_is_zero2():
+    assert json.loads((ROOT / "scripts/zero2.json").read_text())["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize("projector", ["adapter", "full", "frozen"])
+def test_all_adapters_adapt_the_same(projector):
+    """q, k, v, o, gate, up and down of every layer, and the projector's two layers as it is said."""
+    adapted = {}
+    for method in ("fura", "lora", "dora"):
+        config = recipe("llava-1.5-7b.yaml", method=method, mm_projector=projector, lora_r=4)
+        model = prepare(load_base("data/tiny-llava", torch.float32), config)
+        assert isinstance(model, PeftModel)
+        adapted[method] = set(model.targeted_module_names)
+        whole = {n for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}
+        assert len(whole) == (4 if projector == "full" else 0)
+        assert not any("vision_tower" in n for n, p in model.named_parameters() if p.requires_grad)
+    layers = model.config.text_config.num_hidden_layers
+    assert len(adapted["fura"]) == 7 * layers + (2 if projector == "adapter" else 0)
+    assert adapted["fura"] == adapted["lora"] == adapted["dora"]
+
+
+def test_scripts_are_one_switch():
+    for method in ("lora", "qlora", "dora", "full", "qfura"):
+        script = (ROOT / f"scripts/finetune_{method}.sh").read_text()
+        assert script.strip().endswith(f'finetune_fura.sh" "$@" --method {method}')

@@ -1,0 +1,79 @@
+"""The figures of a run's speed, against torch's own count of operations and against counting by hand."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fura_vlm.data.collator import Collator
+from fura_vlm.data.conversation import IGNORE
+from fura_vlm.modelling.load import load_base, load_processor
+from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.loss import train_on_labels_only
+from fura_vlm.training.methods import prepare
+from fura_vlm.training.throughput import Meter, Work, peak_flops
+
+
+def batch(lengths, labels, with_image=True):
+    processor = load_processor("data/tiny-llava")
+    rows = []
+    for length in lengths:
+        ids = torch.full((length,), 400)
+        row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE)}
+        row["labels"][-labels:] = 400
+        if with_image:
+            ids[1:65] = processor.image_token_id
+            row["pixel_values"] = torch.zeros(3, 112, 112)
+        rows.append(row)
+    return Collator(processor.tokenizer)(rows)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_operations_are_those_that_torch_counts(method):
+    model = load_base("data/tiny-llava", torch.float32, "eager")
+    model = prepare(model, TrainConfig(method=method, lora_r=16, lora_dropout=0.0))
+    work = Work.of(model)
+    train_on_labels_only(model if method == "full" else model.get_base_model())
+    rows, length, labels = 4, 200, 100
+    with FlopCounterMode(display=False) as counter:
+        model.train()(**batch([length] * rows, labels)).loss.backward()
+    # Attention without a kernel of its own computes all pairs, also those that the mask rules out.
+    asked = work.token * rows * length + 2 * work.token_pair * rows * length**2
+    asked += work.image * rows + work.label * rows * labels
+    assert asked == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_frozen_weight_costs_four_operations_and_a_trained_one_six():
+    frozen = load_base("data/tiny-llava", torch.float32)
+    trained = load_base("data/tiny-llava", torch.float32).requires_grad_(True)
+    assert Work.of(trained).token == pytest.approx(1.5 * Work.of(frozen).token)
+    assert Work.of(trained).label == pytest.approx(6 * 256 * 768)
+
+
+def test_counts_by_hand():
+    model = load_base("data/tiny-llava", torch.float32)
+    meter = Meter(model, torch.device("cpu"))
+    meter.start()
+    meter.add(batch([100, 80], 10))
+    meter.add(batch([50, 30], 10, with_image=False))
+    counted = dict(zip(meter.COUNTS, meter.counts.tolist(), strict=True))
+    assert counted == {
+        "tokens": 260,
+        "pairs": 100**2 + 80**2 + 50**2 + 30**2,
+        "labels": 40,
+        "places": 2 * 100 + 2 * 50,
+        "rows": 4,
+        "images": 2,
+    }
+    figures = meter.read(step=1, max_steps=4)
+    assert figures["padding"] == pytest.approx(40 / 300)
+    assert figures["tokens_per_second"] == pytest.approx(65 * figures["samples_per_second"])
+    assert "mfu" not in figures and figures["peak_memory_gib"] > 0.05
+    assert meter.read(step=2, max_steps=4)["tokens_per_second"] == 0  # counted anew
+
+
+def test_what_devices_can_do():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA L4") == 121e12 and peak_flops("NVIDIA L40S") == 362e12
+    assert peak_flops("Some other device") is None and peak_flops("NVIDIA A10G") is None
