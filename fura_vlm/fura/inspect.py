@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from fura_vlm.fura.basis import decompose, relative_floor
+from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.layer import FuraLayer
-from fura_vlm.fura.weights import dense_weight, gathered
+from fura_vlm.fura.weights import gathered
 
 
 @dataclass
@@ -51,20 +52,19 @@ def spectrum_report(model: nn.Module, adapter_name: str = "default") -> list[Spe
         adapter_name: which adapter; its blocks and floor are taken.
 
     Raises:
-        ValueError: the model has no such adapter, or it is merged.
+        FuraError: the model has no such adapter, or it is merged.
     """
     layers = [m for m in model.modules() if isinstance(m, FuraLayer) and adapter_name in m.fura_side]
     if not layers:
-        raise ValueError(f"spectrum_report: the model has no FuRA adapter {adapter_name!r}.")
+        raise FuraError(f"spectrum_report: the model has no FuRA adapter {adapter_name!r}.")
     if any(layer.merged for layer in layers):
-        raise ValueError("spectrum_report: an adapter is merged into the base; call unmerge_adapter() first.")
+        raise FuraError("spectrum_report: an adapter is merged into the base; call unmerge_adapter() first.")
     config = model.peft_config[adapter_name]
     report = []
     for layer in layers:
-        base = layer.get_base_layer()
         side, (N, b) = layer.fura_side[adapter_name], layer.fura_blocks[adapter_name]
-        with gathered(base):
-            weight = dense_weight(base, layer.quantization_backend)
+        with gathered(layer.get_base_layer()):
+            weight = layer.get_base_weight()
             _, values = decompose(weight if side == "input" else weight.T, N)
         floor = relative_floor(config.singular_floor, weight.dtype)
         report.append(Spectrum(layer.module_name, side, b, values.cpu(), floor))

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import fura_vlm.fura.layer
-from fura_vlm.fura import FuraConfig, FuraLinear
+from fura_vlm.fura import FuraConfig, FuraError, FuraLinear
 
 STEPS, LR = 4, 1e-2
 
@@ -96,7 +96,7 @@ def zero3(folder, rank):
         model.save_pretrained(folder / "zero3_adapter", state_dict=state)
     try:
         model.merge_adapter()
-    except RuntimeError as error:
+    except FuraError as error:
         assert str(error).startswith("model.layers.0.self_attn.q_proj: its weight is partitioned by ZeRO-3")
     else:
         raise AssertionError("merged a partitioned weight")

@@ -7,24 +7,31 @@ from peft import get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fura_vlm.fura import FuraConfig, FuraLinear
+from fura_vlm.fura import FuraConfig, FuraError, FuraLinear
 
 
 def fura_layers(model):
     return [module for module in model.modules() if isinstance(module, FuraLinear)]
 
 
-def refused(model, match, error=ValueError, **config):
+def refused(model, match, error=FuraError, **config):
     """Adding the adapter raises one sentence, and leaves no trace in the model."""
     names = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(error, match=match) as caught:
         get_peft_model(model, FuraConfig(**config))
+    assert isinstance(caught.value, ValueError)
     assert "\n" not in str(caught.value)
     assert [(name, type(module)) for name, module in model.named_modules()] == names
 
 
 def test_target_that_matches_nothing():
-    refused(tiny_llama(), "q_porj", target_modules=["q_porj"])
+    refused(tiny_llama(), "q_porj", ValueError, target_modules=["q_porj"])
+
+
+def test_an_entry_that_matches_nothing_is_named(caplog):
+    with caplog.at_level("WARNING", logger="fura_vlm"):
+        get_peft_model(tiny_llama(), FuraConfig(target_modules=["q_proj", "v_porj", "layers.0.self_attn.k_proj"]))
+    assert caplog.messages == ["FuRA: 'v_porj' in target_modules matches no module."]
 
 
 TOWER = r"^model\.vision_tower\..*exclude_modules=r'\.\*vision_tower\.\*'"
@@ -57,7 +64,7 @@ def test_an_adapter_of_the_tower_loads_again(tmp_path):
     loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path)
     with torch.no_grad():
         inputs = inputs_for(model)
-        assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
+        torch.testing.assert_close(model(**inputs).logits, loaded(**inputs).logits, rtol=0, atol=1e-5)
         assert not torch.equal(model(**inputs).logits, tiny_llava()(**inputs).logits)
 
 
@@ -68,14 +75,14 @@ def test_a_tower_on_its_own_is_no_intruder():
 
 def test_modules_that_are_no_linear():
     llama = tiny_llama()
-    refused(llama, r"^model\.embed_tokens: .*Embedding", TypeError, target_modules=["embed_tokens"])
-    refused(llama, r"^model\.layers\.0\.mlp: .*LlamaMLP", TypeError, target_modules=["mlp"])
+    refused(llama, r"^model\.embed_tokens: .*Embedding", target_modules=["embed_tokens"])
+    refused(llama, r"^model\.layers\.0\.mlp: .*LlamaMLP", target_modules=["mlp"])
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8))
-    refused(gpt2, r"^transformer\.h\.0\.attn\.c_attn: .*Conv1D", TypeError, target_modules=["c_attn"])
+    refused(gpt2, r"^transformer\.h\.0\.attn\.c_attn: .*Conv1D", target_modules=["c_attn"])
     attention = nn.ModuleDict({"mha": nn.MultiheadAttention(16, 2)})
-    refused(attention, r"^mha\.out_proj: ", TypeError, target_modules=["out_proj"])
+    refused(attention, r"^mha\.out_proj: ", target_modules=["out_proj"])
     convolution = nn.Sequential(nn.Conv2d(3, 3, 3))
-    refused(convolution, r"^0: .*Conv2d", TypeError, target_modules=["0"])
+    refused(convolution, r"^0: .*Conv2d", target_modules=["0"])
 
 
 def test_weight_that_is_not_2d():

@@ -109,8 +109,9 @@ def test_training_saving_and_loading(parent, kind, tmp_path):
     model.save_pretrained(tmp_path)
     for low in (False, True):
         again = PeftModel.from_pretrained(load(parent, kind), tmp_path, low_cpu_mem_usage=low)
-        torch.testing.assert_close(logits(again), expected, rtol=0, atol=0.01 if kind == "nf4" else 0)
-    assert torch.equal(logits(unpacked(PeftModel.from_pretrained(load(parent, kind), tmp_path))), expected)
+        torch.testing.assert_close(logits(again), expected, rtol=0, atol=0.01)
+    again = logits(unpacked(PeftModel.from_pretrained(load(parent, kind), tmp_path)))
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-5 if kind == "nf4" else 0.01)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -174,7 +175,7 @@ def test_adapter_of_a_quantised_base_loads_over_its_parent(parent, tmp_path, cap
     model.save_pretrained(tmp_path)
     with caplog.at_level("WARNING", logger="fura_vlm"):
         over = PeftModel.from_pretrained(load(parent), tmp_path)
-    assert len(caplog.records) == 1 and "quantised otherwise" in caplog.text and "(of 14 such)" in caplog.text
+    assert len(caplog.records) == 1 and "in another format" in caplog.text and "(of 14 such)" in caplog.text
     plain = logits(load(parent))
     assert (logits(over) - expected).abs().mean() < 0.5 * (plain - expected).abs().mean()
     merged = logits(over.merge_and_unload())
@@ -199,5 +200,5 @@ def test_layers_without_dequantisation_are_refused_by_name():
     model = get_peft_model(tiny_llama(), FuraConfig(target_modules=["q_proj"]))
     layer = fura_layers(model)[0]
     layer.quantization_backend = ForwardOnlyQuantizationBackend("gptq")
-    with pytest.raises(TypeError, match="layers.0.self_attn.q_proj: its gptq weight cannot be"):
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj: its gptq weight cannot be"):
         layer.update_layer("other", FuraConfig(target_modules=["q_proj"]))
