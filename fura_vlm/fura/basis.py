@@ -8,7 +8,6 @@ import torch
 from torch.nn.functional import linear
 
 from fura_vlm.fura import kernels
-
 from fura_vlm.fura.errors import FuraError
 
 # Memory for the float64 copies that one step of the decomposition may make, unless a single block needs more.

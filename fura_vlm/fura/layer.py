@@ -88,7 +88,7 @@ class FuraLayer(BaseTunerLayer):
         about to be loaded with the weights, and is computed on first use only if it was not.
 
         Raises:
-            FuraError: the weight is not 2-D, holds NaN or Inf, or cannot be dequantised, or its dimension cannot
+            FuraError: the weight is not 2-D, holds NaN or Inf, cannot be dequantised, or its dimension cannot
                 be cut into blocks.
         """
         layer = self.get_base_layer()
@@ -139,9 +139,10 @@ class FuraLayer(BaseTunerLayer):
 
     @property
     def base_device(self) -> torch.device | None:
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if device is None and getattr(self.get_base_layer(), "device", None) is not None:  # HQQ: no weight to ask
-            device = torch.device(self.get_base_layer().device)
+        layer = self.get_base_layer()
+        device, _ = self._get_base_layer_device_and_dtype(layer)
+        if device is None and getattr(layer, "device", None) is not None:  # HQQ: no weight to ask
+            device = torch.device(layer.device)
         return device
 
     @property
@@ -386,15 +387,15 @@ class FuraLinear(nn.Module, FuraLayer):
             adapter_names: adapters to merge; None: the active ones.
 
         Raises:
-            FuraError: safe_merge found NaN or Inf; the weight cannot be dequantised, or is partitioned by ZeRO-3.
+            FuraError: safe_merge found NaN or Inf; the weight cannot be dequantised, or is partitioned.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fura_side]
         if not names:
             return
         if not is_whole(self.get_base_layer()):
             raise FuraError(
-                f"{self.module_name}: its weight is partitioned by ZeRO-3; save the adapter and merge it in one "
-                "process, or merge inside deepspeed.zero.GatheredParameters."
+                f"{self.module_name}: its weight is partitioned over processes; save the adapter and merge it in "
+                "one process, or merge inside deepspeed.zero.GatheredParameters."
             )
         if self.merged:
             names = self.merged_adapters + names

@@ -29,8 +29,9 @@ class FuraModel(BaseTuner):
     Raises (from adding or loading an adapter, which leaves the model as it was):
         NoMatchingPeftModuleError: no target matches anything; PEFT's own, a ValueError.
         FuraError: a target is not a Linear; it lies in the vision tower of a vision-language model without being
-            named there; its weight is tied, is not 2-D, holds NaN or Inf, cannot be dequantised, or has a
-            dimension that cannot be cut into blocks; the base model is not the one a loaded adapter was made for.
+            named there; its weight is tied, is not 2-D, holds NaN or Inf, cannot be dequantised, is offloaded,
+            or has a dimension that cannot be cut into blocks; the base model is not the one a loaded adapter
+            was made for.
     """
 
     prefix: str = "fura_"
@@ -54,6 +55,12 @@ class FuraModel(BaseTuner):
             warnings.warn("An adapter is merged; it is unmerged before another one is added.", stacklevel=2)
             for layer in merged:
                 layer.unmerge()
+        offloaded = next((name for name, p in model.named_parameters() if p.is_meta), None)
+        if offloaded and getattr(model, "hf_device_map", None):
+            raise FuraError(
+                f"{offloaded.rpartition('.')[0]}: accelerate keeps its weight on CPU or disk until it is used, and "
+                "FuRA needs it in place; load the base without offloading, quantised if it is too large."
+            )
         if peft_config.base_fingerprint is None:
             _check_vision(model, peft_config, self._check_target_module_exists)
         else:

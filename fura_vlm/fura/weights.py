@@ -74,7 +74,8 @@ def keep_differentiable(layer: nn.Module, backend: QuantizationBackend | None, m
 def dense_weight(layer: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
     """The layer's weight ``(out, in)`` as a plain tensor, dequantised if need be. Not a copy otherwise."""
     if backend is None:
-        return layer.weight.data
+        weight = layer.weight.data
+        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
     if is_packed(layer):
         # dequantisation does not know this order, but the layer does: unit vectors give its columns
         identity = torch.eye(layer.in_features, dtype=layer.compute_dtype or torch.float32)

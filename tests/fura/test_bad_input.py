@@ -111,6 +111,29 @@ def test_a_second_adapter_that_fails_leaves_the_first():
     assert list(model.peft_config) == ["default"] and len(fura_layers(model)) == 2
 
 
+def test_an_adapter_with_other_blocks_is_not_loaded_into_this_one(tmp_path):
+    """As on resuming with a changed configuration."""
+    q_proj = dict(target_modules=["q_proj"])
+    get_peft_model(tiny_llama(), FuraConfig(**q_proj, num_blocks=2)).save_pretrained(tmp_path / "two")
+    get_peft_model(tiny_llama(), FuraConfig(**q_proj, train_singular_values=False)).save_pretrained(tmp_path / "frozen")
+    model = get_peft_model(tiny_llama(), FuraConfig(**q_proj))
+    first = r"^model\.layers\.0\.self_attn\.q_proj: the saved adapter's "
+    with pytest.raises(FuraError, match=first + r"fura_dR is \[2, 24, 24\] .* 'default' \[6, 8, 8\]; .*blocks"):
+        model.load_adapter(tmp_path / "two", "default")
+    with pytest.raises(FuraError, match=first + r"fura_ds is none .*train_singular_values"):
+        model.load_adapter(tmp_path / "frozen", "default")
+    model.load_adapter(tmp_path / "two", "beside")
+    assert fura_layers(model)[0].fura_blocks == {"default": (6, 8), "beside": (2, 24)}
+
+
+def test_an_offloaded_base_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu",
+             "model.layers.0": "cpu", "model.layers.1": "disk"}  # fmt: skip
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map=where, offload_folder=tmp_path / "offload")
+    refused(base, r"^model\.layers\.1\.self_attn\.q_proj: accelerate keeps", target_modules=["q_proj"])
+
+
 def test_awkward_dimensions(caplog):
     model = nn.ModuleDict({"odd": nn.Linear(257, 8), "fine": nn.Linear(16, 8)})
     refused(model, r"^odd: .*257.*66,049.*block_size_pattern=\{'odd': 257\}", target_modules=["fine", "odd"])
@@ -154,6 +177,14 @@ def test_merging_twice_and_unmerging_nothing():
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
     with pytest.raises(ValueError, match="unmerge"):
         model.delete_adapter("default")
+
+
+def test_merging_an_adapter_that_is_not_there():
+    model = get_peft_model(tiny_llama(), FuraConfig(target_modules=["q_proj"]))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(FuraError, match="there is no adapter nobody; there is default"):
+            merge(adapter_names=["nobody"])
+    assert len(fura_layers(model)) == 2
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])

@@ -165,6 +165,29 @@ def test_resuming_is_exact(case, tmp_path):
     assert max(a.abs().max() for a, _ in pairs) > 1e-2
 
 
+def test_the_basis_may_be_computed_by_an_evaluation(tmp_path):
+    """Under inference_mode, the first use of a fresh adapter; it trains afterwards."""
+    adapted(CASES["llama"]).save_pretrained(tmp_path)
+    config = FuraConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    fresh = get_peft_model(tiny_llama(), config)
+    inputs = inputs_for(fresh)
+    with torch.inference_mode():
+        fresh(**inputs)
+    fresh(**inputs, labels=inputs["input_ids"]).loss.backward()
+    grads = [p.grad for p in fresh.parameters() if p.requires_grad]
+    assert len(grads) == 28 and all(grad.abs().max() > 0 for grad in grads)
+
+
+def test_one_configuration_for_several_bases():
+    """Making an adapter does not tie the caller's configuration to that base."""
+    config = FuraConfig(target_modules=["q_proj"])
+    first, second = (get_peft_model(tiny_llama(seed=seed), config) for seed in (0, 1))
+    assert config.base_fingerprint is None
+    found = [model.peft_config["default"].base_fingerprint for model in (first, second)]
+    assert found[0].keys() == found[1].keys() and not set(found[0].values()) & set(found[1].values())
+
+
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merge_and_unload(case, side, safe_merge):
@@ -203,6 +226,15 @@ def test_a_copy_of_a_merged_model_is_its_own():
     assert torch.equal(logits(model), merged) and not torch.equal(merged, expected)
     model.unmerge_adapter()
     assert torch.equal(logits(model), expected)
+
+
+def test_a_model_cast_while_merged_unmerges_to_the_cast_base():
+    model = adapted(CASES["llama"])
+    weights = [layer.base_layer.weight.clone() for layer in fura_layers(model).values()]
+    model.merge_adapter()
+    model.to(torch.bfloat16).unmerge_adapter()
+    for layer, weight in zip(fura_layers(model).values(), weights, strict=True):
+        assert torch.equal(layer.base_layer.weight, weight.to(torch.bfloat16))
 
 
 def test_bfloat16_merge_is_the_rounded_exact_product():
@@ -315,6 +347,12 @@ def test_mixed_batch(case):
         logits(model, adapter_names=["nobody", "other"])
     with pytest.raises(ValueError, match="2 samples.*3"):
         logits(model, adapter_names=["other"] * 3)
+    ids = inputs_for(model)
+    alone = model.generate(**ids, max_new_tokens=3, do_sample=False)
+    mixed = model.generate(**ids, max_new_tokens=3, do_sample=False, adapter_names=["other", "__base__"])
+    assert torch.equal(mixed[0], alone[0])
+    with model.disable_adapter():
+        assert torch.equal(mixed[1], model.generate(**ids, max_new_tokens=3, do_sample=False)[1])
     model.train()
     with pytest.raises(ValueError, match="inference"):
         logits(model, adapter_names=["other", "other"])
@@ -482,6 +520,49 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(g.abs().max() > 0 for g in grads[0])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_auto_peft_model_of_a_llava(tmp_path):
+    from peft import AutoPeftModel
+    from transformers import LlavaForConditionalGeneration
+
+    tiny_llava().save_pretrained(tmp_path / "base")
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
+    model = perturb(get_peft_model(base, FuraConfig(target_modules=LANGUAGE)))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    close(logits(AutoPeftModel.from_pretrained(tmp_path / "adapter")), expected)
+
+
+def test_transformers_trainer_resumes_exactly(tmp_path):
+    """Four steps; and two, a checkpoint, two more from it with a new model: one adapter."""
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 97, (16, 9))]
+
+    def train(folder, resume=None):
+        model = get_peft_model(tiny_llama(), FuraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        arguments = TrainingArguments(
+            folder, max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-2,
+            gradient_checkpointing=True, report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=resume)
+        return get_peft_model_state_dict(model), [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+    through, losses = train(tmp_path / "through")
+    checkpoint = tmp_path / "through" / "checkpoint-2"
+    assert {path.name for path in checkpoint.glob("*model*")} == {"adapter_model.safetensors"}
+    resumed, again = train(tmp_path / "resumed", checkpoint)
+    assert len(losses) == 4 and losses == again
+    assert all(torch.equal(through[key], resumed[key]) for key in through)
+    assert max(value.abs().max() for key, value in through.items() if "dR" in key) > 1e-2
+
+
+def test_the_whole_model_compiles_to_one_graph():
+    model = adapted(CASES["llama"])
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    close(logits(compiled), logits(model))
 
 
 def test_meta_device(tmp_path):
