@@ -161,7 +161,7 @@ def test_spectrum_report(tmp_path):
         torch.testing.assert_close(entry.values, svd, rtol=1e-6, atol=1e-7)
     first = report[0]
     assert first.guarded == 9 and sum(entry.guarded for entry in report[1:]) == 0
-    assert first.condition[2] > 1e7 and not torch.isfinite(first.condition[1])
+    assert first.condition[2] > 1e7 and torch.isinf(first.condition[1])
     assert torch.equal(first.condition[0], first.values[0, 0] / first.values[0, -1])
     rows = spectrum_report(model, "rows")
     assert len(rows) == 2 and rows[0].side == "output"
@@ -171,6 +171,7 @@ def test_spectrum_report(tmp_path):
 
     table = spectrum_table(report).splitlines()
     assert len(table) == 2 + 14 + 1
+    assert table[-1].startswith("| all 14 |") and table[-1].endswith("| 9 of 768 |")
     assert table[2].startswith("| model.layers.0.self_attn.q_proj | 6 x 8 |") and "| 9 of 48 |" in table[2]
     plot_spectrum(report, tmp_path / "spectrum.png")
     from PIL import Image
