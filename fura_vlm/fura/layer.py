@@ -435,13 +435,17 @@ class FuraLinear(nn.Module, FuraLayer):
         """Loads as always, but refuses the tensors of an adapter with other blocks.
 
         Raises:
-            FuraError: a tensor has another shape, or the singular values are trained in one of the two only.
+            FuraError: a tensor has another shape, is missing, or is trained in one of the two only.
         """
+        parts = ("fura_dR", "fura_ds", "fura_V", "fura_s0")
         for name in self.fura_dR:
-            if f"{prefix}fura_dR.{name}" not in state_dict:
+            saved = {part: state_dict.get(f"{prefix}{part}.{name}") for part in parts}
+            if all(tensor is None for tensor in saved.values()):
                 continue
-            for part in ("fura_dR", "fura_ds", "fura_V", "fura_s0"):
-                tensors = state_dict.get(f"{prefix}{part}.{name}"), dict(getattr(self, part)).get(name)
+            for part, tensor in saved.items():
+                if tensor is None and part in ("fura_V", "fura_s0"):
+                    continue  # only what is trained was saved; the basis stays
+                tensors = tensor, dict(getattr(self, part)).get(name)
                 there, here = ("none" if t is None else list(getattr(t, "ds_shape", t.shape)) for t in tensors)
                 if there != here:
                     raise FuraError(
@@ -459,9 +463,11 @@ class FuraLinear(nn.Module, FuraLayer):
         return quantization_extra_repr(self)
 
 
+def matches_pattern(pattern: str, module_name: str) -> bool:
+    """Whether a key of block_size_pattern matches the module's full name, or a part of it after a dot."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module_name) is not None
+
+
 def _pattern_value(patterns: dict[str, int], module_name: str) -> int | None:
-    """The value of the first pattern that matches the module's full name, or a part of it after a dot."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module_name):
-            return value
-    return None
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if matches_pattern(pattern, module_name)), None)

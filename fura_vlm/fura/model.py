@@ -17,7 +17,7 @@ from torch import nn
 
 from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.errors import FuraError
-from fura_vlm.fura.layer import FuraLayer, FuraLinear
+from fura_vlm.fura.layer import FuraLayer, FuraLinear, matches_pattern
 from fura_vlm.fura.weights import compare_fingerprints, dense_weight, fingerprint, gathered
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,14 @@ class FuraModel(BaseTuner):
                 len(single),
                 single[0].fura_blocks[adapter_name][1],
             )
-        for entry in _idle(config.target_modules, [layer.module_name for layer in layers]):
-            logger.warning("FuRA: %r in target_modules matches no module.", entry)
+        names = [layer.module_name for layer in layers]
+        listed = [] if isinstance(config.target_modules, str) else config.target_modules
+        for entry in sorted(listed):
+            if not any(f".{name}".endswith(f".{entry}") for name in names):
+                logger.warning("FuRA: %r in target_modules matches no module.", entry)
+        for pattern in config.block_size_pattern:
+            if not any(matches_pattern(pattern, name) for name in names):
+                logger.warning("FuRA: %r in block_size_pattern matches no adapted module.", pattern)
         if config.base_fingerprint is None and all(layer.fingerprint for layer in layers):
             # a copy: the caller's configuration is not tied to this base, and may be used for another one
             config = self.peft_config[adapter_name] = copy.copy(config)
@@ -236,12 +242,6 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
-def _idle(target_modules: set[str] | list[str] | str, adapted: list[str]) -> list[str]:
-    """Entries of a list of target_modules that none of the adapted modules ends in: misspelt, most likely."""
-    entries = [] if isinstance(target_modules, str) else target_modules
-    return sorted(entry for entry in entries if not any(f".{name}".endswith(f".{entry}") for name in adapted))
-
-
 def _name_adapters(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     """Forward pre-hook: pass the samples' adapter names to a layer."""
     return args, {**kwargs, "adapter_names": adapter_names}
@@ -253,7 +253,7 @@ def _check_linear(target: nn.Module, parent: nn.Module, name: str, backend: Quan
     if not linear or isinstance(target, BaseTunerLayer):
         raise FuraError(
             f"{name}: FuRA adapts torch.nn.Linear, plain or quantised, and this is {type(target).__name__}; "
-            "take it out of target_modules."
+            "leave it out of target_modules, or name it in exclude_modules."
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise FuraError(f"{name}: torch.nn.MultiheadAttention reads its weight without calling it; exclude it.")

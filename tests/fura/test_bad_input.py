@@ -30,8 +30,12 @@ def test_target_that_matches_nothing():
 
 def test_an_entry_that_matches_nothing_is_named(caplog):
     with caplog.at_level("WARNING", logger="fura_vlm"):
-        get_peft_model(tiny_llama(), FuraConfig(target_modules=["q_proj", "v_porj", "layers.0.self_attn.k_proj"]))
-    assert caplog.messages == ["FuRA: 'v_porj' in target_modules matches no module."]
+        targets = ["q_proj", "v_porj", "layers.0.self_attn.k_proj"]
+        get_peft_model(tiny_llama(), FuraConfig(target_modules=targets, block_size_pattern={r"0\..*k_proj": 6, "k": 8}))
+    assert caplog.messages == [
+        "FuRA: 'v_porj' in target_modules matches no module.",
+        "FuRA: 'k' in block_size_pattern matches no adapted module.",
+    ]
 
 
 TOWER = r"^model\.vision_tower\..*exclude_modules=r'\.\*vision_tower\.\*'"
@@ -122,6 +126,11 @@ def test_an_adapter_with_other_blocks_is_not_loaded_into_this_one(tmp_path):
         model.load_adapter(tmp_path / "two", "default")
     with pytest.raises(FuraError, match=first + r"fura_ds is none .*train_singular_values"):
         model.load_adapter(tmp_path / "frozen", "default")
+    state = {key: value for key, value in model.state_dict().items() if ".fura_" in key}
+    basis = {key: value for key, value in state.items() if "fura_V" in key}
+    with pytest.raises(FuraError, match=first + "fura_dR is none"):
+        model.load_state_dict(basis, strict=False)
+    model.load_state_dict({key: value for key, value in state.items() if key not in basis}, strict=False)
     model.load_adapter(tmp_path / "two", "beside")
     assert fura_layers(model)[0].fura_blocks == {"default": (6, 8), "beside": (2, 24)}
 

@@ -126,6 +126,18 @@ def test_saved_basis_is_used_not_the_machines_own(case, tmp_path):
     close(logits(other), expected)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_into_an_adapter_in_use(low_cpu_mem_usage, tmp_path):
+    """What was kept for answering with the former values is forgotten."""
+    other = adapted(CASES["llama"], seed=1)
+    other.save_pretrained(tmp_path)
+    model = adapted(CASES["llama"])
+    before = logits(model)
+    model.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)
+    close(logits(model), logits(other))
+    assert (logits(model) - before).abs().max() > 1e-3
+
+
 def test_a_saved_configuration_starts_a_fresh_adapter_too(case, tmp_path):
     """get_peft_model with a loaded configuration: no weights follow, the basis is computed on use."""
     adapted(case).save_pretrained(tmp_path)
