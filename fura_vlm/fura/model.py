@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -68,7 +69,7 @@ class FuraModel(BaseTuner):
         self._shared_weights = _shared_weights(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """Add an adapter; see the base class. One log line says how many singular values were guarded."""
+        """Add an adapter; see the base class. What a user may not have meant is said in one log line each."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -76,30 +77,8 @@ class FuraModel(BaseTuner):
             raise
         config = self.peft_config[adapter_name]
         layers = [layer for layer in _fura_layers(model) if adapter_name in layer.fura_side]
-        guarded = sum(layer.fura_guarded.get(adapter_name, 0) for layer in layers)
-        if guarded:
-            logger.warning(
-                "FuRA: %d of %d singular values lie below the floor of their block and are raised to it.",
-                guarded,
-                sum(layer.fura_s0[adapter_name].numel() for layer in layers),
-            )
-        unasked = config.num_blocks is None and config.block_size is None and not config.block_size_pattern
-        single = [layer for layer in layers if layer.fura_blocks[adapter_name][0] == 1]
-        if unasked and single:
-            logger.warning(
-                "FuRA: %s (of %d such) has a prime dimension, %d, and is one single block.",
-                single[0].module_name,
-                len(single),
-                single[0].fura_blocks[adapter_name][1],
-            )
-        names = [layer.module_name for layer in layers]
-        listed = [] if isinstance(config.target_modules, str) else config.target_modules
-        for entry in sorted(listed):
-            if not any(f".{name}".endswith(f".{entry}") for name in names):
-                logger.warning("FuRA: %r in target_modules matches no module.", entry)
-        for pattern in config.block_size_pattern:
-            if not any(matches_pattern(pattern, name) for name in names):
-                logger.warning("FuRA: %r in block_size_pattern matches no adapted module.", pattern)
+        for message in _oddities(config, adapter_name, layers):
+            logger.warning("FuRA: %s", message)
         if config.base_fingerprint is None and all(layer.fingerprint for layer in layers):
             # a copy: the caller's configuration is not tied to this base, and may be used for another one
             config = self.peft_config[adapter_name] = copy.copy(config)
@@ -228,6 +207,28 @@ class FuraModel(BaseTuner):
 
 def _fura_layers(model: nn.Module) -> list[FuraLayer]:
     return [module for module in model.modules() if isinstance(module, FuraLayer)]
+
+
+def _oddities(config: FuraConfig, adapter_name: str, layers: list[FuraLayer]) -> Iterator[str]:
+    """What of a new adapter is worth a word: values raised to the floor, blocks of a whole weight, idle entries."""
+    guarded = sum(layer.fura_guarded.get(adapter_name, 0) for layer in layers)
+    if guarded:
+        total = sum(layer.fura_s0[adapter_name].numel() for layer in layers)
+        yield f"{guarded} of {total} singular values lie below the floor of their block and are raised to it."
+    unasked = config.num_blocks is None and config.block_size is None and not config.block_size_pattern
+    single = [layer for layer in layers if layer.fura_blocks[adapter_name][0] == 1]
+    if unasked and single:
+        size = single[0].fura_blocks[adapter_name][1]
+        yield (
+            f"{single[0].module_name} (of {len(single)} such) has a prime dimension, {size}, and is one single block."
+        )
+    names = [layer.module_name for layer in layers]
+    for entry in sorted([] if isinstance(config.target_modules, str) else config.target_modules):
+        if not any(f".{name}".endswith(f".{entry}") for name in names):
+            yield f"{entry!r} in target_modules matches no module."
+    for pattern in config.block_size_pattern:
+        if not any(matches_pattern(pattern, name) for name in names):
+            yield f"{pattern!r} in block_size_pattern matches no adapted module."
 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
