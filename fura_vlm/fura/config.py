@@ -48,12 +48,13 @@ class FuraConfig(PeftConfig):
         singular_floor: singular values below this fraction of their block's largest are treated as if they
             were that large where the method divides by them. None takes the resolution (eps) of the base
             weight's dtype: below it, a direction is rounding error of the stored weight.
-        basis_dtype: dtype in which the frozen basis is kept: ``"float32"``, ``"float64"`` or ``"bfloat16"``.
-            None takes float64 over a float64 base and float32 otherwise.
+        basis_dtype: dtype in which the frozen basis is kept, also when the model is cast: ``"float32"``,
+            ``"float64"`` or ``"bfloat16"``. None takes float64 over a float64 base and float32 otherwise.
         delta_only: the adapter holds the finished block matrices ``D`` alone, for inference. Set by
             [`export_delta`], not by hand.
         base_fingerprint: what the adapter was made for, module name to fingerprint. Filled in when the
-            adapter is made; when it is loaded, the base model is checked against it.
+            adapter is made, in the model's copy of the configuration; when the adapter is loaded, the base
+            model is checked against it.
 
     Raises:
         FuraError: a field has a value outside the above, or two fields exclude each other.
