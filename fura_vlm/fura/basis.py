@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from fura_vlm.fura import kernels
+from fura_vlm.fura.errors import FuraError
 
 # Memory for the float64 copies that one step of the decomposition may make, unless a single block needs more.
 CHUNK_BYTES = 256 * 2**20
@@ -30,20 +31,20 @@ def block_shape(n: int, num_blocks: int | None, block_size: int | None, module: 
     """Number and size of the blocks, ``(N, b)``, into which an axis of length ``n`` is cut.
 
     Raises:
-        ValueError: ``n`` cannot be cut as asked; or, nothing being asked, ``n`` is prime or so lopsided that
+        FuraError: ``n`` cannot be cut as asked; or, nothing being asked, ``n`` is prime or so lopsided that
             its closest factor pair has a block more than ``MAX_BLOCK_RATIO`` times ``sqrt(n)``. A small
             prime, which makes a single small block, passes.
     """
     for what, wanted in (("block_size", block_size), ("num_blocks", num_blocks)):
         if wanted is not None and n % wanted:
-            raise ValueError(f"{module}: {what}={wanted} does not divide its dimension {n}; choose a divisor.")
+            raise FuraError(f"{module}: {what}={wanted} does not divide its dimension {n}; choose a divisor.")
     if block_size is not None:
         return n // block_size, block_size
     if num_blocks is not None:
         return num_blocks, n // num_blocks
     blocks, size = factor_pair(n)
     if size > MAX_BLOCK_RATIO * math.sqrt(n):
-        raise ValueError(
+        raise FuraError(
             f"{module}: its dimension {n} cuts into no better blocks than {blocks} of {size}, which trains "
             f"{n * size:,} parameters; accept that with block_size_pattern={{{module!r}: {size}}}, or leave "
             "the module out with exclude_modules."

@@ -7,6 +7,8 @@ from enum import Enum
 
 from peft import PeftConfig
 
+from fura_vlm.fura.errors import FuraError
+
 BASIS_DTYPES = ("float32", "float64", "bfloat16")
 
 
@@ -46,15 +48,16 @@ class FuraConfig(PeftConfig):
         singular_floor: singular values below this fraction of their block's largest are treated as if they
             were that large where the method divides by them. None takes the resolution (eps) of the base
             weight's dtype: below it, a direction is rounding error of the stored weight.
-        basis_dtype: dtype in which the frozen basis is kept: ``"float32"``, ``"float64"`` or ``"bfloat16"``.
-            None takes float64 over a float64 base and float32 otherwise.
+        basis_dtype: dtype in which the frozen basis is kept, also when the model is cast: ``"float32"``,
+            ``"float64"`` or ``"bfloat16"``. None takes float64 over a float64 base and float32 otherwise.
         delta_only: the adapter holds the finished block matrices ``D`` alone, for inference. Set by
             [`export_delta`], not by hand.
         base_fingerprint: what the adapter was made for, module name to fingerprint. Filled in when the
-            adapter is made; when it is loaded, the base model is checked against it.
+            adapter is made, in the model's copy of the configuration; when the adapter is loaded, the base
+            model is checked against it.
 
     Raises:
-        ValueError: a field has a value outside the above, or two fields exclude each other.
+        FuraError: a field has a value outside the above, or two fields exclude each other.
     """
 
     target_modules: list[str] | str | None = field(default=None)
@@ -85,19 +88,19 @@ class FuraConfig(PeftConfig):
 
         by_layer = self.layers_to_transform is not None or self.layers_pattern
         if isinstance(self.target_modules, str) and by_layer:
-            raise ValueError(
+            raise FuraError(
                 "FuraConfig: `layers_to_transform` and `layers_pattern` need `target_modules` to be a list."
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("FuraConfig: `layers_pattern` needs `layers_to_transform`.")
+            raise FuraError("FuraConfig: `layers_pattern` needs `layers_to_transform`.")
         if self.num_blocks is not None and self.block_size is not None:
-            raise ValueError("FuraConfig: give `num_blocks` or `block_size`, not both.")
+            raise FuraError("FuraConfig: give `num_blocks` or `block_size`, not both.")
         for name in ("num_blocks", "block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"FuraConfig: `{name}` must be at least 1, not {value}.")
+                raise FuraError(f"FuraConfig: `{name}` must be at least 1, not {value}.")
         if self.singular_floor is not None and not 0 < self.singular_floor < 1:
-            raise ValueError(f"FuraConfig: `singular_floor` must lie between 0 and 1, not {self.singular_floor}.")
+            raise FuraError(f"FuraConfig: `singular_floor` must lie between 0 and 1, not {self.singular_floor}.")
         for name, allowed in (
             ("bias", ("none", "all", "fura_only")),
             ("train_side", ("input", "output")),
@@ -105,4 +108,4 @@ class FuraConfig(PeftConfig):
         ):
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"FuraConfig: `{name}` must be one of {allowed}, not {value!r}.")
+                raise FuraError(f"FuraConfig: `{name}` must be one of {allowed}, not {value!r}.")

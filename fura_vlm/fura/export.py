@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.layer import FuraLayer
 
 
@@ -32,12 +33,10 @@ def export_delta(
         The folder that holds ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     Raises:
-        ValueError: there is no such adapter.
+        FuraError: there is no such adapter.
     """
     if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"export_delta: there is no adapter {adapter_name!r}; there is {', '.join(model.peft_config)}."
-        )
+        raise FuraError(f"export_delta: there is no adapter {adapter_name!r}; there is {', '.join(model.peft_config)}.")
     state = model.state_dict()
     for name, layer in model.named_modules():
         if isinstance(layer, FuraLayer) and adapter_name in layer.fura_side:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from fura_vlm.fura.basis import decompose, relative_floor
+from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.layer import FuraLayer
-from fura_vlm.fura.weights import dense_weight, gathered
+from fura_vlm.fura.weights import gathered
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Spectrum:
     @property
     def condition(self) -> torch.Tensor:
         """Largest over smallest singular value of each block: ``(N,)``; inf if rank-deficient."""
-        return self.values[:, 0] / self.values[:, -1]
+        return (self.values[:, 0] / self.values[:, -1]).nan_to_num(torch.inf)
 
     @property
     def guarded(self) -> int:
@@ -51,20 +52,19 @@ def spectrum_report(model: nn.Module, adapter_name: str = "default") -> list[Spe
         adapter_name: which adapter; its blocks and floor are taken.
 
     Raises:
-        ValueError: the model has no such adapter, or it is merged.
+        FuraError: the model has no such adapter, or it is merged.
     """
     layers = [m for m in model.modules() if isinstance(m, FuraLayer) and adapter_name in m.fura_side]
     if not layers:
-        raise ValueError(f"spectrum_report: the model has no FuRA adapter {adapter_name!r}.")
+        raise FuraError(f"spectrum_report: the model has no FuRA adapter {adapter_name!r}.")
     if any(layer.merged for layer in layers):
-        raise ValueError("spectrum_report: an adapter is merged into the base; call unmerge_adapter() first.")
+        raise FuraError("spectrum_report: an adapter is merged into the base; call unmerge_adapter() first.")
     config = model.peft_config[adapter_name]
     report = []
     for layer in layers:
-        base = layer.get_base_layer()
         side, (N, b) = layer.fura_side[adapter_name], layer.fura_blocks[adapter_name]
-        with gathered(base):
-            weight = dense_weight(base, layer.quantization_backend)
+        with gathered(layer.get_base_layer()):
+            weight = layer.get_base_weight()
             _, values = decompose(weight if side == "input" else weight.T, N)
         floor = relative_floor(config.singular_floor, weight.dtype)
         report.append(Spectrum(layer.module_name, side, b, values.cpu(), floor))
@@ -96,40 +96,61 @@ def spectrum_table(report: list[Spectrum]) -> str:
 
 def plot_spectrum(report: list[Spectrum], path: str | os.PathLike) -> None:
     """Draw the report: condition numbers along the layers, and the shape of the spectra, one colour per kind
-    of layer.
+    of layer. Guarded directions are counted in the legend and the title.
 
     Args:
         path: the picture to write; its suffix names the format (png, svg, pdf).
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
-    kinds = sorted({entry.module.rpartition(".")[2] for entry in report})
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    kinds: dict[str, list[Spectrum]] = {}
+    for entry in report:
+        kinds.setdefault(entry.module.rpartition(".")[2], []).append(entry)
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     by_layer, by_index = figure.subplots(1, 2)
-    for i, kind in enumerate(kinds):
-        entries = [entry for entry in report if entry.module.rpartition(".")[2] == kind]
-        where = range(len(entries))
-        worst = [entry.condition.max().item() for entry in entries]
-        median = [entry.condition.median().item() for entry in entries]
-        by_layer.plot(where, median, color=f"C{i}", marker="o", markersize=3, label=kind)
-        by_layer.plot(where, worst, color=f"C{i}", linestyle=":", marker="x", markersize=4)
+    smallest = 1.0
+    for i, (kind, entries) in enumerate(kinds.items()):
+        color = f"C{i % 10}"
+        entries = sorted(entries, key=_layer_number)
+        where = [_layer_number(entry) for entry in entries]
+        guarded = sum(entry.guarded for entry in entries)
+        by_layer.plot(
+            where, [entry.condition.median() for entry in entries], color=color, marker="o", markersize=3,
+            label=f"{kind}, {guarded:,} guarded" if guarded else kind,
+        )  # fmt: skip
+        worst = [entry.condition.max() for entry in entries]
+        by_layer.plot(where, worst, color=color, linestyle=":", marker="x", markersize=4)
         for entry in entries:
             scaled = (entry.values / entry.values[:, :1].clamp(min=torch.finfo(torch.float64).tiny)).mean(0)
-            position = torch.linspace(0, 1, len(scaled))
-            by_index.plot(position, scaled, color=f"C{i}", alpha=0.4, linewidth=1)
-    by_index.axhline(report[0].floor, color="black", linestyle="--", linewidth=1, label="floor")
+            smallest = min(smallest, scaled[scaled > 0].min().item())
+            by_index.plot(torch.linspace(0, 1, len(scaled)), scaled, color=color, alpha=0.5, linewidth=1)
+    floor = max(entry.floor for entry in report)
+    note = f"floor {floor:.1e}"
+    if floor > smallest / 30:  # else it would squeeze the curves
+        by_index.axhline(floor, color="black", linestyle="--", linewidth=1)
+        note += ", dashed"
+    total, guarded = sum(entry.values.numel() for entry in report), sum(entry.guarded for entry in report)
     by_layer.set(
         yscale="log",
-        xlabel="layer",
+        xlabel="layer (-1: outside the stack)" if any(_layer_number(entry) < 0 for entry in report) else "layer",
         ylabel="condition number of a block",
-        title="median (o) and worst block (x)",
+        title="conditioning: median block (o), worst block (x)",
     )
+    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_index.set(
         yscale="log",
-        xlabel="place in the spectrum",
-        ylabel="s / largest s, mean over blocks",
-        title="singular values",
+        xlabel="place in the spectrum, from largest to smallest",
+        ylabel="s / largest s, mean over a layer's blocks",
+        title=f"singular values: {guarded:,} of {total:,} guarded ({note})",
     )
-    by_layer.legend(fontsize="small")
-    by_index.legend(fontsize="small")
+    for axes in (by_layer, by_index):
+        for which in ("major", "minor"):
+            getattr(axes.yaxis, f"set_{which}_formatter")(LogFormatter(minor_thresholds=(2, 0.5)))
+    figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def _layer_number(entry: Spectrum) -> int:
+    """The number in a module's name, such as 3 in ``model.layers.3.self_attn.q_proj``; -1 if it has none."""
+    return next((int(part) for part in entry.module.split(".") if part.isdigit()), -1)

@@ -24,12 +24,14 @@ from fura_vlm.fura.basis import (
     relative_floor,
 )
 from fura_vlm.fura.config import FuraConfig
+from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.weights import (
     SavedWeight,
     dense_weight,
     fingerprint,
     gathered,
     is_partitioned,
+    is_whole,
     keep_differentiable,
 )
 
@@ -86,17 +88,17 @@ class FuraLayer(BaseTunerLayer):
         about to be loaded with the weights, and is computed on first use only if it was not.
 
         Raises:
-            ValueError: the weight is not 2-D, holds NaN or Inf, or its dimension cannot be cut into blocks.
-            TypeError: the weight is quantised in a way that cannot be dequantised.
+            FuraError: the weight is not 2-D, holds NaN or Inf, cannot be dequantised, or its dimension cannot
+                be cut into blocks.
         """
         layer = self.get_base_layer()
         weight = getattr(layer, "weight", None)
         shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
         if self.quantization_backend is None and len(shape) != 2:
-            raise ValueError(f"{self.module_name}: FuRA adapts 2-D weights and this one has shape {shape}; exclude it.")
+            raise FuraError(f"{self.module_name}: FuRA adapts 2-D weights and this one has shape {shape}; exclude it.")
 
         if not inference_mode:
-            keep_differentiable(layer, self.module_name)
+            keep_differentiable(layer, self.quantization_backend, self.module_name)
 
         dim, other = self.in_features, self.out_features
         if config.train_side == "output":
@@ -108,8 +110,7 @@ class FuraLayer(BaseTunerLayer):
             N, b = block_shape(dim, config.num_blocks, config.block_size, self.module_name)
         r = min(b, other)
 
-        device, _ = self._get_base_layer_device_and_dtype(layer)
-        dtype = self.base_dtype
+        device, dtype = self.base_device, self.base_dtype
         basis_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if config.basis_dtype is not None:
             basis_dtype = getattr(torch, config.basis_dtype)
@@ -137,31 +138,46 @@ class FuraLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @property
+    def base_device(self) -> torch.device | None:
+        layer = self.get_base_layer()
+        device, _ = self._get_base_layer_device_and_dtype(layer)
+        if device is None and getattr(layer, "device", None) is not None:  # HQQ: no weight to ask
+            device = torch.device(layer.device)
+        return device
+
+    @property
     def base_dtype(self) -> torch.dtype:
         """The dtype the base layer computes in; float32 where a quantised layer does not say."""
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return dtype if dtype is not None and dtype.is_floating_point else torch.float32
 
+    def get_base_weight(self) -> torch.Tensor:
+        """The base weight ``(out, in)``, dequantised if need be. Not a copy otherwise.
+
+        Raises:
+            FuraError: it is quantised in a way that cannot be dequantised.
+        """
+        try:
+            return dense_weight(self.get_base_layer(), self.quantization_backend)
+        except (TypeError, NotImplementedError) as error:
+            raise FuraError(
+                f"{self.module_name}: its {self.quantization_backend.backend_name} weight cannot be dequantised, "
+                "which making a basis and merging need; do that over a base that can be, such as NF4 or a dense "
+                "one, and load the adapter over this one."
+            ) from error
+
+    @torch.inference_mode(False)  # the basis may be made by the first use, and trained with later
     @torch.no_grad()
     def compute_basis(self, adapter_name: str) -> None:
         """Decompose the base weight into the adapter's V and s0, and take the weight's fingerprint.
 
         Raises:
-            ValueError: the weight holds NaN or Inf.
-            TypeError: the weight is quantised in a way that cannot be dequantised.
+            FuraError: the weight holds NaN or Inf, or cannot be dequantised.
         """
-        layer = self.get_base_layer()
-        with gathered(layer):
-            try:
-                weight = dense_weight(layer, self.quantization_backend)
-            except (TypeError, NotImplementedError) as error:
-                raise TypeError(
-                    f"{self.module_name}: its {self.quantization_backend.backend_name} weight cannot be "
-                    "dequantised, so it has no basis here; train over a base that can be, such as NF4, "
-                    "and load the adapter over this one."
-                ) from error
+        with gathered(self.get_base_layer()):
+            weight = self.get_base_weight()
             if not torch.isfinite(weight).all():
-                raise ValueError(f"{self.module_name}: the base weight holds NaN or Inf; repair or exclude it.")
+                raise FuraError(f"{self.module_name}: the base weight holds NaN or Inf; repair or exclude it.")
             self.fingerprint = fingerprint(weight, self.quantization_backend)
             # the output side is the input side of the transposed weight
             oriented = weight if self.fura_side[adapter_name] == "input" else weight.T
@@ -209,7 +225,7 @@ class FuraLayer(BaseTunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What the adapter adds to the base weight: ``(out, in)``, in float32 or wider."""
-        weight = dense_weight(self.get_base_layer(), self.quantization_backend)
+        weight = self.get_base_weight()
         return self._adapted(weight, [adapter_name]) - weight
 
     def _adapted(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
@@ -231,8 +247,7 @@ class FuraLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
         """Move an adapter to the base layer's device. Its dtypes stay: the base's may be coarser."""
-        if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = self.base_device if device is None else device
         self._kept_blocks.clear()
         for tensors in (self.fura_dR, self.fura_ds, self.fura_V, self.fura_s0, self.fura_D):
             if device is not None and adapter_name in tensors and not tensors[adapter_name].is_meta:
@@ -255,8 +270,19 @@ class FuraLinear(nn.Module, FuraLayer):
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True) -> FuraLinear:
-        self._kept_blocks.clear()  # moves to another device, or to another dtype
-        return super()._apply(fn, recurse)
+        """Moves the layer as always, but its basis keeps its dtype (`basis_dtype`) when the model is cast.
+
+        In float16 a small ``s0`` would become the zero that ``ds`` is divided by.
+        """
+        self._kept_blocks.clear()
+        before = {part: dict(getattr(self, part)) for part in ("fura_V", "fura_s0")}
+        super()._apply(fn, recurse)
+        for part, tensors in before.items():
+            for name, tensor in tensors.items():
+                now = getattr(self, part)[name]
+                if now.dtype != tensor.dtype:
+                    getattr(self, part)[name] = tensor.to(now.device)
+        return self
 
     def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
         """``x (..., in)`` to ``(..., out)``; while untrained, the base layer's own result bit for bit.
@@ -331,6 +357,7 @@ class FuraLinear(nn.Module, FuraLayer):
         layer = self.base_layer
         return (
             type(layer) is nn.Linear
+            and self.quantization_backend is None
             and not (layer.weight.requires_grad or layer.bias is not None and layer.bias.requires_grad)
             and not (layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"))
             and not is_partitioned(layer.weight)
@@ -338,7 +365,7 @@ class FuraLinear(nn.Module, FuraLayer):
 
     def _forward_mixed(self, x: torch.Tensor, adapter_names: list[str], *args, **kwargs) -> torch.Tensor:
         if len(adapter_names) != len(x):
-            raise ValueError(
+            raise FuraError(
                 f"{self.module_name}: its input holds {len(x)} samples, adapter_names {len(adapter_names)}."
             )
         y = x.new_empty(*x.shape[:-1], self.out_features)
@@ -360,21 +387,21 @@ class FuraLinear(nn.Module, FuraLayer):
             adapter_names: adapters to merge; None: the active ones.
 
         Raises:
-            ValueError: safe_merge found NaN or Inf.
-            RuntimeError: the weight is partitioned by ZeRO-3.
+            FuraError: safe_merge found NaN or Inf; the weight cannot be dequantised, or is partitioned.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fura_side]
         if not names:
             return
-        if is_partitioned(self.get_base_layer().weight):
-            raise RuntimeError(
-                f"{self.module_name}: its weight is partitioned by ZeRO-3; save the adapter, merge it in one process."
+        if not is_whole(self.get_base_layer()):
+            raise FuraError(
+                f"{self.module_name}: its weight is partitioned over processes; save the adapter and merge it in "
+                "one process, or merge inside deepspeed.zero.GatheredParameters."
             )
         if self.merged:
             names = self.merged_adapters + names
             self.unmerge()
         layer = self.get_base_layer()
-        original = dense_weight(layer, self.quantization_backend)
+        original = self.get_base_weight()
         weight = self._adapted(original, names)
         if safe_merge:
             self._check_finite(weight, names)
@@ -384,15 +411,14 @@ class FuraLinear(nn.Module, FuraLayer):
 
     @torch.no_grad()
     def check_merge(self, adapter_names: list[str]) -> None:
-        """Raise ValueError, as `merge(safe_merge=True)` would, without merging."""
+        """Raise FuraError, as `merge(safe_merge=True)` would, without merging."""
         names = [name for name in adapter_names if name in self.fura_side and name not in self.merged_adapters]
-        weight = dense_weight(self.get_base_layer(), self.quantization_backend)
-        self._check_finite(self._adapted(weight, names), names)
+        self._check_finite(self._adapted(self.get_base_weight(), names), names)
 
     def _check_finite(self, weight: torch.Tensor, adapter_names: list[str]) -> None:
         if not torch.isfinite(weight).all():
             names = ", ".join(adapter_names)
-            raise ValueError(f"{self.module_name}: merging {names} gives NaN or Inf; the adapter is broken.")
+            raise FuraError(f"{self.module_name}: merging {names} gives NaN or Inf; the adapter is broken.")
 
     def unmerge(self) -> None:
         """Put the original base weight back, exactly."""
@@ -405,6 +431,31 @@ class FuraLinear(nn.Module, FuraLayer):
         self._unmerged = None
         self.merged_adapters = []
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """Loads as always, but refuses the tensors of an adapter with other blocks.
+
+        Raises:
+            FuraError: a tensor has another shape, is missing, or is trained in one of the two only.
+        """
+        parts = ("fura_dR", "fura_ds", "fura_V", "fura_s0")
+        for name in self.fura_dR:
+            saved = {part: state_dict.get(f"{prefix}{part}.{name}") for part in parts}
+            if all(tensor is None for tensor in saved.values()):
+                continue
+            for part, tensor in saved.items():
+                if tensor is None and part in ("fura_V", "fura_s0"):
+                    continue  # only what is trained was saved; the basis stays
+                tensors = tensor, dict(getattr(self, part)).get(name)
+                there, here = ("none" if t is None else list(getattr(t, "ds_shape", t.shape)) for t in tensors)
+                if there != here:
+                    raise FuraError(
+                        f"{self.module_name}: the saved adapter's {part} is {there} and that of adapter {name!r} "
+                        f"{here}; load it under another name, or add the adapter with the blocks and "
+                        "train_singular_values of the saved one."
+                    )
+        self._kept_blocks.clear()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def __repr__(self) -> str:
         return "fura." + super().__repr__()
 
@@ -412,9 +463,11 @@ class FuraLinear(nn.Module, FuraLayer):
         return quantization_extra_repr(self)
 
 
+def matches_pattern(pattern: str, module_name: str) -> bool:
+    """Whether a key of block_size_pattern matches the module's full name, or a part of it after a dot."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module_name) is not None
+
+
 def _pattern_value(patterns: dict[str, int], module_name: str) -> int | None:
-    """The value of the first pattern that matches the module's full name, or a part of it after a dot."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module_name):
-            return value
-    return None
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if matches_pattern(pattern, module_name)), None)

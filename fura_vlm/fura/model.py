@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
 from fura_vlm.fura.config import FuraConfig
-from fura_vlm.fura.layer import FuraLayer, FuraLinear
+from fura_vlm.fura.errors import FuraError
+from fura_vlm.fura.layer import FuraLayer, FuraLinear, matches_pattern
 from fura_vlm.fura.weights import compare_fingerprints, dense_weight, fingerprint, gathered
 
 logger = logging.getLogger(__name__)
@@ -24,11 +28,11 @@ class FuraModel(BaseTuner):
     """A model with FuRA adapters; made by `peft.get_peft_model` and `peft.PeftModel.from_pretrained`.
 
     Raises (from adding or loading an adapter, which leaves the model as it was):
-        ValueError: a target matches nothing (PEFT's NoMatchingPeftModuleError, a ValueError); it lies in the
-            vision tower of a vision-language model without being named there; its weight is tied, is not 2-D,
-            holds NaN or Inf, or has a dimension that cannot be cut into blocks; the base model is not the one
-            a loaded adapter was made for.
-        TypeError: a target is not a Linear, or its quantisation cannot be dequantised.
+        NoMatchingPeftModuleError: no target matches anything; PEFT's own, a ValueError.
+        FuraError: a target is not a Linear; it lies in the vision tower of a vision-language model without being
+            named there; its weight is tied, is not 2-D, holds NaN or Inf, cannot be dequantised, is offloaded,
+            or has a dimension that cannot be cut into blocks; the base model is not the one a loaded adapter
+            was made for.
     """
 
     prefix: str = "fura_"
@@ -43,7 +47,7 @@ class FuraModel(BaseTuner):
     def _prepare_model(self, peft_config: FuraConfig, model: nn.Module) -> None:
         """What can be refused before the model is touched."""
         if peft_config.delta_only and not peft_config.inference_mode:
-            raise ValueError(
+            raise FuraError(
                 "FuRA: this adapter was exported for inference and cannot be trained; load the full adapter "
                 "instead, or this one with is_trainable=False."
             )
@@ -52,6 +56,12 @@ class FuraModel(BaseTuner):
             warnings.warn("An adapter is merged; it is unmerged before another one is added.", stacklevel=2)
             for layer in merged:
                 layer.unmerge()
+        offloaded = next((name for name, p in model.named_parameters() if p.is_meta), None)
+        if offloaded and getattr(model, "hf_device_map", None):
+            raise FuraError(
+                f"{offloaded.rpartition('.')[0]}: accelerate keeps its weight on CPU or disk until it is used, and "
+                "FuRA needs it in place; load the base without offloading, quantised if it is too large."
+            )
         if peft_config.base_fingerprint is None:
             _check_vision(model, peft_config, self._check_target_module_exists)
         else:
@@ -59,7 +69,7 @@ class FuraModel(BaseTuner):
         self._shared_weights = _shared_weights(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """Add an adapter; see the base class. One log line says how many singular values were guarded."""
+        """Add an adapter; see the base class. What a user may not have meant is said in one log line each."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -67,23 +77,11 @@ class FuraModel(BaseTuner):
             raise
         config = self.peft_config[adapter_name]
         layers = [layer for layer in _fura_layers(model) if adapter_name in layer.fura_side]
-        guarded = sum(layer.fura_guarded.get(adapter_name, 0) for layer in layers)
-        if guarded:
-            logger.warning(
-                "FuRA: %d of %d singular values lie below the floor of their block and are raised to it.",
-                guarded,
-                sum(layer.fura_s0[adapter_name].numel() for layer in layers),
-            )
-        unasked = config.num_blocks is None and config.block_size is None and not config.block_size_pattern
-        single = [layer for layer in layers if layer.fura_blocks[adapter_name][0] == 1]
-        if unasked and single:
-            logger.warning(
-                "FuRA: %s (of %d such) has a prime dimension, %d, and is one single block.",
-                single[0].module_name,
-                len(single),
-                single[0].fura_blocks[adapter_name][1],
-            )
+        for message in _oddities(config, adapter_name, layers):
+            logger.warning("FuRA: %s", message)
         if config.base_fingerprint is None and all(layer.fingerprint for layer in layers):
+            # a copy: the caller's configuration is not tied to this base, and may be used for another one
+            config = self.peft_config[adapter_name] = copy.copy(config)
             config.base_fingerprint = {layer.module_name: layer.fingerprint for layer in layers}
 
     def _create_and_replace(
@@ -92,14 +90,14 @@ class FuraModel(BaseTuner):
         if isinstance(target, FuraLinear):
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
-        _check_linear(target, parent, current_key)
-        tied = self._shared_weights.get(id(target.weight))
+        quantization = get_quantization_kwargs(self)
+        _check_linear(target, parent, current_key, resolve_quantization_backend(target, **quantization))
+        tied = self._shared_weights.get(id(target._parameters.get("weight")))
         if tied:
-            raise ValueError(
+            raise FuraError(
                 f"{current_key}: its weight is tied to {', '.join(n for n in tied if n != current_key)}, "
                 "which an adapter would not follow; untie them (tie_word_embeddings=False) or exclude it."
             )
-        quantization = get_quantization_kwargs(self)
         layer = FuraLinear(target, adapter_name, peft_config, module_name=current_key, **quantization)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -127,9 +125,9 @@ class FuraModel(BaseTuner):
         """Merge adapters into the base weights (see [`FuraLinear.merge`]); if one layer cannot be, none is.
 
         Raises:
-            ValueError: safe_merge found NaN or Inf in a layer, named in the message.
+            FuraError: safe_merge found NaN or Inf in a layer, named in the message.
         """
-        names = self.active_adapters if adapter_names is None else adapter_names
+        names = self._known(adapter_names)
         layers = _fura_layers(self.model)
         if all(set(names) & set(layer.fura_side) <= set(layer.merged_adapters) for layer in layers):
             warnings.warn(
@@ -147,32 +145,39 @@ class FuraModel(BaseTuner):
             raise
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        names = self._known(adapter_names)
         if merge and safe_merge:  # look at every layer before the first one is replaced
             for layer in _fura_layers(self.model):
                 with onload_layer(layer):
-                    layer.check_merge(self.active_adapters if adapter_names is None else adapter_names)
+                    layer.check_merge(names)
         return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+
+    def _known(self, adapter_names: list[str] | None) -> list[str]:
+        """The names, or the active adapters'. Raises FuraError if there is no such adapter."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        unknown = sorted(set(names) - set(self.peft_config))
+        if unknown:
+            raise FuraError(f"FuRA: there is no adapter {', '.join(unknown)}; there is {', '.join(self.peft_config)}.")
+        return names
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         """Inside, a call with ``adapter_names=`` hands each sample's adapter name on to the adapted layers.
 
         Raises:
-            ValueError: the model is in training mode or merged, beam search is on, or a name is no adapter's.
+            FuraError: the model is in training mode or merged, beam search is on, or a name is no adapter's.
         """
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
             return
         if self.training:
-            raise ValueError("adapter_names: mixed batches are for inference; call model.eval() first.")
+            raise FuraError("adapter_names: mixed batches are for inference; call model.eval() first.")
         if any(layer.merged for layer in _fura_layers(self.model)):
-            raise ValueError("adapter_names: mixed batches need the base weights; call unmerge_adapter() first.")
+            raise FuraError("adapter_names: mixed batches need the base weights; call unmerge_adapter() first.")
         if (kwargs.get("num_beams") or 1) > 1:
-            raise ValueError("adapter_names: mixed batches do not go with beam search; set num_beams=1.")
-        unknown = set(adapter_names) - {"__base__"} - set(self.peft_config)
-        if unknown:
-            raise ValueError(f"adapter_names: there is no adapter {', '.join(sorted(unknown))}.")
+            raise FuraError("adapter_names: mixed batches do not go with beam search; set num_beams=1.")
+        self._known([name for name in adapter_names if name != "__base__"])
         hook = partial(_name_adapters, adapter_names=list(adapter_names))
         receivers = [m for m in self.modules() if isinstance(m, (FuraLayer, AuxiliaryTrainingWrapper))]
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in receivers]
@@ -204,6 +209,28 @@ def _fura_layers(model: nn.Module) -> list[FuraLayer]:
     return [module for module in model.modules() if isinstance(module, FuraLayer)]
 
 
+def _oddities(config: FuraConfig, adapter_name: str, layers: list[FuraLayer]) -> Iterator[str]:
+    """What of a new adapter is worth a word: values raised to the floor, blocks of a whole weight, idle entries."""
+    guarded = sum(layer.fura_guarded.get(adapter_name, 0) for layer in layers)
+    if guarded:
+        total = sum(layer.fura_s0[adapter_name].numel() for layer in layers)
+        yield f"{guarded} of {total} singular values lie below the floor of their block and are raised to it."
+    unasked = config.num_blocks is None and config.block_size is None and not config.block_size_pattern
+    single = [layer for layer in layers if layer.fura_blocks[adapter_name][0] == 1]
+    if unasked and single:
+        size = single[0].fura_blocks[adapter_name][1]
+        yield (
+            f"{single[0].module_name} (of {len(single)} such) has a prime dimension, {size}, and is one single block."
+        )
+    names = [layer.module_name for layer in layers]
+    for entry in sorted([] if isinstance(config.target_modules, str) else config.target_modules):
+        if not any(f".{name}".endswith(f".{entry}") for name in names):
+            yield f"{entry!r} in target_modules matches no module."
+    for pattern in config.block_size_pattern:
+        if not any(matches_pattern(pattern, name) for name in names):
+            yield f"{pattern!r} in block_size_pattern matches no adapted module."
+
+
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Undo an injection that failed half way."""
     for name, layer in list(model.named_modules()):
@@ -221,17 +248,16 @@ def _name_adapters(module: nn.Module, args: tuple, kwargs: dict, adapter_names: 
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def _check_linear(target: nn.Module, parent: nn.Module, name: str) -> None:
-    """Refuse what FuRA cannot adapt."""
-    backend = resolve_quantization_backend(target)
+def _check_linear(target: nn.Module, parent: nn.Module, name: str, backend: QuantizationBackend | None) -> None:
+    """Refuse what FuRA cannot adapt. ``backend``: of the target's quantisation, or None."""
     linear = isinstance(target, nn.Linear) if backend is None else backend.layer_type == "linear"
     if not linear or isinstance(target, BaseTunerLayer):
-        raise TypeError(
+        raise FuraError(
             f"{name}: FuRA adapts torch.nn.Linear, plain or quantised, and this is {type(target).__name__}; "
-            "take it out of target_modules."
+            "leave it out of target_modules, or name it in exclude_modules."
         )
     if isinstance(parent, nn.MultiheadAttention):
-        raise TypeError(f"{name}: torch.nn.MultiheadAttention reads its weight without calling it; exclude it.")
+        raise FuraError(f"{name}: torch.nn.MultiheadAttention reads its weight without calling it; exclude it.")
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -269,7 +295,7 @@ def _check_vision(model: nn.Module, config: FuraConfig, matches) -> None:
             else:
                 hit = matches(config, name)
             if hit:
-                raise ValueError(
+                raise FuraError(
                     f"{name}: target_modules matches the vision tower without naming it; leave it out with "
                     f"exclude_modules=r'.*{short}.*', or adapt it by naming {short!r} in target_modules."
                 )
@@ -279,12 +305,12 @@ def _check_base(model: nn.Module, wanted: dict[str, str]) -> None:
     """Compare the base weights with the fingerprints of an adapter about to be loaded.
 
     Raises:
-        ValueError: a module is missing or its weight differs; the first one is named.
+        FuraError: a module is missing or its weight differs; the first one is named.
     """
     modules = dict(model.named_modules())
     missing = sorted(set(wanted) - set(modules))
     if missing:
-        raise ValueError(
+        raise FuraError(
             f"{missing[0]}: the adapter was made for a base model with this module, this has none; load it "
             "over the base model it was trained on."
         )
@@ -292,9 +318,9 @@ def _check_base(model: nn.Module, wanted: dict[str, str]) -> None:
     for name in (name for name in modules if name in wanted):
         module = modules[name]
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if not hasattr(layer, "weight") or layer.weight.is_meta:
-            continue
         backend = resolve_quantization_backend(layer, **get_quantization_kwargs(model))
+        if any(parameter.is_meta for parameter in layer.parameters()) or not (backend or hasattr(layer, "weight")):
+            continue
         with gathered(layer):
             try:
                 found = fingerprint(dense_weight(layer, backend), backend)
@@ -305,7 +331,8 @@ def _check_base(model: nn.Module, wanted: dict[str, str]) -> None:
             incomparable.append(name)
     if incomparable:
         logger.warning(
-            "FuRA: %s (of %d such) is quantised otherwise than the base of the adapter; only its shape was checked.",
+            "FuRA: %s (of %d such) is stored in another format than in the base the adapter was made for, and its "
+            "values were not compared.",
             incomparable[0],
             len(incomparable),
         )

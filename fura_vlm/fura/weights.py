@@ -10,54 +10,72 @@ import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
+from fura_vlm.fura.errors import FuraError
+
 SAMPLE = 1024  # entries of a weight that its fingerprint looks at, evenly spread
 
 
-def is_partitioned(weight: torch.Tensor) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds only a part of this parameter in this process."""
-    return hasattr(weight, "ds_id")
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 or FSDP spreads this tensor over the processes, be it gathered just now or not."""
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "full_tensor")
+
+
+def is_whole(layer: nn.Module) -> bool:
+    """Whether all of the layer's weight is in this process now."""
+    weight = getattr(layer, "weight", None)
+    return not is_partitioned(weight) or weight.shape == getattr(weight, "ds_shape", None)
 
 
 @contextmanager
 def gathered(layer: nn.Module):
-    """Inside, the layer's weight is whole in every process, also under ZeRO-3; then partitioned again."""
-    weight = getattr(layer, "weight", None)
-    if weight is None or not is_partitioned(weight):
+    """Inside, `dense_weight` gives the whole weight in every process, also under ZeRO-3; then it is partitioned
+    again."""
+    if is_whole(layer) or not hasattr(layer.weight, "ds_id"):
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([weight]):
+    with deepspeed.zero.GatheredParameters([layer.weight]):
         yield
 
 
 def is_packed(layer: nn.Module) -> bool:
     """Whether bitsandbytes has repacked the layer's 4-bit weight, as it does in inference on some CPUs."""
-    return getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+    return getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
 
 
-def keep_differentiable(layer: nn.Module, module: str) -> None:
-    """Keep bitsandbytes from repacking a 4-bit weight that is to be trained through.
+def keep_differentiable(layer: nn.Module, backend: QuantizationBackend | None, module: str) -> None:
+    """See to it that gradients pass through a quantised layer that is to be trained through.
 
-    On CPUs with AVX512-BF16 its first inference repacks the weight, and through a repacked weight no gradient
-    ever passes again: an evaluation would end the training without a word.
+    On CPUs with AVX512-BF16 the first inference with a 4-bit weight of bitsandbytes repacks it, and through a
+    repacked weight no gradient ever passes again: an evaluation would end the training without a word. And
+    some formats of torchao, those that quantise activations too, pass none at all.
 
     Raises:
-        ValueError: the weight has been repacked already.
+        FuraError: no gradients pass.
     """
     if hasattr(layer, "support_avx512bf16_for_cpu"):
         layer.support_avx512bf16_for_cpu = False
         if is_packed(layer):
-            raise ValueError(
+            raise FuraError(
                 f"{module}: bitsandbytes has repacked its 4-bit weight for inference, and it passes no "
                 "gradients; load the base model again and add the adapter before its first use."
             )
+    if backend is not None and backend.backend_name == "torchao" and not layer.weight.is_meta:
+        with torch.enable_grad():
+            x = torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+            if not layer(x.requires_grad_()).requires_grad:
+                raise FuraError(
+                    f"{module}: its torchao format passes no gradients, so that nothing before it would be "
+                    "trained; quantise the weights only, with Int8WeightOnlyConfig or bitsandbytes."
+                )
 
 
 def dense_weight(layer: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
     """The layer's weight ``(out, in)`` as a plain tensor, dequantised if need be. Not a copy otherwise."""
     if backend is None:
-        return layer.weight.data
+        weight = layer.weight.data
+        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
     if is_packed(layer):
         # dequantisation does not know this order, but the layer does: unit vectors give its columns
         identity = torch.eye(layer.in_features, dtype=layer.compute_dtype or torch.float32)
@@ -74,7 +92,7 @@ class SavedWeight:
     """
 
     def __init__(self, layer: nn.Module, backend: QuantizationBackend | None) -> None:
-        self.layer, self.weight, self.quantised = layer, layer.weight, backend is not None
+        self.layer, self.weight, self.quantised = layer, getattr(layer, "weight", None), backend is not None
         if not self.quantised:
             self.data = layer.weight.data
             return
@@ -82,19 +100,18 @@ class SavedWeight:
         self.layer_attributes = {**layer.__dict__, "_parameters": dict(layer._parameters)}
         if "state" in self.layer_attributes:
             self.layer_attributes["state"] = copy.copy(layer.state)
-        self.weight_attributes = dict(layer.weight.__dict__)
+        self.weight_attributes = dict(getattr(self.weight, "__dict__", {}))
 
     def restore(self) -> nn.Module:
         """Put the weight back; returns the layer that holds it."""
         if not self.quantised:
-            self.weight.data = self.data
+            weight = self.layer.weight
+            weight.data = self.data.to(weight.device, weight.dtype)  # the model may have been moved while merged
             return self.layer
-        for target, attributes in (
-            (self.layer, self.layer_attributes),
-            (self.weight, self.weight_attributes),
-        ):
-            target.__dict__.clear()
-            target.__dict__.update(attributes)
+        for target, attributes in ((self.layer, self.layer_attributes), (self.weight, self.weight_attributes)):
+            if target is not None:  # HQQ has no weight of that name, and makes a new layer instead
+                target.__dict__.clear()
+                target.__dict__.update(attributes)
         return self.layer
 
 
@@ -130,19 +147,19 @@ def compare_fingerprints(module: str, wanted: str, found: str) -> bool:
         meant to be usable over its bfloat16 parent, and D, which multiplies the weight, stays valid there.
 
     Raises:
-        ValueError: the weight has another shape, or is another weight.
+        FuraError: the weight has another shape, or is another weight.
     """
     wanted_shape, wanted_kind, wanted_hash = wanted.split()
     found_shape, found_kind, found_hash = found.split()
     if wanted_shape != found_shape:
-        raise ValueError(
+        raise FuraError(
             f"{module}: the adapter was made for a weight of shape {wanted_shape} and this base model's is "
             f"{found_shape}; load the adapter over the base model it was trained on."
         )
     if wanted_kind != found_kind:
         return False
     if wanted_hash != found_hash:
-        raise ValueError(
+        raise FuraError(
             f"{module}: this base model's weight is not the one of the adapter; load it over the base model "
             "it was trained on."
         )

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import fura_vlm.fura.layer
-from fura_vlm.fura import FuraConfig, FuraLinear
+from fura_vlm.fura import FuraConfig, FuraError, FuraLinear
 
 STEPS, LR = 4, 1e-2
 
@@ -96,10 +96,21 @@ def zero3(folder, rank):
         model.save_pretrained(folder / "zero3_adapter", state_dict=state)
     try:
         model.merge_adapter()
-    except RuntimeError as error:
-        assert str(error).startswith("model.layers.0.self_attn.q_proj: its weight is partitioned by ZeRO-3")
+    except FuraError as error:
+        assert str(error).startswith("model.layers.0.self_attn.q_proj: its weight is partitioned")
     else:
         raise AssertionError("merged a partitioned weight")
+    # as TRL merges to generate with another engine: everything gathered, merged, unmerged
+    layer = next(m for m in model.modules() if isinstance(m, FuraLinear))
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        before = layer.base_layer.weight.data.clone()
+        expected = before + layer.get_delta_weight("default")
+        model.merge_adapter()
+        torch.testing.assert_close(layer.base_layer.weight.data, expected)
+        assert not torch.equal(before, expected)
+        model.unmerge_adapter()
+        assert torch.equal(layer.base_layer.weight.data, before)
+    assert layer.base_layer.weight.numel() == 0
     dist.barrier()
 
     # loaded over a partitioned base: the fingerprint of each layer is compared, and nothing decomposed

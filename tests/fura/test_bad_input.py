@@ -7,24 +7,35 @@ from peft import get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fura_vlm.fura import FuraConfig, FuraLinear
+from fura_vlm.fura import FuraConfig, FuraError, FuraLinear
 
 
 def fura_layers(model):
     return [module for module in model.modules() if isinstance(module, FuraLinear)]
 
 
-def refused(model, match, error=ValueError, **config):
+def refused(model, match, error=FuraError, **config):
     """Adding the adapter raises one sentence, and leaves no trace in the model."""
     names = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(error, match=match) as caught:
         get_peft_model(model, FuraConfig(**config))
+    assert isinstance(caught.value, ValueError)
     assert "\n" not in str(caught.value)
     assert [(name, type(module)) for name, module in model.named_modules()] == names
 
 
 def test_target_that_matches_nothing():
-    refused(tiny_llama(), "q_porj", target_modules=["q_porj"])
+    refused(tiny_llama(), "q_porj", ValueError, target_modules=["q_porj"])
+
+
+def test_an_entry_that_matches_nothing_is_named(caplog):
+    with caplog.at_level("WARNING", logger="fura_vlm"):
+        targets = ["q_proj", "v_porj", "layers.0.self_attn.k_proj"]
+        get_peft_model(tiny_llama(), FuraConfig(target_modules=targets, block_size_pattern={r"0\..*k_proj": 6, "k": 8}))
+    assert caplog.messages == [
+        "FuRA: 'v_porj' in target_modules matches no module.",
+        "FuRA: 'k' in block_size_pattern matches no adapted module.",
+    ]
 
 
 TOWER = r"^model\.vision_tower\..*exclude_modules=r'\.\*vision_tower\.\*'"
@@ -57,7 +68,7 @@ def test_an_adapter_of_the_tower_loads_again(tmp_path):
     loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path)
     with torch.no_grad():
         inputs = inputs_for(model)
-        assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
+        torch.testing.assert_close(model(**inputs).logits, loaded(**inputs).logits, rtol=0, atol=1e-5)
         assert not torch.equal(model(**inputs).logits, tiny_llava()(**inputs).logits)
 
 
@@ -68,14 +79,14 @@ def test_a_tower_on_its_own_is_no_intruder():
 
 def test_modules_that_are_no_linear():
     llama = tiny_llama()
-    refused(llama, r"^model\.embed_tokens: .*Embedding", TypeError, target_modules=["embed_tokens"])
-    refused(llama, r"^model\.layers\.0\.mlp: .*LlamaMLP", TypeError, target_modules=["mlp"])
+    refused(llama, r"^model\.embed_tokens: .*Embedding", target_modules=["embed_tokens"])
+    refused(llama, r"^model\.layers\.0\.mlp: .*LlamaMLP", target_modules=["mlp"])
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8))
-    refused(gpt2, r"^transformer\.h\.0\.attn\.c_attn: .*Conv1D", TypeError, target_modules=["c_attn"])
+    refused(gpt2, r"^transformer\.h\.0\.attn\.c_attn: .*Conv1D", target_modules=["c_attn"])
     attention = nn.ModuleDict({"mha": nn.MultiheadAttention(16, 2)})
-    refused(attention, r"^mha\.out_proj: ", TypeError, target_modules=["out_proj"])
+    refused(attention, r"^mha\.out_proj: ", target_modules=["out_proj"])
     convolution = nn.Sequential(nn.Conv2d(3, 3, 3))
-    refused(convolution, r"^0: .*Conv2d", TypeError, target_modules=["0"])
+    refused(convolution, r"^0: .*Conv2d", target_modules=["0"])
 
 
 def test_weight_that_is_not_2d():
@@ -102,6 +113,34 @@ def test_a_second_adapter_that_fails_leaves_the_first():
         model.add_adapter("second", FuraConfig(target_modules=["q_proj", "v_proj"]))
     assert set(model.state_dict()) == keys
     assert list(model.peft_config) == ["default"] and len(fura_layers(model)) == 2
+
+
+def test_an_adapter_with_other_blocks_is_not_loaded_into_this_one(tmp_path):
+    """As on resuming with a changed configuration."""
+    q_proj = dict(target_modules=["q_proj"])
+    get_peft_model(tiny_llama(), FuraConfig(**q_proj, num_blocks=2)).save_pretrained(tmp_path / "two")
+    get_peft_model(tiny_llama(), FuraConfig(**q_proj, train_singular_values=False)).save_pretrained(tmp_path / "frozen")
+    model = get_peft_model(tiny_llama(), FuraConfig(**q_proj))
+    first = r"^model\.layers\.0\.self_attn\.q_proj: the saved adapter's "
+    with pytest.raises(FuraError, match=first + r"fura_dR is \[2, 24, 24\] .* 'default' \[6, 8, 8\]; .*blocks"):
+        model.load_adapter(tmp_path / "two", "default")
+    with pytest.raises(FuraError, match=first + r"fura_ds is none .*train_singular_values"):
+        model.load_adapter(tmp_path / "frozen", "default")
+    state = {key: value for key, value in model.state_dict().items() if ".fura_" in key}
+    basis = {key: value for key, value in state.items() if "fura_V" in key}
+    with pytest.raises(FuraError, match=first + "fura_dR is none"):
+        model.load_state_dict(basis, strict=False)
+    model.load_state_dict({key: value for key, value in state.items() if key not in basis}, strict=False)
+    model.load_adapter(tmp_path / "two", "beside")
+    assert fura_layers(model)[0].fura_blocks == {"default": (6, 8), "beside": (2, 24)}
+
+
+def test_an_offloaded_base_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu",
+             "model.layers.0": "cpu", "model.layers.1": "disk"}  # fmt: skip
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map=where, offload_folder=tmp_path / "offload")
+    refused(base, r"^model\.layers\.1\.self_attn\.q_proj: accelerate keeps", target_modules=["q_proj"])
 
 
 def test_awkward_dimensions(caplog):
@@ -147,6 +186,14 @@ def test_merging_twice_and_unmerging_nothing():
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
     with pytest.raises(ValueError, match="unmerge"):
         model.delete_adapter("default")
+
+
+def test_merging_an_adapter_that_is_not_there():
+    model = get_peft_model(tiny_llama(), FuraConfig(target_modules=["q_proj"]))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(FuraError, match="there is no adapter nobody; there is default"):
+            merge(adapter_names=["nobody"])
+    assert len(fura_layers(model)) == 2
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])

@@ -58,7 +58,7 @@ SHAPES = [
 @pytest.mark.parametrize("train_s", [True, False])
 @pytest.mark.parametrize(("out", "dim", "blocks"), SHAPES)
 def test_same_steps_as_the_explicit_factorisation(out, dim, blocks, side, train_s):
-    """25 Adam steps from one basis: outputs and parameters agree to 1e-12 in float64."""
+    """25 Adam steps from one basis: outputs and parameters agree to 1e-11 in float64."""
     model, layer = adapted_linear(out, dim, train_side=side, train_singular_values=train_s, **blocks)
     weight, bias = layer.base_layer.weight.data, layer.base_layer.bias.data
     N, b = layer.fura_blocks["default"]
@@ -73,23 +73,23 @@ def test_same_steps_as_the_explicit_factorisation(out, dim, blocks, side, train_
     before = layer(x).detach()
     for _ in range(25):
         y, z = layer(x), reference(x)
-        torch.testing.assert_close(y, z, rtol=0, atol=1e-12)
+        torch.testing.assert_close(y, z, rtol=0, atol=1e-11)
         for optimizer, result in ((ours, y), (theirs, z)):
             optimizer.zero_grad()
             (result - target).square().mean().backward()
             optimizer.step()
-    torch.testing.assert_close(layer(x), reference(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer(x), reference(x), rtol=0, atol=1e-11)
     assert (layer(x) - before).abs().max() > 1e-2
     dR = layer.fura_dR["default"]
-    # looser than the outputs: Adam divides by the root of a gradient that is all but zero
+    # Adam divides by the root of a gradient that is all but zero
     torch.testing.assert_close(reference.R_start + dR, reference.R.data, rtol=0, atol=1e-11)
     if train_s:
         s = layer.fura_s0["default"] + layer.fura_ds["default"]
-        torch.testing.assert_close(s, reference.s.data, rtol=0, atol=1e-12)
+        torch.testing.assert_close(s, reference.s.data, rtol=0, atol=1e-11)
     else:
         assert "default" not in layer.fura_ds
     merged = weight + layer.get_delta_weight("default")
-    torch.testing.assert_close(merged, reference.weight().data, rtol=0, atol=1e-12)
+    torch.testing.assert_close(merged, reference.weight().data, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("side", ["input", "output"])

@@ -36,6 +36,8 @@ def adapted(case, seed=0, **config):
 
 
 def close(a, b, atol=1e-5):
+    """One function of the same numbers. Not bit for bit: where tensors lie in memory decides, on some CPUs, in
+    which order a product is summed, and loaded ones lie elsewhere."""
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
@@ -90,7 +92,7 @@ def test_registering_twice_is_harmless():
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_save_and_load(case, side, low_cpu_mem_usage, tmp_path, monkeypatch):
-    """The loaded adapter computes the same, bit for bit, and nothing is decomposed to get there."""
+    """The loaded adapter is the saved one, bit for bit, and nothing is decomposed to get there."""
     model = adapted(case, train_side=side)
     expected = logits(model)
     assert (expected - logits(case[0]())).abs().max() > 1e-3
@@ -102,7 +104,7 @@ def test_save_and_load(case, side, low_cpu_mem_usage, tmp_path, monkeypatch):
     monkeypatch.setattr("fura_vlm.fura.layer.decompose", decompose)
     loaded = PeftModel.from_pretrained(case[0](), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert not any(layer._without_basis for layer in fura_layers(loaded).values())
-    assert torch.equal(logits(loaded), expected)
+    close(logits(loaded), expected)
     assert not any(p.requires_grad for p in loaded.parameters())
     ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
     assert ours.keys() == theirs.keys()
@@ -122,6 +124,18 @@ def test_saved_basis_is_used_not_the_machines_own(case, tmp_path):
     other = case[0]()
     other.load_adapter(str(tmp_path))
     close(logits(other), expected)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_into_an_adapter_in_use(low_cpu_mem_usage, tmp_path):
+    """What was kept for answering with the former values is forgotten."""
+    other = adapted(CASES["llama"], seed=1)
+    other.save_pretrained(tmp_path)
+    model = adapted(CASES["llama"])
+    before = logits(model)
+    model.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)
+    close(logits(model), logits(other))
+    assert (logits(model) - before).abs().max() > 1e-3
 
 
 def test_a_saved_configuration_starts_a_fresh_adapter_too(case, tmp_path):
@@ -163,6 +177,29 @@ def test_resuming_is_exact(case, tmp_path):
     assert max(a.abs().max() for a, _ in pairs) > 1e-2
 
 
+def test_the_basis_may_be_computed_by_an_evaluation(tmp_path):
+    """Under inference_mode, the first use of a fresh adapter; it trains afterwards."""
+    adapted(CASES["llama"]).save_pretrained(tmp_path)
+    config = FuraConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    fresh = get_peft_model(tiny_llama(), config)
+    inputs = inputs_for(fresh)
+    with torch.inference_mode():
+        fresh(**inputs)
+    fresh(**inputs, labels=inputs["input_ids"]).loss.backward()
+    grads = [p.grad for p in fresh.parameters() if p.requires_grad]
+    assert len(grads) == 28 and all(grad.abs().max() > 0 for grad in grads)
+
+
+def test_one_configuration_for_several_bases():
+    """Making an adapter does not tie the caller's configuration to that base."""
+    config = FuraConfig(target_modules=["q_proj"])
+    first, second = (get_peft_model(tiny_llama(seed=seed), config) for seed in (0, 1))
+    assert config.base_fingerprint is None
+    found = [model.peft_config["default"].base_fingerprint for model in (first, second)]
+    assert found[0].keys() == found[1].keys() and not set(found[0].values()) & set(found[1].values())
+
+
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merge_and_unload(case, side, safe_merge):
@@ -201,6 +238,15 @@ def test_a_copy_of_a_merged_model_is_its_own():
     assert torch.equal(logits(model), merged) and not torch.equal(merged, expected)
     model.unmerge_adapter()
     assert torch.equal(logits(model), expected)
+
+
+def test_a_model_cast_while_merged_unmerges_to_the_cast_base():
+    model = adapted(CASES["llama"])
+    weights = [layer.base_layer.weight.clone() for layer in fura_layers(model).values()]
+    model.merge_adapter()
+    model.to(torch.bfloat16).unmerge_adapter()
+    for layer, weight in zip(fura_layers(model).values(), weights, strict=True):
+        assert torch.equal(layer.base_layer.weight, weight.to(torch.bfloat16))
 
 
 def test_bfloat16_merge_is_the_rounded_exact_product():
@@ -255,11 +301,11 @@ def test_several_adapters(case, tmp_path):
 
     loaded = PeftModel.from_pretrained(case[0](), tmp_path)
     loaded.load_adapter(tmp_path / "other", "second")
-    assert torch.equal(logits(loaded), alone[0])
+    close(logits(loaded), alone[0])
     loaded.set_adapter("second")
-    assert torch.equal(logits(loaded), alone[1])
+    close(logits(loaded), alone[1])
     loaded.delete_adapter("default")
-    assert torch.equal(logits(loaded), alone[1])
+    close(logits(loaded), alone[1])
     assert not any("default" in key for key in loaded.state_dict())
     with pytest.raises(ValueError, match="not found"):
         loaded.set_adapter("default")
@@ -313,6 +359,12 @@ def test_mixed_batch(case):
         logits(model, adapter_names=["nobody", "other"])
     with pytest.raises(ValueError, match="2 samples.*3"):
         logits(model, adapter_names=["other"] * 3)
+    ids = inputs_for(model)
+    alone = model.generate(**ids, max_new_tokens=3, do_sample=False)
+    mixed = model.generate(**ids, max_new_tokens=3, do_sample=False, adapter_names=["other", "__base__"])
+    assert torch.equal(mixed[0], alone[0])
+    with model.disable_adapter():
+        assert torch.equal(mixed[1], model.generate(**ids, max_new_tokens=3, do_sample=False)[1])
     model.train()
     with pytest.raises(ValueError, match="inference"):
         logits(model, adapter_names=["other", "other"])
@@ -381,7 +433,7 @@ def test_modules_to_save(build, tmp_path):
     expected = logits(model)
     model.save_pretrained(tmp_path)
     assert any(name in key for key in load_file(tmp_path / "adapter_model.safetensors"))
-    assert torch.equal(logits(PeftModel.from_pretrained(build(), tmp_path)), expected)
+    close(logits(PeftModel.from_pretrained(build(), tmp_path)), expected)
     close(logits(model.merge_and_unload()), expected)
 
 
@@ -408,15 +460,28 @@ def test_inference_mode_and_dtypes(tmp_path):
     assert torch.equal(logits(wide), logits(tiny_llama()))
 
 
-def test_a_model_cast_as_deepspeed_casts_it_saves_what_it_computes(tmp_path):
-    """Every parameter and buffer in bfloat16: the saved adapter gives the same outputs again."""
-    model = perturb(get_peft_model(tiny_llama(), FuraConfig(target_modules="all-linear"))).to(torch.bfloat16)
-    expected = logits(model)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casting_the_model_leaves_its_basis(dtype, tmp_path):
+    """In float16 the smallest s0 would be zero and divide ds; the saved adapter gives the same outputs again."""
+    base = tiny_llama()
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight[:, :8] *= 1e-7
+    model = get_peft_model(base, FuraConfig(target_modules="all-linear")).to(dtype)
+    layer = next(iter(fura_layers(model).values()))
+    assert layer.fura_s0["default"].to(torch.float16)[0, -1] == 0 < layer.fura_s0["default"][0, -1]
+    with model.disable_adapter():
+        plain = logits(model)
+    assert torch.equal(logits(model), plain)
+    expected = logits(perturb(model, scale=1e-3))
+    assert torch.isfinite(expected).all() and not torch.equal(expected, plain)
     model.save_pretrained(tmp_path)
-    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
-    loaded = PeftModel.from_pretrained(tiny_llama(torch.bfloat16), tmp_path)
-    close(logits(loaded).float(), expected.float(), 0.02)
-    assert torch.equal(logits(loaded.to(torch.bfloat16)), expected)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    dtypes = {(key.rpartition(".")[2], tensor.dtype) for key, tensor in tensors.items()}
+    assert dtypes == {
+        ("fura_dR", dtype), ("fura_ds", dtype), ("fura_V", torch.float32), ("fura_s0", torch.float32),
+    }  # fmt: skip
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path, autocast_adapter_dtype=False)
+    close(logits(loaded), expected)
 
 
 def test_transformers_own_adapter_methods(case, tmp_path):
@@ -430,7 +495,7 @@ def test_transformers_own_adapter_methods(case, tmp_path):
     model.save_pretrained(tmp_path)
     again = case[0]()
     again.load_adapter(str(tmp_path), "again")
-    assert torch.equal(logits(again), expected)
+    close(logits(again), expected)
     again.disable_adapters()
     assert torch.equal(logits(again), base)
     again.enable_adapters()
@@ -446,7 +511,7 @@ def test_auto_peft_model(tmp_path):
     assert type(model) is PeftModelForCausalLM
     expected = logits(perturb(model))
     model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+    close(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
     generated = model.generate(input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(
@@ -469,6 +534,49 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_auto_peft_model_of_a_llava(tmp_path):
+    from peft import AutoPeftModel
+    from transformers import LlavaForConditionalGeneration
+
+    tiny_llava().save_pretrained(tmp_path / "base")
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
+    model = perturb(get_peft_model(base, FuraConfig(target_modules=LANGUAGE)))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    close(logits(AutoPeftModel.from_pretrained(tmp_path / "adapter")), expected)
+
+
+def test_transformers_trainer_resumes_exactly(tmp_path):
+    """Four steps; and two, a checkpoint, two more from it with a new model: one adapter."""
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 97, (16, 9))]
+
+    def train(folder, resume=None):
+        model = get_peft_model(tiny_llama(), FuraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        arguments = TrainingArguments(
+            folder, max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-2,
+            gradient_checkpointing=True, report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=resume)
+        return get_peft_model_state_dict(model), [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+    through, losses = train(tmp_path / "through")
+    checkpoint = tmp_path / "through" / "checkpoint-2"
+    assert {path.name for path in checkpoint.glob("*model*")} == {"adapter_model.safetensors"}
+    resumed, again = train(tmp_path / "resumed", checkpoint)
+    assert len(losses) == 4 and losses == again
+    assert all(torch.equal(through[key], resumed[key]) for key in through)
+    assert max(value.abs().max() for key, value in through.items() if "dR" in key) > 1e-2
+
+
+def test_the_whole_model_compiles_to_one_graph():
+    model = adapted(CASES["llama"])
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    close(logits(compiled), logits(model))
+
+
 def test_meta_device(tmp_path):
     """A model without memory takes an adapter, runs, and takes the values later."""
     model = adapted(CASES["llama"])
@@ -482,7 +590,7 @@ def test_meta_device(tmp_path):
     assert all(layer._without_basis for layer in layers)
     empty.load_state_dict(state)
     empty.base_model.model.model.rotary_emb = tiny_llama().model.rotary_emb  # its buffers are in no state dict
-    assert torch.equal(logits(empty), expected)
+    close(logits(empty), expected)
 
 
 def test_status_and_repr():

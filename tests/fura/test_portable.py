@@ -20,6 +20,10 @@ def logits(model):
     return model(**inputs_for(model)).logits
 
 
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 def saved(tmp_path, build=tiny_llama, **config):
     model = perturb(get_peft_model(build(), FuraConfig(**{"target_modules": "all-linear", **config})))
     model.save_pretrained(tmp_path)
@@ -90,7 +94,7 @@ def test_loading_beside_a_merged_adapter_unmerges_it_first(tmp_path):
     assert not any(layer.merged for layer in fura_layers(model))
     assert torch.equal(logits(model), expected)
     model.set_adapter("again")
-    assert torch.equal(logits(model), expected)
+    close(logits(model), expected)
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -112,13 +116,13 @@ def test_export(case, side, low_cpu_mem_usage, tmp_path):
     assert small < 0.6 * large
 
     loaded = PeftModel.from_pretrained(build(), tmp_path / "delta", low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(logits(loaded), expected)
+    close(logits(loaded), expected)
     assert loaded.get_model_status().available_adapters == ["default"]
     assert not any("fura" in name for name, _ in loaded.named_parameters())
     other = build()
     other.load_adapter(str(tmp_path / "delta"))
-    assert torch.equal(logits(other), expected)
-    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=0, atol=1e-5)
+    close(logits(other), expected)
+    close(logits(loaded.merge_and_unload()), expected)
     with pytest.raises(ValueError, match="cannot be trained"):
         PeftModel.from_pretrained(build(), tmp_path / "delta", is_trainable=True)
 
@@ -157,7 +161,7 @@ def test_spectrum_report(tmp_path):
         torch.testing.assert_close(entry.values, svd, rtol=1e-6, atol=1e-7)
     first = report[0]
     assert first.guarded == 9 and sum(entry.guarded for entry in report[1:]) == 0
-    assert first.condition[2] > 1e7 and not torch.isfinite(first.condition[1])
+    assert first.condition[2] > 1e7 and torch.isinf(first.condition[1])
     assert torch.equal(first.condition[0], first.values[0, 0] / first.values[0, -1])
     rows = spectrum_report(model, "rows")
     assert len(rows) == 2 and rows[0].side == "output"
@@ -167,6 +171,7 @@ def test_spectrum_report(tmp_path):
 
     table = spectrum_table(report).splitlines()
     assert len(table) == 2 + 14 + 1
+    assert table[-1].startswith("| all 14 |") and table[-1].endswith("| 9 of 768 |")
     assert table[2].startswith("| model.layers.0.self_attn.q_proj | 6 x 8 |") and "| 9 of 48 |" in table[2]
     plot_spectrum(report, tmp_path / "spectrum.png")
     from PIL import Image
