@@ -125,7 +125,7 @@ rows, same = [], True
 for name, adapters in cases.items():
     chat(8, adapters), bare(8)  # to warm up
     pairs = []
-    for _ in range(options.pairs if len(adapters) == 1 else 3):
+    for _ in range(options.pairs if len(adapters) == 1 else max(1, options.pairs // 4)):
         (alone, expected), (ours, written) = bare(options.tokens), chat(options.tokens, adapters)
         pairs.append((alone, ours, ours / alone))
         same = same and (len(adapters) > 1 or written == expected)

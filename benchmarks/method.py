@@ -9,7 +9,7 @@ output. "frozen base" trains nothing and sends gradients to the input only: no m
 faster. PEFT's LoRA keeps its matrices in float32 unless told otherwise; it is measured so, as transformers' Trainer
 runs it (under autocast), and with all of it in bfloat16, as DeepSpeed runs it. Products of float32 may use TF32, as in
 the recipe. The compiler of each decoder layer may
-compute cheap operations again rather than keep their results (an activation budget of 0.9), for every method alike.
+compute cheap operations again rather than keep their results (--budget below 1), for every method alike.
 """
 
 from __future__ import annotations
@@ -172,7 +172,6 @@ def measure(method: str, size: Size, device: torch.device, dtype: torch.dtype, c
     """A row of the table for one method, alone on the device."""
     gc.collect()
     torch._dynamo.reset()
-    compiler.activation_memory_budget = 0.9
     if device.type == "cuda":
         torch.cuda.empty_cache()
     run = Run(method, size, device, dtype, compiled)
@@ -242,9 +241,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if not m.startswith("Q")])
     parser.add_argument("--forms", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--budget", type=float, default=0.9, help="the compiler's activation_memory_budget")
     parser.add_argument("--output", type=Path, help="folder for method-SIZE.md and .png")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # TF32
+    compiler.activation_memory_budget = args.budget
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = SIZES[args.size]
@@ -262,9 +263,10 @@ def main() -> None:
         f"# {args.size}: {size.layers} layers of {size.hidden}, {size.batch} x {size.tokens} tokens, {dtype}"
         f"{', checkpointed' if size.checkpointing else ''}\n\n"
         f"{time.strftime('%Y-%m-%d')}, {hardware}, torch {torch.__version__}, Python {platform.python_version()}; "
-        f"median of {args.steps} steps after 3.\n"
+        f"median of {args.steps} steps after 3; activation budget of the compiler {args.budget}.\n"
         f"`python benchmarks/method.py --size {args.size} --methods "
-        f"{' '.join(repr(m) if ' ' in m else m for m in args.methods)} --forms {' '.join(args.forms)}`\n\n"
+        f"{' '.join(repr(m) if ' ' in m else m for m in args.methods)} --forms {' '.join(args.forms)} "
+        f"--budget {args.budget}`\n\n"
     )
     print("\n" + head + table(rows))
     if args.output:
