@@ -11,6 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from fura_vlm import __version__
 from fura_vlm.chat.config import ChatConfig
+from fura_vlm.data.config import DownloadConfig, VerifyConfig
 from fura_vlm.data.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
@@ -73,7 +74,11 @@ def build_parser() -> Parser:
     command(commands, "inspect", InspectConfig, ("model",))
     data = Parser(description="Prepare data sets.", usage="fura-vlm data NAME ...")
     commands.add_subcommand("data", data, help="Prepare data sets.")
-    command(data.add_subcommands(dest="name", required=True), "data embedded", EmbeddedConfig)
+    names = data.add_subcommands(dest="name", required=True)
+    command(names, "data embedded", EmbeddedConfig)
+    for mixture in ("llava-665k", "llava-558k"):
+        command(names, f"data {mixture}", DownloadConfig).set_defaults(recipe=f"data/{mixture}.yaml")
+    command(names, "data verify", VerifyConfig, ("data_path",))
     return parser
 
 
@@ -127,6 +132,14 @@ def _run(command: str, options: dict) -> None:
     elif command == "data embedded":
         wrote = write_embedded(EmbeddedConfig(**options))
         print(f"The embedded mixture is in {options['output_dir']}" + (" (made before)" if not wrote else ""))
+    elif command == "data verify":
+        from fura_vlm.data.verify import verify
+
+        verify(VerifyConfig(**options))
+    elif command.startswith("data llava-"):
+        from fura_vlm.data.download import download
+
+        download(DownloadConfig(**options))
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

@@ -14,15 +14,22 @@ training and inference see the same ids. LLaVA's scripts cut the text at ``<imag
 one by one, which gives a lone ``▁`` more between the image and its line break. What follows a special token
 depends on the tokenizer: with ``legacy=False`` no space is added (``</s>``, ``USER``), with ``legacy=True``
 one is (``</s>``, ``▁USER``).
+
+Special tokens that somebody has typed into a text are read as LLaVA's tokenizer reads them: ``<s>`` is the token;
+``<pad>``, and ``<image>`` in a record without image, are no tokens of Vicuna and so are text. With ``</s>`` or
+``<unk>``, LLaVA's labels do not match its tokens and it drops all of them ("tokenization mismatch"), so such a
+record cannot be encoded here. Page and table of all points: docs/llava-preprocessing.md.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from fura_vlm.data.records import IMAGE, Record, Turn
 from fura_vlm.errors import FuraVLMError
@@ -79,7 +86,7 @@ def render(record: Record | Sequence[Turn], eos: str = "</s>") -> Rendered:
     text, spans = SYSTEM_PROMPT + " ", []
     for turn in _turns(record):
         if turn.role == "human":
-            text += f"USER: {_image_first(turn.value)} "
+            text += f"USER: {turn.value if _is_text_only(record) else _image_first(turn.value)} "
         else:
             text += "ASSISTANT:"
             answer = f" {turn.value}{eos}"
@@ -125,6 +132,11 @@ def _turns(record: Record | Sequence[Turn]) -> Sequence[Turn]:
     return record.conversations if isinstance(record, Record) else record
 
 
+def _is_text_only(record: Record | Sequence[Turn]) -> bool:
+    """In a record without image, ``<image>`` is text that somebody has typed. Turns alone do not tell."""
+    return isinstance(record, Record) and record.image is None
+
+
 def _image_first(question: str) -> str:
     if IMAGE not in question:
         return question
@@ -151,7 +163,7 @@ def encode(
 
     Raises:
         EncodingError: if the image does not fit into ``max_length``, if no token of an answer does, or if the
-            text has special tokens of the tokenizer.
+            text has ``</s>`` or ``<unk>``.
     """
     [tokens] = tokenize([record], tokenizer, conversation)
     if isinstance(tokens, EncodingError):
@@ -174,7 +186,10 @@ def tokenize(
         raise EncodingError("the tokenizer cannot tell where its tokens are: use a fast one")
     if tokenizer.encode("x")[:1] != [tokenizer.bos_token_id]:
         raise EncodingError(f"the tokenizer adds no {tokenizer.bos_token}: load it with add_bos_token=True")
-    special = [token for token in tokenizer.all_special_tokens if token != IMAGE]
+    if not records:
+        return []
+    special = {*tokenizer.all_special_tokens, IMAGE}
+    vicunas = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
     rendered = [_rendered(record, tokenizer.eos_token, conversation) for record in records]
     texts = ["" if isinstance(made, EncodingError) else made.text for made in rendered]
     encodings = tokenizer(texts, return_attention_mask=False).encodings
@@ -183,10 +198,16 @@ def tokenize(
         if isinstance(made, EncodingError):
             results.append(made)
             continue
-        found = [token for token in special if any(token in turn.value for turn in _turns(record))]
-        if found:
-            results.append(EncodingError(f"the text has {found[0]}, a special token of the tokenizer"))
+        typed = {token for token in special if any(token in turn.value for turn in _turns(record))}
+        if not _is_text_only(record):
+            typed.discard(IMAGE)
+        unlabelled = typed & vicunas - {tokenizer.bos_token}
+        if unlabelled and conversation == "v1":
+            reason = f"the text has {min(unlabelled)}: LLaVA v1.5 gives it no labels either"
+            results.append(EncodingError(reason))
             continue
+        if as_text := typed - vicunas:
+            encoding = _without(tokenizer, as_text).encode(made.text)
         supervised = np.zeros(len(encoding.ids), dtype=bool)
         for start, end in made.spans:
             first = encoding.char_to_token(start)
@@ -202,6 +223,16 @@ def _rendered(record: Record | Sequence[Turn], eos: str, conversation: str) -> R
         return RENDER[conversation](record, eos)
     except EncodingError as reason:
         return reason
+
+
+def _without(tokenizer, tokens: set[str]) -> Tokenizer:
+    """A tokenizer that reads ``tokens`` as text. They keep their ids under names that no text has: the ids of
+    added tokens follow from their number."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        if token["content"] in tokens:
+            token["content"] = "\0" + token["content"]
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def cut(tokens: Tokens, image_token_id: int, num_image_tokens: int, max_length: int) -> Tokens:

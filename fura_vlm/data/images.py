@@ -6,6 +6,11 @@ picture:
 - EXIF orientation is applied, so that a photo taken with the camera turned is upright.
 - 16-bit greyscale is scaled to 8 bit; ``convert`` clips it, which turns nearly all of it white.
 - Transparency is composited on white; ``convert`` uncovers whatever colour lies beneath it, often black.
+
+One trap of LLaVA v1.5's mixture is known here: it names every OCR-VQA image ``.jpg``, because its authors saved them
+all so, but the data set's own script saves GIF and PNG files under their own names. Where a ``.jpg`` is missing, the
+``.gif``, ``.png`` or ``.jpeg`` of the same name is taken (``find_image``): as the content decides the format, that is
+what the authors' renamed file holds.
 """
 
 from __future__ import annotations
@@ -25,6 +30,9 @@ MAX_PIXELS = 100_000_000
 # and a warning cannot be silenced for a single call where threads share the filters.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+STAND_INS = (".gif", ".png", ".jpeg")
+"""What is looked for, in this order, where a file whose name ends in .jpg is missing."""
+
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,6 +49,14 @@ class ImageError(FuraVLMError):
     """An image file that cannot be used. The message is one sentence: the file, the reason, the way out."""
 
 
+def find_image(path: str | os.PathLike) -> str | None:
+    """``path`` if there is such a file; the file that stands for it if ``path`` is a ``.jpg`` that another format's
+    name replaces; or else ``None``."""
+    stem, suffix = os.path.splitext(os.fspath(path))
+    names = [path, *(stem + other for other in STAND_INS if suffix == ".jpg")]
+    return next((os.fspath(name) for name in names if os.path.isfile(name)), None)
+
+
 def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Reads an image file as 8-bit RGB, detached from the file.
 
@@ -49,7 +65,7 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.I
     is applied.
 
     Args:
-        path: a file in a format that Pillow reads.
+        path: a file in a format that Pillow reads; a missing ``.jpg`` as in ``find_image``.
         max_pixels: images of this many pixels or more are refused before they are decoded. Pillow itself
             refuses twice ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million), whatever is given here.
 
@@ -87,6 +103,8 @@ def _open(path: str | os.PathLike, max_pixels: int) -> Image.Image:
     """The image with its header read and its size checked, nothing decoded."""
     too_large = f"{path} has {{}} pixels, {max_pixels:,} or more are refused: make it smaller"
     try:
+        if not os.path.exists(path):
+            path = find_image(path) or path
         if os.path.getsize(path) == 0:
             raise ImageError(f"{path} is empty (0 bytes): fetch it again or remove it")
         image = Image.open(path)

@@ -12,18 +12,20 @@ is left out; the rest is read. A record is used if
 - its turns alternate between human and gpt and end with gpt. A gpt turn before the first question is left
   out, as LLaVA v1.5 does, and noted;
 - every question and every answer is text that is not blank;
-- it has an image and exactly one ``<image>``, in a question, or neither. (LLaVA's scripts take several as
-  one.)
+- it has an image and one question with ``<image>``, or neither. Several in one question count as one, as they
+  do for LLaVA v1.5. In a record without image, an ``<image>`` within other text is text (ShareGPT has such
+  code), but at the beginning or end of a question it says that an image was forgotten.
 
-Reading takes no torch.
+Reading takes no torch, and memory for one record at a time (``iter_records``).
 """
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,15 +102,36 @@ class Problem:
 def read_records(
     path: str | os.PathLike, image_folder: str | os.PathLike | None = None
 ) -> tuple[list[Record], list[Problem]]:
-    """Reads a mixture. The content tells JSON from JSONL. Images are not looked at: see ``check_images``.
-
-    Args:
-        path: the file, in UTF-8.
-        image_folder: where image paths start; by default the folder of ``path``. Paths that lead out of it
-            are problems; symbolic links within it may lead anywhere.
+    """Reads a whole mixture into memory: ``iter_records`` as two lists.
 
     Returns:
         The records that keep to the format, in order, and what was wrong with the others.
+
+    Raises:
+        DataError: if there is no such file or image folder, or the file as a whole cannot be read.
+    """
+    records, problems = [], []
+    for record, problem in iter_records(path, image_folder):
+        if record is not None:
+            records.append(record)
+        if problem is not None:
+            problems.append(problem)
+    return records, problems
+
+
+def iter_records(
+    path: str | os.PathLike, image_folder: str | os.PathLike | None = None, progress: bool = False
+) -> Iterator[tuple[Record | None, Problem | None]]:
+    """Reads a mixture one record at a time. Images are not looked at: see ``check_images``.
+
+    Args:
+        path: the file, as in ``iter_items``.
+        image_folder: where image paths start; by default the folder of ``path``. Paths that lead out of it
+            are problems; symbolic links within it may lead anywhere.
+        progress: show a bar.
+
+    Yields:
+        A record, what is wrong with it, or both: a record that is used in part.
 
     Raises:
         DataError: if there is no such file or image folder, or the file as a whole cannot be read.
@@ -117,62 +140,156 @@ def read_records(
     folder = Path(image_folder) if image_folder is not None else path.parent
     if not folder.is_dir():
         raise DataError(f"The image folder {folder} does not exist: give the folder where image paths start")
-    text = _read_text(path)
-    if not text.strip():
-        raise DataError(f"{path} is empty: it should hold records in the LLaVA format")
-    records, problems = [], []
-    for place, item in _items(path, text):
+    empty = True
+    for place, item in iter_items(path, progress):
+        empty = False
         if isinstance(item, json.JSONDecodeError):
-            problems.append(Problem(str(path), place, "", f"the line is no valid JSON ({item})"))
+            yield None, Problem(str(path), place, "", f"the line is no valid JSON ({item})")
             continue
         identity = str(item["id"]) if isinstance(item, dict) and item.get("id") is not None else place
         try:
             record, note = _parse(item, identity, place, path, folder)
         except _Invalid as reason:
-            problems.append(Problem(str(path), place, identity, str(reason)))
+            yield None, Problem(str(path), place, identity, str(reason))
         else:
-            records.append(record)
-            if note:
-                problems.append(record.problem(note, skipped=False))
-    if not records and not problems:
+            yield record, record.problem(note, skipped=False) if note else None
+    if empty:
         raise DataError(f"{path} holds no records: it should be a list of records in the LLaVA format")
-    return records, problems
 
 
-def _read_text(path: Path) -> str:
+def iter_items(path: str | os.PathLike, progress: bool = False) -> Iterator[tuple[str, Any]]:
+    """Parses a JSON list or JSONL file piece by piece, in memory that does not grow with the file.
+
+    Args:
+        path: the file, in UTF-8, with or without a byte order mark. The content tells JSON from JSONL.
+        progress: show a bar.
+
+    Yields:
+        Place (``"record 3"`` or ``"line 3"``) and parsed element; for a bad line of a JSONL file the
+        ``json.JSONDecodeError`` in its place.
+
+    Raises:
+        DataError: if the file cannot be read, or is neither.
+    """
+    path = Path(path)
+    chunks = _chunks(path, progress)
+    start = next((chunk for chunk in chunks if chunk.strip()), "")
+    if not start:
+        raise DataError(f"{path} is empty: it should hold records in the LLaVA format")
+    chunks = itertools.chain([start], chunks)
+    # Blank chunks before ``start`` are gone; no file begins with a megabyte of empty lines.
+    return _list_items(path, chunks) if start.lstrip().startswith("[") else _line_items(path, chunks)
+
+
+_CHUNK = 1 << 20  # bytes
+
+
+def _chunks(path: Path, progress: bool) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = held = 0
     try:
-        return path.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
+        with (
+            path.open("rb") as file,
+            tqdm.wrapattr(file, "read", total=path.stat().st_size, desc=path.name, disable=not progress) as counted,
+        ):
+            while data := counted.read(_CHUNK):
+                held = len(decoder.getstate()[0])  # the start of a character that the last chunk has cut
+                text = decoder.decode(data)
+                yield text.removeprefix("\ufeff") if done == 0 else text
+                done += len(data)
+            held = len(decoder.getstate()[0])
+            decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 at byte {error.start}: convert it, for example with "
+            f"{path} is not UTF-8 at byte {done - held + error.start}: convert it, for example with "
             "iconv -f LATIN1 -t UTF-8, if it is Latin-1"
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check data_path") from error
 
 
-def _items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """Place and parsed record; for a bad line of a JSONL file the error in the record's place."""
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            if text.rstrip().endswith("]") and error.pos < len(text.rstrip()):
-                where = f"line {error.lineno}, column {error.colno}"
-                reason = f"{path} is no valid JSON at {where} ({error.msg}): correct it there"
-            else:
-                last = text.rstrip().count("\n") + 1
-                reason = f"{path} is cut off at line {last}, inside the list: fetch or write it again"
-            raise DataError(reason) from error
-        except RecursionError as error:
-            raise DataError(f"{path} is nested too deeply for a list of records: check data_path") from error
-        yield from ((f"record {number}", item) for number, item in enumerate(items, 1))
-        return
-    lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    parsed = [(place, _parse_line(line)) for place, line in lines]
-    if all(isinstance(item, json.JSONDecodeError) for _, item in parsed):
+def _list_items(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """The elements of a list, each parsed by the standard library as soon as all of it has been read."""
+    parse = json.JSONDecoder().raw_decode
+    text, at = "", 0  # what has been read and not parsed, and how far in it we are
+    line = column = 0  # where ``text`` begins in the file
+    ended = False
+
+    def read(number: int = 1) -> None:
+        """Drops what is parsed and reads more."""
+        nonlocal text, at, line, column, ended
+        newline = text.rfind("\n", 0, at)
+        line += text.count("\n", 0, at)
+        column = at - newline - 1 if newline >= 0 else column + at
+        more = "".join(itertools.islice(chunks, number))
+        text, at, ended = text[at:] + more, 0, not more
+
+    def next_character() -> str:
+        """The next one that is not blank; "" at the end."""
+        nonlocal at
+        while True:
+            while at < len(text) and text[at] in " \t\r\n":
+                at += 1
+            if at < len(text) or ended:
+                return text[at : at + 1]
+            read()
+
+    def broken(error: json.JSONDecodeError) -> DataError:
+        left = text.rstrip()
+        if ended and not (left.endswith("]") and error.pos < len(left)):
+            return DataError(
+                f"{path} is cut off at line {line + left.count(chr(10)) + 1}, inside the list: fetch or write it again"
+            )
+        where = f"line {line + error.lineno}, column {error.colno + (column if error.lineno == 1 else 0)}"
+        return DataError(f"{path} is no valid JSON at {where} ({error.msg}): correct it there")
+
+    def expect(character: str) -> None:
+        nonlocal at
+        if next_character() != character:
+            raise broken(json.JSONDecodeError(f"Expecting {character!r}", text, at))
+        at += 1
+
+    expect("[")
+    for number in itertools.count(1):
+        if next_character() == "]":
+            break
+        if number > 1:
+            expect(",")
+            next_character()
+        pieces = 1
+        while True:
+            try:
+                item, end = parse(text, at)
+                if end < len(text) or ended:  # a number at the very end might go on
+                    break
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
+                if ended or not cut:
+                    raise broken(error) from error
+            except RecursionError as error:
+                raise DataError(f"{path} is nested too deeply for a list of records: check data_path") from error
+            read(pieces)
+            pieces *= 2  # an element of many chunks is not parsed over and over
+        at = end
+        yield f"record {number}", item
+    at += 1
+    if next_character():
+        raise broken(json.JSONDecodeError("Extra data", text, at))
+
+
+def _line_items(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    number, good, begun = 0, False, []
+    for chunk in itertools.chain(chunks, ["\n"]):
+        *lines, rest = chunk.split("\n")
+        for line in lines:
+            line, begun, number = "".join([*begun, line]), [], number + 1
+            if line.strip():
+                item = _parse_line(line)
+                good = good or not isinstance(item, json.JSONDecodeError)
+                yield f"line {number}", item
+        begun.append(rest)
+    if not good:
         raise DataError(f"{path} is neither a JSON list nor JSONL, one record a line: check data_path")
-    yield from parsed
 
 
 def _parse_line(line: str) -> Any:
@@ -180,6 +297,8 @@ def _parse_line(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         return error
+    except RecursionError:
+        return json.JSONDecodeError("nested too deeply", line[:40], 0)
 
 
 # ------------------------------------------------------------------------------------------------ validation
@@ -195,17 +314,24 @@ def _parse(item: Any, identity: str, place: str, path: Path, folder: Path) -> tu
         raise _Invalid(f"a record is an object with conversations, this is {_kind(item)}")
     image, image_path = _image(item.get("image"), folder)
     turns, note = _turns(item.get("conversations"))
-    count = sum(turn.value.count(IMAGE) for turn in turns)
-    if any(IMAGE in turn.value for turn in turns if turn.role == "gpt"):
-        raise _Invalid(f"{IMAGE} in an answer: it belongs in a question")
-    if image is None and count:
-        raise _Invalid(f"{IMAGE} in the conversation but no image: name the image, or take {IMAGE} out")
-    if image is not None and not count:
-        raise _Invalid(f"an image but no {IMAGE} in the conversation: put {IMAGE} into the first question")
-    if count > 1:
-        raise _Invalid(f"{count} times {IMAGE} for one image: keep the first")
+    if image is None:
+        if any(_begins_or_ends_with_image(turn) for turn in turns):
+            raise _Invalid(f"{IMAGE} in the conversation but no image: name the image, or take {IMAGE} out")
+    else:
+        if any(IMAGE in turn.value for turn in turns if turn.role == "gpt"):
+            raise _Invalid(f"{IMAGE} in an answer: it belongs in a question")
+        count = sum(IMAGE in turn.value for turn in turns)
+        if not count:
+            raise _Invalid(f"an image but no {IMAGE} in the conversation: put {IMAGE} into the first question")
+        if count > 1:
+            raise _Invalid(f"{count} times {IMAGE} for one image: keep the first")
     extra = {key: value for key, value in item.items() if key not in ("id", "image", "conversations")}
     return Record(identity, image, image_path, turns, str(path), place, extra), note
+
+
+def _begins_or_ends_with_image(turn: Turn) -> bool:
+    value = turn.value.strip()
+    return turn.role == "human" and (value.startswith(IMAGE) or value.endswith(IMAGE))
 
 
 def _image(image: Any, folder: Path) -> tuple[str | None, str | None]:
@@ -267,10 +393,30 @@ def _kind(value: Any) -> str:
 def check_images(
     records: Iterable[Record], verify: Verify = "auto", max_pixels: int = MAX_PIXELS, progress: bool = True
 ) -> tuple[list[Record], list[Problem]]:
-    """Checks the image of each record, every file once, in threads.
+    """Checks the image of each record, every file once.
 
     Args:
         records: what ``read_records`` gave.
+        verify, max_pixels, progress: as in ``check_paths``.
+
+    Returns:
+        The records that can be used and the problems of the others.
+    """
+    records = list(records)
+    paths = list(dict.fromkeys(record.image_path for record in records if record.image_path))
+    broken = check_paths(paths, verify, max_pixels, progress)
+    good = [record for record in records if record.image_path not in broken]
+    bad = [record for record in records if record.image_path in broken]
+    return good, [record.problem(broken[record.image_path]) for record in bad]
+
+
+def check_paths(
+    paths: Sequence[str], verify: Verify = "auto", max_pixels: int = MAX_PIXELS, progress: bool = True
+) -> dict[str, str]:
+    """Checks image files in threads.
+
+    Args:
+        paths: the files, each once.
         verify: ``"decode"`` decodes every image and so finds truncated ones too; ``"header"`` checks that it
             exists, is an image and not too large; ``"none"`` checks nothing; ``"auto"`` decodes up to
             ``DECODE_UP_TO`` different images and reads headers beyond. What is not found here is an error of
@@ -279,12 +425,10 @@ def check_images(
         progress: show a bar if there are many.
 
     Returns:
-        The records that can be used and the problems of the others.
+        By path, what is wrong with those that cannot be used.
     """
-    records = list(records)
-    paths = list(dict.fromkeys(record.image_path for record in records if record.image_path))
     if verify == "none":
-        return records, []
+        return {}
     decode = verify == "decode" or verify == "auto" and len(paths) <= DECODE_UP_TO
 
     def reason(path: str) -> str | None:
@@ -305,9 +449,7 @@ def check_images(
                 bar.update()
                 if found:
                     broken[path] = found
-    good = [record for record in records if record.image_path not in broken]
-    bad = [record for record in records if record.image_path in broken]
-    return good, [record.problem(broken[record.image_path]) for record in bad]
+    return broken
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -328,12 +470,8 @@ def report_problems(problems: list[Problem], kept: int, path: str | os.PathLike,
     Raises:
         DataError: if no record can be used, or if ``strict`` and one is left out.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    lines = "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
-    temporary.write_text(lines, "utf-8", errors="backslashreplace")  # half a surrogate pair, escaped again
-    os.replace(temporary, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems))
 
     skipped = [problem for problem in problems if problem.skipped]
     partly = len(problems) - len(skipped)
@@ -349,3 +487,11 @@ def report_problems(problems: list[Problem], kept: int, path: str | os.PathLike,
     said = [f"{len(skipped):,} of {total:,} records left out"] if skipped else []
     said += [f"{partly:,} used in part"] if partly else []
     return f"{', '.join(said)}: see {path}" if said else ""
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file under a temporary name and renames it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, "utf-8", errors="backslashreplace")  # half a surrogate pair, escaped again
+    os.replace(temporary, path)

@@ -41,7 +41,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.dataset import ConversationDataset
-from fura_vlm.data.records import Record, check_images, read_records, report_problems
+from fura_vlm.data.index import open_index
+from fura_vlm.data.records import Record, report_problems
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.heldout import (
     Answer,
@@ -198,12 +199,17 @@ def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationD
     questions = []
     if config.eval_data_path:
         questions = load_questions(config.eval_data_path, config.eval_image_folder)
-    records, problems = read_records(config.data_path, config.image_folder)
-    records, broken = check_images(records, config.verify_images)
-    dataset = ConversationDataset(records, processor, config.model_max_length, conversation=config.conversation)
-    problems += broken + dataset.problems
-    said = report_problems(problems, len(dataset), run / "skipped.jsonl", config.strict)
-    return dataset, questions, said
+    index = open_index(
+        config.data_path,
+        config.image_folder,
+        processor,
+        config.model_max_length,
+        fallback=run / "index",
+        conversation=config.conversation,
+    )
+    dataset, advice = index.dataset(processor, config.verify_images)
+    said = report_problems(dataset.problems, len(dataset), run / "skipped.jsonl", config.strict)
+    return dataset, questions, "\n".join(line for line in (said, advice) if line)
 
 
 def _check(config: TrainConfig) -> int:

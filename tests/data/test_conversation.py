@@ -1,6 +1,7 @@
 """Expected tokens are written out by hand. The tokenizer knows the words of the prompt; all else is bytes."""
 
 import copy
+import re
 
 import pytest
 
@@ -179,13 +180,35 @@ def test_an_image_is_never_cut(tokenizer):
 # ------------------------------------------------------------------------------------- what cannot be encoded
 
 
-def test_special_tokens_in_the_text_are_refused(tokenizer):
+@pytest.mark.parametrize("token", ["</s>", "<unk>"])
+def test_tokens_that_leave_llava_without_labels_are_refused(tokenizer, token):
     good, bad, worse = tokenize(
-        [turns("What", "Yes"), turns("What is <s>this</s>?", "No"), turns("Hi", "a<pad>")], tokenizer
+        [turns("What", "Yes"), turns(f"What is {token}?", "No"), turns("What", f"A {token} cat")], tokenizer
     )
     assert len(good.ids) == len(good.supervised)
-    assert isinstance(bad, EncodingError) and "<s>" in str(bad)
-    assert isinstance(worse, EncodingError) and "<pad>" in str(worse)
+    for error in (bad, worse):
+        assert isinstance(error, EncodingError) and f"the text has {token}" in str(error)
+
+
+def test_a_beginning_within_the_text_is_a_token(tokenizer):
+    shown = encoded(turns("What", "A <s> cat"), tokenizer)
+    assert shown == "▁USER: ▁What ▁ASSISTANT: [▁A] [▁] [<s>] [▁cat] [</s>]".split()
+
+
+def test_other_tokens_typed_into_a_text_are_text(tokenizer):
+    """What the model has been given besides Vicuna's tokens means nothing there."""
+
+    def said(shown):
+        text = "".join(shown).replace("[", "").replace("]", "").replace("▁", " ")
+        return re.sub("<0x(..)>", lambda found: chr(int(found[1], 16)), text)
+
+    shown = encoded(turns("<image>\nWhat is <pad>", "A <pad>"), tokenizer, num_image_tokens=1)
+    assert shown[2] == "<image>" and "<pad>" not in shown and "[<pad>]" not in shown
+    assert said(shown[3:]) == "\nWhat is <pad> ASSISTANT: A <pad></s>"
+    record = Record("1", None, None, tuple(turns("What is <image> here?", "An <image>")))
+    shown = encoded(record, tokenizer)
+    assert "<image>" not in shown and "[<image>]" not in shown
+    assert said(shown) == " USER: What is <image> here? ASSISTANT: An <image></s>"
 
 
 def test_a_tokenizer_without_a_beginning_is_refused(tokenizer):

@@ -7,7 +7,16 @@ import pytest
 from PIL import Image
 
 from fura_vlm.data import records as module
-from fura_vlm.data.records import DataError, Problem, Turn, check_images, read_records, report_problems
+from fura_vlm.data.conversation import render
+from fura_vlm.data.records import (
+    DataError,
+    Problem,
+    Turn,
+    check_images,
+    iter_items,
+    read_records,
+    report_problems,
+)
 
 HUMAN = {"from": "human", "value": "What is this?"}
 SHOWN = {"from": "human", "value": "<image>\nWhat is this?"}
@@ -82,6 +91,19 @@ def test_a_first_turn_of_gpt_is_left_out_and_noted(mixture):
     assert not problem.skipped and "left out" in problem.reason
 
 
+def test_several_images_in_a_question_are_one(mixture):
+    question = {"from": "human", "value": "<image>\n<image>\nWhat is this?"}
+    [record], problems = read_records(mixture([{"image": "1.png", "conversations": [question, GPT]}]))
+    assert render(record) == render([Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat.")])
+    assert not problems
+
+
+def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
+    turns = [{"from": "human", "value": "Parse <image>a.png</image>"}, {"from": "gpt", "value": "<image> is a tag."}]
+    [record], problems = read_records(mixture([{"id": "svg", "conversations": turns}]))
+    assert not problems and [turn.value for turn in record.conversations] == [turn["value"] for turn in turns]
+
+
 # ------------------------------------------------------------------------------------------------ bad records
 
 
@@ -113,6 +135,7 @@ def test_a_first_turn_of_gpt_is_left_out_and_noted(mixture):
         ({"conversations": [HUMAN, {"from": "gpt"}]}, "value of turn 2 should be text, it is missing"),
         ({"conversations": [HUMAN, {"from": "gpt", "value": "\ud83d"}]}, "half of a surrogate pair"),
         ({"conversations": [SHOWN, GPT]}, "<image> in the conversation but no image"),
+        ({"conversations": [{**HUMAN, "value": "What is this?\n<image>"}, GPT]}, "but no image"),
         ({"image": "1.png", "conversations": [HUMAN, GPT]}, "an image but no <image>"),
         ({"image": "1.png", "conversations": [SHOWN, GPT, SHOWN, GPT]}, "2 times <image> for one image"),
         (
@@ -171,6 +194,57 @@ def test_bad_file(mixture, content, reason):
     with pytest.raises(DataError, match=reason) as caught:
         read_records(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- piece by piece
+
+
+@pytest.fixture(params=[1, 2, 3, 7, 64])
+def small_chunks(request, monkeypatch):
+    """Files are read a few bytes at a time, so that everything is cut everywhere."""
+    monkeypatch.setattr(module, "_CHUNK", request.param)
+
+
+ITEMS = [
+    {"a": 'é 猫 😀 \\ " \n', "b": [1.5e-3, -12, True, None, [], {}]},
+    "text with ] and , and {",
+    [[["deep"]], 123456789],
+    12345,
+    False,
+    None,
+    {"long": "x" * 300},
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
+def test_a_list_in_pieces_is_what_json_reads(mixture, small_chunks, options):
+    path = mixture("\n\n " + json.dumps(ITEMS, **options) + " \n")
+    places, items = zip(*iter_items(path), strict=True)
+    assert list(items) == ITEMS
+    assert places[0] == "record 1" and places[-1] == f"record {len(ITEMS)}"
+
+
+def test_lines_in_pieces(mixture, small_chunks):
+    path = mixture("\n".join(json.dumps(item, ensure_ascii=False) for item in ITEMS[:4]))
+    assert [item for _, item in iter_items(path)] == ITEMS[:4]
+
+
+@pytest.mark.parametrize("end, where", [('{"id": 1,}]', "line 3, column 11"), ("{} {}]", "line 3, column 5")])
+def test_the_place_of_an_error_in_pieces(mixture, small_chunks, end, where):
+    with pytest.raises(DataError, match=f"no valid JSON at {where}"):
+        list(iter_items(mixture('[\n{"id": 0},\n ' + end)))
+
+
+@pytest.mark.parametrize("kept", range(1, 60))
+def test_a_list_cut_anywhere_is_an_error(mixture, small_chunks, kept):
+    whole = json.dumps([{"id": "é", "conversations": [1.25, True]}, 77])
+    with pytest.raises(DataError, match="is cut off at line 1|is neither|is no valid JSON"):
+        list(iter_items(mixture(whole[: min(kept, len(whole) - 1)])))
+
+
+def test_half_a_character_at_the_end(mixture):
+    with pytest.raises(DataError, match="is not UTF-8 at byte 11"):
+        list(iter_items(mixture(b'{"id": "a"}\xc3')))
 
 
 def test_no_file(tmp_path):

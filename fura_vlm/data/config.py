@@ -1,0 +1,41 @@
+"""Settings of the ``data`` commands. Light on purpose: the command line reads them before anything is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class VerifyConfig:
+    """Decode every image of a mixture and say which are missing, broken or not used.
+
+    Args:
+        data_path: the mixture, a JSON or JSONL file in the LLaVA format.
+        image_folder: where its image paths start; by default the folder of ``data_path``.
+        report_dir: where the lists go; by default beside ``data_path``, with ``.images`` after its name.
+        workers: processes that decode; by default one for each core.
+    """
+
+    data_path: str
+    image_folder: str | None = None
+    report_dir: str | None = None
+    workers: int | None = None
+
+
+@dataclass
+class DownloadConfig:
+    """Download a published mixture and its images, resuming what is there.
+
+    Args:
+        recipe: what there is and where it comes from, a YAML file; ``data/`` has those of LLaVA v1.5.
+        output_dir: the folder to fill; by default that of the recipe's name, beside it.
+        sources: the names of some sources only; by default all of them.
+        workers: files downloaded at the same time.
+        keep_archives: keep a source's archives after they have been unpacked.
+    """
+
+    recipe: str = "data/llava-665k.yaml"
+    output_dir: str | None = None
+    sources: list[str] | None = None
+    workers: int = 4
+    keep_archives: bool = False

@@ -1,0 +1,246 @@
+"""A mixture tokenized once: Arrow files that every process maps, so that no start parses a gigabyte of JSON.
+
+    <mixture>.index/<key>/part-00000.arrow    rows, as ``dataset.row_schema`` describes them; an Arrow stream, which
+                                              ``datasets.Dataset.from_file`` reads
+    <mixture>.index/<key>/part-00000.jsonl    what is wrong with records of this part
+    <mixture>.index/<key>/index.json          what it was made from; written last
+    <mixture>.index/<key>/images.json         which images were found broken when they were last checked
+
+The key is a hash of all that the rows depend on: the mixture (path, size, time of change), the image folder, the
+tokenizer, the conversation, the image's tokens and the maximum length. Where something of it changes, another index
+is made; those of a mixture that has changed are removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+
+from fura_vlm.data.conversation import RENDER
+from fura_vlm.data.dataset import BATCH, ConversationDataset, count_image_tokens, encode_rows, read_table, row_schema
+from fura_vlm.data.images import find_image
+from fura_vlm.data.locate import image_hint, source_of
+from fura_vlm.data.records import DECODE_UP_TO, DataError, Problem, Turn, Verify, check_paths, iter_records, write_text
+
+VERSION = 1
+"""Raised when the same settings give other rows."""
+
+PART = 20_000
+"""Elements of the mixture in a file. What is complete is kept when the making is interrupted."""
+
+_BAR_FROM = 20_000_000  # bytes of a mixture whose reading shows a bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """A complete index.
+
+    Args:
+        folder: where it is.
+        mixture: the file it was made from.
+        image_folder: where the image paths of the mixture start.
+        files: the Arrow files, in the order of the mixture.
+        problems: records that are left out and those that are cut.
+    """
+
+    folder: Path
+    mixture: Path
+    image_folder: Path
+    files: list[str]
+    problems: list[Problem]
+
+    def dataset(self, processor, verify: Verify = "auto") -> tuple[ConversationDataset, str]:
+        """The dataset of all records whose images can be used; its ``problems`` are those of records and images.
+
+        Args:
+            processor: the one that the index was made with.
+            verify: as in ``check_paths``. Of a large mixture, images that have once been found good are not looked
+                at again; the others are.
+
+        Returns:
+            The dataset, and what to do if all images of a source are missing (a line for the screen, or "").
+
+        Raises:
+            DataError: if there are images and every one of them is missing.
+        """
+        table = read_table(self.files)
+        paths = pc.unique(table["image"]).drop_null().to_pylist()
+        broken = self._broken_images(paths, verify)
+        advice = self._advice(paths, broken)
+        selected = table.select(["image", "file", "place", "id"])
+        selected = selected.filter(pc.is_in(selected["image"], pa.array(list(broken), pa.string())))
+        bad = [Problem(row["file"], row["place"], row["id"], broken[row["image"]]) for row in selected.to_pylist()]
+        gone = {problem.place for problem in bad}
+        kept = [problem for problem in self.problems if problem.place not in gone]  # one reason is enough
+        return ConversationDataset.from_files(self.files, processor, kept + bad, list(broken)), advice
+
+    def _broken_images(self, paths: list[str], verify: Verify) -> dict[str, str]:
+        if verify == "none" or len(paths) <= DECODE_UP_TO:
+            return check_paths(paths, verify)
+        memory, modes = self.folder / "images.json", ("header", "decode")
+        mode = "header" if verify == "auto" else verify
+        known = json.loads(memory.read_text()) if memory.is_file() else None
+        if known and modes.index(known["mode"]) >= modes.index(mode):
+            mode, paths = known["mode"], list(known["broken"])
+        broken = check_paths(paths, mode)
+        write_text(memory, json.dumps({"mode": mode, "broken": broken}, indent=1))
+        return broken
+
+    def _advice(self, paths: list[str], broken: dict[str, str]) -> str:
+        if not broken:
+            return ""
+        images, missing = defaultdict(int), defaultdict(list)
+        for path in paths:
+            name = os.path.relpath(path, self.image_folder)
+            images[source_of(name)] += 1
+            if path in broken and find_image(path) is None:
+                missing[source_of(name)].append(name)
+        lost = [source for source, names in missing.items() if len(names) == images[source]]
+        if len(lost) == len(images):
+            raise DataError(
+                f"None of the {len(paths):,} images of {self.mixture} is in {self.image_folder}: "
+                + image_hint(self.image_folder, [name for names in missing.values() for name in names])
+            )
+        said = (
+            f"None of {images[source]:,} images in {source}: {image_hint(self.image_folder, missing[source])}"
+            for source in lost
+        )
+        return "\n".join(said)
+
+
+def open_index(
+    data_path: str | os.PathLike,
+    image_folder: str | os.PathLike | None,
+    processor,
+    max_length: int,
+    fallback: str | os.PathLike,
+    conversation: str = "v1",
+    progress: bool = True,
+) -> Index:
+    """The index of a mixture; it is made where it is not there yet.
+
+    Several processes may ask at the same time: one makes it, the others wait. Of an interrupted making, the complete
+    parts are used.
+
+    Args:
+        data_path: the mixture, as in ``iter_items``.
+        image_folder: where its image paths start; by default the folder of ``data_path``.
+        processor: a ``LlavaProcessor`` with a fast tokenizer.
+        max_length: tokens of a row, image tokens included.
+        fallback: a folder for the index where none can be written beside the mixture.
+        conversation: what a record becomes, a key of ``fura_vlm.data.conversation.RENDER``.
+        progress: show a bar if the mixture is large.
+
+    Raises:
+        DataError: if the mixture or the image folder cannot be used.
+        EncodingError: if the tokenizer will not do.
+    """
+    data_path = Path(data_path)
+    image_folder = Path(image_folder) if image_folder is not None else data_path.parent
+    try:
+        state = data_path.stat()
+    except OSError as error:
+        raise DataError(f"{data_path} cannot be read ({error.strerror}): check data_path") from error
+    mixture = {"path": os.path.abspath(data_path), "size": state.st_size, "changed": state.st_mtime_ns}
+    settings = {
+        "version": VERSION,
+        "mixture": mixture,
+        "image_folder": os.path.abspath(image_folder),
+        "tokenizer": _fingerprint(processor.tokenizer),
+        "conversation": conversation,
+        "example": RENDER[conversation]([Turn("human", "a\n<image>"), Turn("gpt", "b")]),
+        "image_tokens": count_image_tokens(processor),
+        "max_length": max_length,
+    }
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    beside, fallback = data_path.with_name(data_path.name + ".index"), Path(fallback)
+    for folder in (beside / key, fallback / key):
+        if (folder / "index.json").is_file():
+            break
+    else:
+        folder = _writable(beside, fallback) / key
+        _make_once(folder, settings, data_path, image_folder, processor, progress)
+    files = sorted(str(file) for file in folder.glob("part-*.arrow"))
+    lines = (line for file in files for line in _problem_file(Path(file)).read_text("utf-8").splitlines())
+    return Index(folder, data_path, image_folder, files, [Problem(**json.loads(line)) for line in lines])
+
+
+def _fingerprint(tokenizer) -> str:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    del state["truncation"], state["padding"]  # these change with each call
+    special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, sorted(tokenizer.all_special_tokens)]
+    return hashlib.sha256(json.dumps([state, special]).encode()).hexdigest()[:16]
+
+
+def _writable(beside: Path, fallback: Path) -> Path:
+    try:
+        beside.mkdir(exist_ok=True)
+        if os.access(beside, os.W_OK):
+            return beside
+    except OSError:  # data sets are often where one may only read
+        pass
+    fallback.mkdir(parents=True, exist_ok=True)
+    return fallback
+
+
+def _make_once(folder: Path, settings: dict, *rest) -> None:
+    with FileLock(folder.parent / "lock"):
+        if not (folder / "index.json").is_file():  # or else another process has just made it
+            _remove_outdated(folder.parent, settings["mixture"])
+            _make(folder, settings, *rest)
+
+
+def _remove_outdated(home: Path, mixture: dict) -> None:
+    for described in [*home.glob("*/index.json"), *home.glob("*/making.json")]:
+        of = json.loads(described.read_text())["mixture"]
+        if of["path"] == mixture["path"] and of != mixture:
+            shutil.rmtree(described.parent)
+
+
+def _make(folder: Path, settings: dict, data_path: Path, image_folder: Path, processor, progress: bool) -> None:
+    building = folder.with_name(folder.name + ".tmp")
+    building.mkdir(exist_ok=True)
+    write_text(building / "making.json", json.dumps(settings, indent=1))
+    progress = progress and data_path.stat().st_size >= _BAR_FROM
+    found = iter_records(data_path, image_folder, progress)
+    for number in itertools.count():
+        part = itertools.islice(found, PART)
+        file = building / f"part-{number:05d}.arrow"
+        if file.exists():
+            elements = sum(1 for _ in part)  # parsed once more, which is quick, to get to what is missing
+        else:
+            elements = _write_part(file, part, processor, settings["max_length"], settings["conversation"])
+        if elements < PART:
+            break
+    os.replace(building / "making.json", building / "index.json")
+    building.rename(folder)
+
+
+def _write_part(file: Path, pairs, processor, max_length: int, conversation: str) -> int:
+    """Returns the number of elements, good or bad."""
+    elements, problems = 0, []
+    temporary = file.with_name(file.name + ".tmp")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, row_schema(processor)) as stream:
+        while batch := list(itertools.islice(pairs, BATCH)):
+            elements += len(batch)
+            records = [record for record, _ in batch if record is not None]
+            rows, found = encode_rows(records, processor, max_length, conversation)
+            problems += [problem for _, problem in batch if problem is not None] + found
+            stream.write_batch(rows)
+    write_text(_problem_file(file), "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
+    os.replace(temporary, file)
+    return elements
+
+
+def _problem_file(file: Path) -> Path:
+    return file.with_suffix(".jsonl")

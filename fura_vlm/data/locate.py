@@ -1,0 +1,60 @@
+"""Where the images of a mixture are, when they are not where it says."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+_LOOKED_AT = 200  # folders
+
+
+def image_hint(folder: str | os.PathLike, missing: Sequence[str]) -> str:
+    """What to do about images that are not in their folder.
+
+    Looks for ten of them above the folder, in its folders, and under shortened names. A place counts if all are there.
+
+    Args:
+        folder: the image folder.
+        missing: image paths as the mixture has them, at least one.
+
+    Returns:
+        The end of a sentence: the ``--image_folder`` to pass, or the link to make, or what to look for.
+    """
+    folder = Path(os.path.abspath(folder))
+    names = list(missing[:: max(1, len(missing) // 10)])[:10]
+    bases = [folder.parent, folder.parent.parent, *_folders_in(folder)]
+    for base in bases:
+        if all((base / name).is_file() for name in names):
+            return f"{names[0]} is in {base}: pass --image_folder {base}"
+    parts = Path(names[0]).parts
+    for base, dropped in itertools.product([folder, *bases], range(1, len(parts))):
+        if not all(base.joinpath(*Path(name).parts[dropped:]).is_file() for name in names):
+            continue
+        # The first folder that the shortened name still has is to be seen under the full name.
+        link = folder.joinpath(*parts[: min(dropped + 1, len(parts) - 1)])
+        target = base / parts[dropped] if dropped < len(parts) - 1 else base
+        make = "" if link.parent.is_dir() else f"mkdir -p {link.parent} && "
+        return f"{names[0]} is there as {base.joinpath(*parts[dropped:])}: {make}ln -s {target} {link}"
+    return f"pass the folder that holds {names[0]} as --image_folder"
+
+
+def source_of(image: str) -> str:
+    """The data set that an image belongs to: the first folder of its path in the mixture; "." without one."""
+    head, _, rest = image.partition("/")
+    return head if rest else "."
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Those one and two levels below, up to a number."""
+    below = _subfolders(folder)
+    return [*below, *(inner for outer in below[:_LOOKED_AT] for inner in _subfolders(outer))][:_LOOKED_AT]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry) for entry in entries if entry.is_dir())
+    except OSError:
+        return []
