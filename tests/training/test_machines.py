@@ -9,7 +9,7 @@ import subprocess
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, Job
+from conftest import ROOT
 from safetensors.torch import load_file
 from test_runs import wait_for
 
@@ -99,9 +99,9 @@ def test_two_processes_go_on_where_one_was_killed(uninterrupted, launch):
         member.kill()
     process.communicate()
 
-    refused: Job = launch("killed", processes=3, **settings)
-    assert "train_batch_size 4 is no multiple of the 6 records that 3 processes take at once" in refused.output
-    refused = launch("killed", processes=2, train_batch_size=8, **settings)
+    refused = launch("killed", **settings | {"per_device_train_batch_size": 3})
+    assert "train_batch_size 4 is no multiple of the 3 records that 1 processes take at once" in refused.output
+    refused = launch("killed", train_batch_size=8, **settings)
     assert f"{checkpoint} was written by a run of 4 records a step, and train_batch_size is 8" in refused.output
     job = launch("killed", processes=2, **settings)
     assert_same(job, uninterrupted)
