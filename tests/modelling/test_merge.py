@@ -1,5 +1,6 @@
 """Merging from files, against PEFT's own merge of the whole model in memory."""
 
+import copy
 import json
 import os
 import shutil
@@ -54,7 +55,7 @@ def adapter(request, tmp_path_factory):
             llm_int8_skip_modules=["vision_tower", "multi_modal_projector"],
         )
     base = load_base(BASE, torch.float32, quantization_config=four_bits)
-    model = get_peft_model(base, METHODS[request.param])
+    model = get_peft_model(base, copy.deepcopy(METHODS[request.param]))
     train_a_little(model)
     if request.param == "fura_delta":
         export_delta(model, folder)
@@ -123,7 +124,7 @@ def test_whatever_layout_the_names_are_in(tmp_path):
     for file in sorted(os.listdir(BASE)):
         if file.endswith(".safetensors"):
             weights |= load_file(f"{BASE}/{file}")
-    get_peft_model(load_base(BASE, torch.float32), METHODS["fura"]).save_pretrained(tmp_path / "adapter")
+    get_peft_model(load_base(BASE, torch.float32), copy.deepcopy(METHODS["fura"])).save_pretrained(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     for layout, rename in renamed.items():
         base = tmp_path / layout
@@ -195,7 +196,7 @@ def plain(tmp_path):
     """A copy of the base, and an adapter over it."""
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
-    train = get_peft_model(load_base(str(base), torch.float32), METHODS["fura"])
+    train = get_peft_model(load_base(str(base), torch.float32), copy.deepcopy(METHODS["fura"]))
     train.save_pretrained(tmp_path / "adapter")
     return base, tmp_path / "adapter"
 
