@@ -16,7 +16,7 @@ from fura_vlm.data.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
 from fura_vlm.modelling.config import AssembleConfig, InspectConfig, MergeConfig
-from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.config import PlanConfig, TrainConfig
 
 
 class Parser(ArgumentParser):
@@ -64,13 +64,15 @@ def build_parser() -> Parser:
         return sub
 
     command(commands, "train", TrainConfig)
+    command(commands, "plan", PlanConfig, ("recipe",))
     command(commands, "eval", EvalConfig, ("model",))
     command(commands, "compare", CompareConfig, ("first", "second"))
     image = {"image": "the picture to talk about in the terminal"}
     web = {"web": "open the chat in the browser", "share": "with --web: make a public link through Gradio's servers"}
     command(commands, "chat", ChatConfig, optional=image, flags=web)
     command(commands, "merge", MergeConfig, ("model", "output_dir"))
-    command(commands, "assemble", AssembleConfig, ("output_dir", "mm_projector"))
+    projector = {"mm_projector": "LLaVA's mm_projector.bin, or what stage 1 leaves; without one it is new and random"}
+    command(commands, "assemble", AssembleConfig, ("output_dir",), optional=projector)
     command(commands, "inspect", InspectConfig, ("model",))
     data = Parser(description="Prepare data sets.", usage="fura-vlm data NAME ...")
     commands.add_subcommand("data", data, help="Prepare data sets.")
@@ -99,6 +101,10 @@ def _run(command: str, options: dict) -> None:
         from fura_vlm.training.train import train
 
         train(TrainConfig(**options))
+    elif command == "plan":
+        from fura_vlm.training.plan import plan
+
+        plan(PlanConfig(**options))
     elif command == "eval":
         from fura_vlm.evaluation.suite import evaluate
 
@@ -118,7 +124,7 @@ def _run(command: str, options: dict) -> None:
 
             chat(config)
     elif command == "merge":
-        from fura_vlm.modelling.load import merge
+        from fura_vlm.modelling.merge import merge
 
         merge(MergeConfig(**options))
     elif command == "assemble":
@@ -164,6 +170,8 @@ def main(arguments: list[str] | None = None) -> None:
         _run(command, options)
     except FuraVLMError as error:
         sys.exit(f"fura-vlm {command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells have it
     except Exception as error:
         if not _disk_is_full(error):
             raise

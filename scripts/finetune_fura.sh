@@ -11,7 +11,7 @@ source "$ROOT/scripts/launch.sh"
 cd "$ROOT"
 config=scripts/configs/tiny.yaml
 case "${1:-}" in *.yaml | *.yml) config="$1"; shift ;; esac
-if [ "$config" = scripts/configs/tiny.yaml ]; then
+if [ "$config" = scripts/configs/tiny.yaml ] && [ "${NODE_RANK:-0}" = 0 ]; then  # the others wait for its launcher
     fura-vlm data embedded
 fi
 launch train --config "$config" "$@"

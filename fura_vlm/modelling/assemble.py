@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -24,10 +28,19 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from fura_vlm.modelling.config import AssembleConfig
-from fura_vlm.modelling.load import ModelError, load_pretrained
 from fura_vlm.modelling.processor import make_processor
+from fura_vlm.modelling.shards import (
+    ModelError,
+    WeightFiles,
+    building,
+    parameter_names,
+    refuse_existing,
+    size_of,
+    write_sharded,
+)
 
 # LLaVA's names in mm_projector.bin, and those of transformers.
 PROJECTOR_KEYS = {
@@ -41,26 +54,27 @@ VOCABULARY_MULTIPLE = 64
 def assemble(config: AssembleConfig) -> None:
     """Writes the assembled model and its processor to ``config.output_dir``.
 
-    The parts are held in memory once, in ``config.dtype``.
+    The parts are read tensor by tensor; no more than one file of the result is held in memory.
 
     Raises:
-        ModelError: a part is missing, damaged or does not fit the others; or ``output_dir`` exists.
+        ModelError: a part is missing, damaged or does not fit the others; ``output_dir`` exists; the disk has no room.
     """
-    target = Path(config.output_dir)
-    if target.exists():
-        raise ModelError(f"{target} exists already: choose another --output_dir")
+    refuse_existing(Path(config.output_dir))
     text_config = _part_config(config.language_model, "llama", "language model")
     vision_config = _part_config(config.vision_tower, "clip_vision_model", "vision tower")
-    projector = read_projector(config.mm_projector)
-    _check_fit(config, text_config, vision_config, projector)
+    if config.mm_projector is None:
+        projector = new_projector(vision_config.hidden_size, text_config.hidden_size, config.seed)
+    else:
+        projector = read_projector(config.mm_projector)
+        _check_fit(config, text_config, vision_config, projector)
     tokenizer = _tokenizer(config.language_model, text_config)
+    language_model = WeightFiles(config.language_model, "language model")
+    tower = WeightFiles(config.vision_tower, "vision tower")
+    with torch.device("meta"):  # of the parts, to know what has to be in their files
+        language_names = parameter_names(LlamaForCausalLM(text_config), language_model)
+        tower_names = parameter_names(CLIPVisionModel(vision_config), tower)
 
-    dtype = getattr(torch, config.dtype)
-    language_model = load_pretrained(LlamaForCausalLM, config.language_model, "language model", dtype=dtype)
     size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    _grow(language_model, text_config.vocab_size, size)
-    tower = load_pretrained(CLIPVisionModel, config.vision_tower, "vision tower", dtype=dtype)
-
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text_config.update({"vocab_size": size, "pad_token_id": tokenizer.pad_token_id, **ids})
     patches = (vision_config.image_size // vision_config.patch_size) ** 2
@@ -73,36 +87,64 @@ def assemble(config: AssembleConfig) -> None:
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
         tie_word_embeddings=False,
-        dtype=dtype,
+        dtype=getattr(torch, config.dtype),
     )
+    llava_config.architectures = [LlavaForConditionalGeneration.__name__]
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(llava_config)
-    for part, weights in (
-        (model.model.language_model, language_model.model.state_dict()),
-        (model.lm_head, language_model.lm_head.state_dict()),
-        (model.model.vision_tower, tower.state_dict()),
-        (model.model.multi_modal_projector, {name: weight.to(dtype) for name, weight in projector.items()}),
-    ):
-        part.load_state_dict(weights, assign=True)
-    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, **ids)
+        model = LlavaForConditionalGeneration(llava_config).to(llava_config.dtype)
 
-    building = target.with_name(target.name + ".tmp")
-    model.save_pretrained(building)
-    make_processor(tokenizer, vision_config.image_size, vision_config.patch_size).save_pretrained(building)
-    building.rename(target)
-    print(f"The model is in {target}: {model.num_parameters():,} parameters, {patches} tokens an image")
+    sources: dict[str, Callable[[], torch.Tensor]] = {}  # by parameter
+    for parameter, name in language_names.items():
+        grown = parameter in ("model.embed_tokens.weight", "lm_head.weight")
+        read = partial(_grown, language_model, name, size) if grown else partial(language_model.read, name)
+        sources[re.sub("^model", "model.language_model", parameter)] = read
+    for parameter, name in tower_names.items():
+        sources[f"model.vision_tower.{parameter}"] = partial(tower.read, name)
+    for name, weight in projector.items():
+        sources[f"model.multi_modal_projector.{name}"] = partial(torch.clone, weight)
+
+    state = model.state_dict()
+    tensors = revert_weight_conversion(model, state)  # by the names that transformers writes
+    parameters = {id(weight): parameter for parameter, weight in state.items()}
+    names = {name: parameters[id(weight)] for name, weight in tensors.items()}
+    with building(config.output_dir, size_of(tensors)) as folder:
+        write_sharded(folder, tensors, lambda name: sources[names[name]](), config.max_shard_size)
+        llava_config.save_pretrained(folder)
+        GenerationConfig(pad_token_id=tokenizer.pad_token_id, **ids).save_pretrained(folder)
+        make_processor(tokenizer, vision_config.image_size, vision_config.patch_size).save_pretrained(folder)
+    print(f"The model is in {config.output_dir}: {model.num_parameters():,} parameters, {patches} tokens an image")
+    if config.mm_projector is None:
+        print("Its projector is new, with random weights: pretrain it (stage 1) before anything else")
+
+
+def new_projector(vision_size: int, text_size: int, seed: int) -> dict[str, torch.Tensor]:
+    """Random weights for a projector, as LLaVA begins its stage 1: those that ``torch.nn.Linear`` draws.
+
+    Returns: ``linear_1.weight (text, vision)``, ``linear_1.bias (text)``, ``linear_2.weight (text, text)``,
+        ``linear_2.bias (text)`` in float32.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = {"linear_1": nn.Linear(vision_size, text_size), "linear_2": nn.Linear(text_size, text_size)}
+    return {
+        f"{name}.{kind}": weight.data for name, layer in layers.items() for kind, weight in layer.named_parameters()
+    }
 
 
 def read_projector(path: str) -> dict[str, torch.Tensor]:
-    """LLaVA's ``mm_projector.bin``, under the names of transformers: ``linear_1.weight (text, vision)`` and so on.
+    """LLaVA's ``mm_projector.bin``, or the same in safetensors, under the names of transformers:
+    ``linear_1.weight (text, vision)`` and so on.
 
     Raises:
         ModelError: the file is missing, is not a file of tensors, or holds other keys.
     """
     if not Path(path).is_file():
-        raise ModelError(f"There is no projector at {path}: LLaVA publishes one as mm_projector.bin")
+        raise ModelError(
+            f"There is no projector at {path}: LLaVA publishes one as mm_projector.bin, stage 1 leaves "
+            "mm_projector.safetensors"
+        )
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a broken archive raises as it likes
         raise ModelError(
             f"{path} is not a whole file of tensors: download it again ({type(error).__name__})"
@@ -169,9 +211,8 @@ def _tokenizer(path: str, text_config):
     return tokenizer
 
 
-@torch.no_grad()
-def _grow(model: LlamaForCausalLM, known: int, size: int) -> None:
-    """Rows for new tokens in both embeddings; no draw of random numbers, as ``mean_resizing`` would make."""
-    model.resize_token_embeddings(size, mean_resizing=False)
-    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-        embedding.weight[known:] = embedding.weight[:known].float().mean(0).to(embedding.weight.dtype)
+def _grown(files: WeightFiles, name: str, size: int) -> torch.Tensor:
+    """An embedding with rows for new tokens, each the mean of the others."""
+    known = files.read(name)
+    mean = known.float().mean(0, keepdim=True).to(known.dtype)
+    return torch.cat([known, mean.expand(size - len(known), -1)])

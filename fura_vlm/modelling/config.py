@@ -12,17 +12,22 @@ class AssembleConfig:
 
     Args:
         output_dir: the folder to write; it must not exist yet.
-        mm_projector: the file ``mm_projector.bin`` that LLaVA publishes.
+        mm_projector: the file ``mm_projector.bin`` that LLaVA publishes, or the ``mm_projector.safetensors`` that stage
+            1 leaves; without one the projector is new, with random weights.
         language_model: a folder or a name on the hub.
         vision_tower: a folder or a name on the hub; of a whole CLIP the vision tower is taken.
         dtype: in which the weights are written.
+        max_shard_size: of a file of weights, such as 5GB; assembling takes little more memory than this.
+        seed: of a new projector.
     """
 
     output_dir: str
-    mm_projector: str
+    mm_projector: str | None = None
     language_model: str = "lmsys/vicuna-7b-v1.5"
     vision_tower: str = "openai/clip-vit-large-patch14-336"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    max_shard_size: str = "5GB"
+    seed: int = 42
 
 
 @dataclass
@@ -32,10 +37,14 @@ class MergeConfig:
     Args:
         model: a run folder or an adapter.
         output_dir: the folder to write; it must not exist yet.
+        dtype: in which the weights are written; auto is the base's.
+        max_shard_size: of a file of weights, such as 5GB; merging takes little more memory than this.
     """
 
     model: str
     output_dir: str
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_shard_size: str = "5GB"
 
 
 @dataclass

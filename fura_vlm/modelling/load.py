@@ -8,33 +8,70 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
 )
 
-from fura_vlm.errors import FuraVLMError
 from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
-from fura_vlm.modelling.config import InspectConfig, MergeConfig
-
-
-class ModelError(FuraVLMError):
-    """A base model or adapter that cannot be used; the message says which and what to do."""
+from fura_vlm.modelling.config import InspectConfig
+from fura_vlm.modelling.processor import make_processor
+from fura_vlm.modelling.shards import ModelError
 
 
 def load_processor(path: str) -> LlavaProcessor:
-    """The processor of a LLaVA, with Pillow doing the image work as LLaVA's own code does.
+    """The processor of a LLaVA as LLaVA v1.5 trains and evaluates; Pillow does the image work, as in its own code.
+
+    Published llava-hf checkpoints come with another one, which crops the centre of a picture instead of padding it,
+    does not know of the tower's class token, and renders conversations without the system sentence. Of such a one
+    the tokenizer and the sizes are taken.
 
     Raises:
-        ModelError: if there is none at ``path``.
+        ModelError: if there is none at ``path``, or it does not belong to the model there.
     """
     _check_folder(path)
     try:
-        return AutoProcessor.from_pretrained(path, backend="pil")
+        processor = AutoProcessor.from_pretrained(path, backend="pil")
+        config = None if Path(path).is_dir() and not (Path(path) / "config.json").is_file() else _config(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
+    size, patch = processor.image_processor.crop_size["height"], processor.patch_size
+    if config is not None:
+        _check_processor(path, processor, config)
+        patch = config.vision_config.patch_size
+    if getattr(processor.image_processor, "do_pad", False) and processor.num_additional_image_tokens == 1:
+        return processor
+    return make_processor(processor.tokenizer, size, patch)
+
+
+def _config(path: str) -> LlavaConfig | None:
+    config = AutoConfig.from_pretrained(path)
+    return config if isinstance(config, LlavaConfig) else None
+
+
+def _check_processor(path: str, processor: LlavaProcessor, config: LlavaConfig) -> None:
+    tokenizer, token = processor.tokenizer, processor.image_token
+    if token not in tokenizer.get_vocab():
+        raise ModelError(
+            f"{path}: its tokenizer has no token {token}: take the tokenizer that was published with the model, or put "
+            "the model together with fura-vlm assemble"
+        )
+    known = tokenizer.convert_tokens_to_ids(token)
+    if known != config.image_token_id:
+        raise ModelError(
+            f"{path}: {token} is token {known} of its tokenizer and {config.image_token_id} of its config.json: its "
+            "files belong to different models"
+        )
+    size, seen = processor.image_processor.crop_size["height"], config.vision_config.image_size
+    if size != seen:
+        raise ModelError(
+            f"{path}: its processor makes pictures of {size} pixels and its vision tower sees {seen}: its files belong "
+            "to different models"
+        )
 
 
 def load_base(
@@ -83,8 +120,8 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
     return model
 
 
-def load_adapter(model: LlavaForConditionalGeneration, path: str) -> PeftModel:
-    """``model`` with the adapter at ``path`` (any PEFT method), for inference.
+def load_adapter(model: LlavaForConditionalGeneration, path: str, **kwargs) -> PeftModel:
+    """``model`` with the adapter at ``path`` (any PEFT method), for inference. ``kwargs`` are for PEFT.
 
     Raises:
         ModelError: if there is no adapter, or it belongs to another base.
@@ -92,12 +129,18 @@ def load_adapter(model: LlavaForConditionalGeneration, path: str) -> PeftModel:
     if not (Path(path) / "adapter_config.json").is_file():
         raise ModelError(f"No adapter at {path}: adapter_config.json is missing")
     try:
-        return PeftModel.from_pretrained(model, path).eval()
+        return PeftModel.from_pretrained(model, path, **kwargs).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         base = PeftConfig.from_pretrained(path).base_model_name_or_path
         raise ModelError(
             f"The adapter at {path} cannot be used ({_first_line(error).rstrip('.:')}): it names {base} as its base"
         ) from error
+
+
+def find_adapter(path: str) -> str | None:
+    """The adapter that a path means, be it its own folder or that of a run; None if there is none."""
+    folders = (Path(path) / "adapter", Path(path))
+    return next((str(folder) for folder in folders if (folder / "adapter_config.json").is_file()), None)
 
 
 def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
@@ -110,12 +153,12 @@ def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, Llav
         ModelError: if it is none of these, or a part of it is missing.
     """
     folder = Path(path)
-    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    adapter = find_adapter(path)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
-    if (adapter / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-        model = load_adapter(load_base(base, dtype), str(adapter))
+    if adapter is not None:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        model = load_adapter(load_base(base, dtype), adapter)
         processor = load_processor(str(folder / "processor") if (folder / "processor").is_dir() else base)
     elif (folder / "model").is_dir():
         model, processor = load_base(str(folder / "model"), dtype), load_processor(str(folder / "processor"))
@@ -126,24 +169,6 @@ def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, Llav
     else:
         model, processor = load_base(path, dtype), load_processor(path)
     return model.to("cuda" if cuda else "cpu").eval(), processor
-
-
-def merge(config: MergeConfig) -> None:
-    """Writes base and adapter merged into one plain LLaVA with its processor.
-
-    Raises:
-        ModelError: if ``output_dir`` exists, or ``model`` has no adapter.
-    """
-    target = Path(config.output_dir)
-    if target.exists():
-        raise ModelError(f"{target} exists already: choose another --output_dir")
-    model, processor = load_any(config.model)
-    if not isinstance(model, PeftModel):
-        raise ModelError(f"{config.model} is a model without an adapter: there is nothing to merge")
-    building = target.with_name(target.name + ".tmp")
-    model.merge_and_unload(safe_merge=True).save_pretrained(building)
-    processor.save_pretrained(building)
-    building.rename(target)
 
 
 def inspect(config: InspectConfig) -> None:

@@ -100,3 +100,31 @@ class TrainConfig:
 
     eval_batch_size: int = 32
     eval_max_new_tokens: int = 16
+
+
+@dataclass
+class PlanConfig:
+    """Say how much memory and time a recipe takes, and on which GPUs it fits, from shapes alone.
+
+    Args:
+        recipe: a YAML file of training settings.
+        model: 7b or 13b (LLaVA-1.5's shapes), or a folder or hub name of a LLaVA of which config.json is read; by
+            default the recipe's model.
+        methods: what to compare; by default the recipe's own and the others.
+        gpus: numbers of GPUs.
+        memory: of each GPU, in GB as its name says.
+        records: of one epoch; by default those of LLaVA-1.5's mixture.
+        tokens: of a record, on average; image included. Memory is planned for ``model_max_length``.
+        labelled: share of the tokens that have a loss.
+        output_path: a Markdown file for what is printed.
+    """
+
+    recipe: str
+    model: str | None = None
+    methods: list[str] = field(default_factory=lambda: ["fura", "lora", "dora", "qfura", "qlora", "full"])
+    gpus: list[int] = field(default_factory=lambda: [1, 4, 8])
+    memory: list[int] = field(default_factory=lambda: [24, 48, 80])
+    records: int = 665_298
+    tokens: int = 832
+    labelled: float = 0.25
+    output_path: str | None = None

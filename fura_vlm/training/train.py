@@ -56,11 +56,13 @@ from fura_vlm.evaluation.heldout import (
 from fura_vlm.modelling.assemble import PROJECTOR_KEYS
 from fura_vlm.modelling.load import load_base, load_processor, use_all_parts
 from fura_vlm.training import report
+from fura_vlm.training.checkpoint import WrittenBy, make_universal
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import PROJECTOR, compile_layers, learning_rate, prepare, quantization
 from fura_vlm.training.trainer import FuraTrainer
 
 FINISHED = "report.md"  # written last
+BATCH = ("train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")  # how a step is made up
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
 
 
@@ -80,9 +82,13 @@ def train(config: TrainConfig) -> Path:
     """
     state = _join()
     set_seed(config.seed)
-    accumulation = _agree(lambda: _check(config))
+    _agree(lambda: _check(config))
     run = _agree(lambda: _choose_run(config))
-    arguments = _training_arguments(config, run, accumulation)  # before the model: ZeRO-3 partitions it while loading
+    checkpoint = _agree(lambda: get_last_checkpoint(str(run)))
+    accumulation = _agree(lambda: _accumulation(config, checkpoint))
+    universal = checkpoint is not None and WrittenBy.of(checkpoint).processes != state.num_processes
+    # Before the model: ZeRO-3 partitions it while loading.
+    arguments = _training_arguments(config, run, accumulation, universal)
     console = Console(quiet=not state.is_main_process)
 
     processor = load_processor(config.model_name_or_path)
@@ -100,7 +106,6 @@ def train(config: TrainConfig) -> Path:
     if config.compile_layers:
         compile_layers(model)
 
-    checkpoint = _agree(lambda: get_last_checkpoint(str(run)))
     if state.is_main_process:
         _describe(config, run, processor, model, dataset, checkpoint, console)
     signals = SaveOnSignal()
@@ -113,7 +118,10 @@ def train(config: TrainConfig) -> Path:
         callbacks=[MetricsFile(run / "metrics.jsonl", resume_from=checkpoint), signals, held_out],
         mm_projector_lr=config.mm_projector_lr,
         group_by_modality_length=config.group_by_modality_length,
+        universal=universal,
     )
+    if universal:
+        _agree(lambda: make_universal(checkpoint))
     with advice_on_memory(config):
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals.stopped:
@@ -182,7 +190,7 @@ def _choose_run(config: TrainConfig) -> Path:
     saved = run / "config.yaml"
     if saved.is_file():
         previous = yaml.safe_load(saved.read_text())
-        changed = sorted(key for key in settings if previous.get(key) != settings[key])
+        changed = sorted(key for key in settings if previous.get(key) != settings[key] and key not in BATCH)
         if changed and get_last_checkpoint(str(run)):
             key = changed[0]
             raise TrainingError(
@@ -212,8 +220,8 @@ def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationD
     return dataset, questions, "\n".join(line for line in (said, advice) if line)
 
 
-def _check(config: TrainConfig) -> int:
-    """Looks at what the settings say together. Returns the gradient accumulation steps."""
+def _check(config: TrainConfig) -> None:
+    """Looks at what the settings say together."""
     if not Path(config.deepspeed).is_file():
         raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
     stage = _zero_stage(config)
@@ -227,20 +235,34 @@ def _check(config: TrainConfig) -> int:
             f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
             "scripts/zero2.json, or the method without q"
         )
-    if config.train_batch_size is None:
+    _accumulation(config, None)
+
+
+def _accumulation(config: TrainConfig, checkpoint: str | None) -> int:
+    """The gradient accumulation steps. Those of a resumed run make its steps as large as they were, so that they take
+    the same records in the same order on any number of processes."""
+    records = config.train_batch_size
+    if checkpoint is not None:
+        records = WrittenBy.of(checkpoint).train_batch_size
+        if config.train_batch_size not in (None, records):
+            raise TrainingError(
+                f"{checkpoint} was written by a run of {records} records a step, and train_batch_size is "
+                f"{config.train_batch_size}: leave it as it was, or choose another --output_dir"
+            )
+    if records is None:
         return config.gradient_accumulation_steps
     processes = PartialState().num_processes
     at_once = config.per_device_train_batch_size * processes
-    if config.train_batch_size % at_once:
+    if records % at_once:
         raise TrainingError(
-            f"train_batch_size {config.train_batch_size} is no multiple of the {at_once} records that {processes} "
-            f"processes take at once: change per_device_train_batch_size ({config.per_device_train_batch_size}) or "
-            "the number of processes"
+            f"train_batch_size {records} is no multiple of the {at_once} records that {processes} processes take at "
+            f"once: change per_device_train_batch_size ({config.per_device_train_batch_size}) or the number of "
+            "processes"
         )
-    return config.train_batch_size // at_once
+    return records // at_once
 
 
-def _training_arguments(config: TrainConfig, run: Path, accumulation: int) -> TrainingArguments:
+def _training_arguments(config: TrainConfig, run: Path, accumulation: int, universal: bool) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
     same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -249,6 +271,7 @@ def _training_arguments(config: TrainConfig, run: Path, accumulation: int) -> Tr
         "gradient_accumulation_steps": accumulation,
         "learning_rate": learning_rate(config),
         "output_dir": str(run),
+        "deepspeed": json.loads(Path(config.deepspeed).read_text()) | {"checkpoint": {"load_universal": universal}},
         "bf16": bf16,
         "tf32": config.tf32 if cuda else None,
     }

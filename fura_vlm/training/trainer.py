@@ -13,6 +13,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from fura_vlm.data.sampler import ModalityLengthSampler
+from fura_vlm.training.checkpoint import WrittenBy, load_buffers, mend_optimizer, remove_universal
 from fura_vlm.training.loss import train_on_labels_only
 from fura_vlm.training.throughput import Meter, Progress
 
@@ -21,8 +22,9 @@ class FuraTrainer(Trainer):
     """transformers' Trainer with LLaVA's batches, loss on the labels alone, a rate of its own for the
     projector, whole checkpoints, and figures of its speed."""
 
-    def __init__(self, *args, mm_projector_lr: float | None, group_by_modality_length: bool, **kwargs):
+    def __init__(self, *args, mm_projector_lr: float | None, group_by_modality_length: bool, universal: bool, **kwargs):
         super().__init__(*args, **kwargs)
+        self.universal = universal  # the checkpoint to go on from was written by another number of processes
         self.mm_projector_lr = mm_projector_lr
         self.group_by_modality_length = group_by_modality_length
         self._staging = False
@@ -73,6 +75,17 @@ class FuraTrainer(Trainer):
             self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
         return self.optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """What follows on DeepSpeed's own loading."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.universal:
+            return
+        load_buffers(self.model, checkpoint)
+        mend_optimizer(self.lr_scheduler)
+        PartialState().wait_for_everyone()
+        if self.args.should_save:
+            remove_universal(checkpoint)
+
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         # A pickle, and config.yaml says it all. Other processes than the main one have written none.
@@ -96,6 +109,7 @@ class FuraTrainer(Trainer):
         PartialState().wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(run / name, ignore_errors=True)
+            WrittenBy(self.args.world_size, self.get_total_train_batch_size(self.args)).save(run / "saving" / name)
             os.replace(run / "saving" / name, run / name)
             shutil.rmtree(run / "saving")
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)

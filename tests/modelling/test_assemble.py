@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import (
     AutoProcessor,
     CLIPConfig,
@@ -13,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
+    LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
@@ -110,6 +112,89 @@ def test_tokens_and_vocabulary_are_llava_hfs(parts, tmp_path):
     assert not list((tmp_path / "llava").glob("*.bin"))
 
 
+def test_ids_and_vocabulary_of_vicuna(parts, tmp_path):
+    """Of 32,000 tokens, as Vicuna has: <image> is 32000, <pad> 32001, and the vocabulary has 32064 rows."""
+    shutil.copytree(parts / "vicuna", tmp_path / "vicuna")
+    bytes_ = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = bytes_ + [f"\u2581w{number}" for number in range(32_000 - len(bytes_))]
+    tokenizer = LlamaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+    tokenizer.save_pretrained(tmp_path / "vicuna")
+    config = LlamaConfig.from_pretrained(parts / "vicuna")
+    config.vocab_size = 32_000
+    config.save_pretrained(tmp_path / "vicuna")
+    weights = torch.load(parts / "vicuna" / "pytorch_model.bin", weights_only=True)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.randn(32_000, HIGH)
+    torch.save(weights, tmp_path / "vicuna" / "pytorch_model.bin")
+    assemble(settings(parts, tmp_path / "llava", language_model=str(tmp_path / "vicuna")))
+    config = LlavaConfig.from_pretrained(tmp_path / "llava")
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "llava").tokenizer
+    assert config.image_token_id == tokenizer.convert_tokens_to_ids("<image>") == 32_000
+    assert config.text_config.pad_token_id == tokenizer.pad_token_id == 32_001
+    assert config.text_config.vocab_size == 32_064
+    found = load_base(str(tmp_path / "llava"), torch.float32).state_dict()
+    for name, part in (
+        ("model.language_model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("lm_head.weight",) * 2,
+    ):
+        assert torch.equal(found[name][:32_000], weights[part])
+        torch.testing.assert_close(found[name][32_000:], weights[part].mean(0).expand(64, -1))
+
+
+def test_sharded_parts_and_another_form_of_the_projector(parts, tmp_path):
+    """Vicuna in pickled shards with an index, as published, CLIP in safetensors shards, the projector in safetensors;
+    what comes of them is sharded too, and the same."""
+    assemble(settings(parts, tmp_path / "once"))
+    vicuna = tmp_path / "vicuna"
+    shutil.copytree(parts / "vicuna", vicuna)
+    weights = torch.load(vicuna / "pytorch_model.bin", weights_only=True)
+    (vicuna / "pytorch_model.bin").unlink()
+    halves = {
+        "pytorch_model-00001-of-00002.bin": list(weights)[::2],
+        "pytorch_model-00002-of-00002.bin": list(weights)[1::2],
+    }
+    for file, names in halves.items():
+        torch.save({name: weights[name] for name in names}, vicuna / file)
+    index = {name: file for file, names in halves.items() for name in names}
+    (vicuna / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    CLIPModel.from_pretrained(parts / "clip").save_pretrained(tmp_path / "clip", max_shard_size="100KB")
+    projector = torch.load(parts / "mm_projector.bin", weights_only=True)
+    save_file(projector, tmp_path / "mm_projector.safetensors")
+    changes = {"language_model": str(vicuna), "vision_tower": str(tmp_path / "clip")}
+    changes |= {"mm_projector": str(tmp_path / "mm_projector.safetensors"), "max_shard_size": "200KB"}
+    assemble(settings(parts, tmp_path / "again", **changes))
+    assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 2
+    once, again = (load_base(str(tmp_path / name), torch.float32).state_dict() for name in ("once", "again"))
+    assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
+
+    second = vicuna / "pytorch_model-00002-of-00002.bin"
+    second.write_bytes(second.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=f"{second} is cut off or damaged: download it again"):
+        assemble(settings(parts, tmp_path / "half", **changes))
+    second.unlink()
+    with pytest.raises(ModelError, match="1 of its 2 files are missing, first pytorch_model-00002-of-00002.bin"):
+        assemble(settings(parts, tmp_path / "half", **changes))
+    shard = sorted((tmp_path / "clip").glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=f"{shard} is cut off or damaged: download it again"):
+        assemble(settings(parts, tmp_path / "half", vision_tower=str(tmp_path / "clip")))
+    assert not (tmp_path / "half").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_without_a_projector_it_is_new(parts, tmp_path, capsys):
+    """As stage 1 begins: drawn as torch draws a Linear, the same for the same seed."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assemble(settings(parts, tmp_path / name, mm_projector=None, seed=seed))
+    assert "Its projector is new, with random weights: pretrain it (stage 1)" in capsys.readouterr().out
+    a, b, c = (load_base(str(tmp_path / name), torch.float32).model.multi_modal_projector for name in "abc")
+    for layer in ("linear_1", "linear_2"):
+        weight = getattr(a, layer).weight
+        assert torch.equal(weight, getattr(b, layer).weight) and not torch.equal(weight, getattr(c, layer).weight)
+        bound = weight.shape[1] ** -0.5  # of the uniform distribution that torch.nn.Linear draws from
+        assert 0.9 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
 def test_parts_that_do_not_fit(parts, tmp_path):
     narrow = torch.load(parts / "mm_projector.bin", weights_only=True)
     narrow["model.mm_projector.0.weight"] = narrow["model.mm_projector.0.weight"][:, :32].clone()
@@ -130,6 +215,7 @@ def test_parts_that_do_not_fit(parts, tmp_path):
         ({"mm_projector": str(tmp_path / "other.bin")}, "holds model.layers.0; wanted model.mm_projector.0.weight"),
         ({"mm_projector": str(tmp_path / "cut.bin")}, "not a whole file of tensors: download it again"),
         ({"mm_projector": str(tmp_path / "none.bin")}, "There is no projector at"),
+        ({"mm_projector": str(parts / "clip" / "model.safetensors")}, "is not LLaVA's two-layer projector: it holds"),
         ({"language_model": str(half)}, "not a whole language model: 3 weights are missing, first model.layers.1.mlp"),
         ({"language_model": str(foreign)}, "a tokenizer of 766 tokens for a model of 900"),
         ({"vision_tower": str(parts / "vicuna")}, "is a 'llama', where the vision tower has to be"),

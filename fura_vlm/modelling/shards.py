@@ -1,0 +1,233 @@
+"""Model files read and written a tensor at a time, so that a model need not fit into memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.utils.hub import cached_file
+
+from fura_vlm.errors import FuraVLMError
+
+# The names under which transformers looks for weights, in its order.
+SINGLE, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
+MAX_SHARD_SIZE = "5GB"
+
+
+class ModelError(FuraVLMError):
+    """A model or adapter that cannot be used; the message says which and what to do."""
+
+
+class WeightFiles:
+    """The weights of a model in safetensors or pickled files, sharded or not; a tensor is read when asked for.
+
+    Pickled files are mapped into memory and read with ``weights_only=True``.
+
+    Args:
+        path: a folder, or a name on the hub.
+        what: how messages call the model.
+
+    Attributes:
+        tensors: the names in the files, in natural order, and on the meta device the shape and dtype of each.
+
+    Raises:
+        ModelError: a file is missing, cut off or damaged.
+    """
+
+    def __init__(self, path: str, what: str):
+        self.path, self.what = path, what
+        self._file_of: dict[str, str] = {}
+        self._open: dict[str, object] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        found = {}
+        for file in self._files():
+            found |= self._look_into(file)
+        for name in sorted(found, key=dot_natural_key):
+            self.tensors[name] = found[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, backed by its file: do not write to it."""
+        opened = self._open[self._file_of[name]]
+        return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+
+    def _files(self) -> list[str]:
+        for single in SINGLE:
+            index = self._find(single + INDEX)
+            if index is not None:
+                try:
+                    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+                except (ValueError, KeyError) as error:
+                    raise ModelError(f"{index} is damaged: download it again") from error
+                files = {name: self._find(name) for name in names}
+                missing = [name for name, file in files.items() if file is None]
+                if missing:
+                    raise ModelError(
+                        f"{self.path} is not a whole {self.what}: {len(missing)} of its {len(names)} files are "
+                        f"missing, first {missing[0]}: finish the download"
+                    )
+                return list(files.values())
+            file = self._find(single)
+            if file is not None:
+                return [file]
+        raise ModelError(
+            f"No weights of a {self.what} at {self.path}: neither {' nor '.join(SINGLE)}, nor shards of one"
+        )
+
+    def _find(self, name: str) -> str | None:
+        try:
+            return cached_file(self.path, name, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:  # no such repository, no connection
+            raise ModelError(f"No usable {self.what} at {self.path}: {str(error).strip().splitlines()[0]}") from error
+
+    def _look_into(self, file: str) -> dict[str, torch.Tensor]:
+        try:
+            if file.endswith(".safetensors"):
+                opened = safe_open(file, "pt")
+                parts = {name: opened.get_slice(name) for name in opened.keys()}
+                found = {
+                    name: torch.empty(part.get_shape(), dtype=_dtype_of(part), device="meta")
+                    for name, part in parts.items()
+                }
+            else:
+                mapped = zipfile.is_zipfile(file)  # torch's form since 1.6; older ones cannot be mapped
+                opened = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+                found = {name: tensor.to("meta") for name, tensor in opened.items()}
+        except Exception as error:  # a broken file raises as it likes
+            raise ModelError(f"{file} is cut off or damaged: download it again ({_first_line(error)})") from error
+        self._open[file] = opened
+        self._file_of |= dict.fromkeys(found, file)
+        return found
+
+
+def parameter_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str]:
+    """For each parameter of ``model`` the name that ``files`` has for it, whichever of the layouts that transformers
+    has had over time they are written in.
+
+    Raises:
+        ModelError: a parameter is missing in the files, or has another shape there.
+    """
+    wanted = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found = {}
+    for name in files.tensors:
+        parameter, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        found[parameter] = name
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise ModelError(
+            f"{files.path} is not a whole {files.what}: {len(missing)} weights are missing, first {missing[0]}"
+        )
+    for parameter, tensor in wanted.items():
+        shape = files.tensors[found[parameter]].shape
+        if shape != tensor.shape:
+            raise ModelError(
+                f"{files.path} does not fit its config.json: {found[parameter]} is {tuple(shape)} where it has to be "
+                f"{tuple(tensor.shape)}: its files belong to different models"
+            )
+    return {parameter: found[parameter] for parameter in wanted}
+
+
+def write_sharded(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Writes weights as transformers does, ``model.safetensors`` or shards of it with an index.
+
+    Never holds more than the tensors of one shard.
+
+    Args:
+        tensors: names, and on the meta device the shape and dtype in which each is written.
+        read: makes a tensor, given its name; it is cast.
+        max_shard_size: such as ``"5GB"``.
+    """
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    bar = tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="written")
+    for file, names in split.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            tensor = read(name).to(tensors[name].dtype).contiguous()
+            shard[name] = tensor
+            bar.update(tensor.numel() * tensor.element_size())
+        save_file(shard, folder / file, {"format": "pt"})
+    bar.close()
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / ("model.safetensors" + INDEX)).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def building(output_dir: str, size: int) -> Iterator[Path]:
+    """A folder to write in, which becomes ``output_dir`` when the block ends well, and vanishes otherwise.
+
+    Args:
+        size: the bytes that are going to be written.
+
+    Raises:
+        ModelError: ``output_dir`` exists, or the disk has no room.
+    """
+    target = Path(output_dir)
+    refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if size > free:
+        raise ModelError(
+            f"{target} will take {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: make room, or choose "
+            "another --output_dir"
+        )
+    folder = target.with_name(target.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise ModelError(f"{target} exists already: choose another --output_dir")
+
+
+def size_of(tensors: dict[str, torch.Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _dtype_of(part) -> torch.dtype:
+    # The names of the format, https://github.com/huggingface/safetensors#format
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "U8": torch.uint8,
+        "I8": torch.int8,
+    }[part.get_dtype()]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,134 @@
+"""Going on from a checkpoint with another number of processes than wrote it.
+
+A DeepSpeed checkpoint holds the optimizer as the processes that wrote it had it divided among them. DeepSpeed's
+universal form (``deepspeed.checkpoint.ds_to_universal``) holds it by parameter; it is made from the checkpoint when it
+is needed, loaded, and removed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+
+import torch
+from deepspeed.checkpoint import ds_to_universal
+from safetensors import safe_open
+from torch.optim.lr_scheduler import LRScheduler
+
+from fura_vlm.errors import FuraVLMError
+from fura_vlm.training import report
+
+NAME = "written_by.json"
+
+
+class CheckpointError(FuraVLMError):
+    """A checkpoint that cannot be gone on from; the message says why and what to do."""
+
+
+@dataclass
+class WrittenBy:
+    """What a checkpoint notes of the run that wrote it: its processes, and the records of an optimizer step."""
+
+    processes: int
+    train_batch_size: int
+
+    def save(self, checkpoint: Path) -> None:
+        report.write_text(checkpoint / NAME, json.dumps(asdict(self)))
+
+    @classmethod
+    def of(cls, checkpoint: str | Path) -> WrittenBy:
+        """Raises CheckpointError if the checkpoint does not say."""
+        try:
+            return cls(**json.loads((Path(checkpoint) / NAME).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{checkpoint} has no usable {NAME}, so it is not a whole checkpoint of this program: remove it, and "
+                "the run goes on from the one before"
+            ) from error
+
+
+def make_universal(checkpoint: str | Path) -> None:
+    """Adds the universal form to a checkpoint: about as much again on the disk, and twice that while it is made.
+
+    Raises:
+        CheckpointError: a file of the checkpoint is missing or damaged, or the disk has no room.
+    """
+    source = _state(Path(checkpoint))
+    target = source.with_name(source.name + "_universal")
+    remove_universal(checkpoint)
+    needed = 2 * sum(file.stat().st_size for file in source.glob("*.pt"))
+    free = shutil.disk_usage(source).free
+    if needed > free:
+        raise CheckpointError(
+            f"To go on from {checkpoint} with another number of processes takes {needed / 1e9:.1f} GB of its disk for "
+            f"a while, and {free / 1e9:.1f} GB are left: make room, or start as many processes as before"
+        )
+    # One worker: more would be copies of a process that talks to a GPU and to others.
+    arguments = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    try:
+        with redirect_stdout(StringIO()):  # it reports to programmers; its progress bars go to stderr
+            ds_to_universal.main(arguments)
+    except Exception as error:  # a broken file raises as it likes
+        remove_universal(checkpoint)
+        raise CheckpointError(
+            f"{checkpoint} cannot be read by another number of processes than wrote it, because a file is missing or "
+            f"damaged ({error}): remove it, and the run goes on from the one before"
+        ) from error
+
+
+def remove_universal(checkpoint: str | Path) -> None:
+    """Takes the universal form out of a checkpoint again."""
+    checkpoint = Path(checkpoint)
+    (checkpoint / "latest_universal").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint / (_state(checkpoint).name + "_universal"), ignore_errors=True)
+
+
+@torch.no_grad()
+def load_buffers(model: torch.nn.Module, checkpoint: str | Path) -> None:
+    """Puts back the buffers of an adapter, which the universal form leaves out.
+
+    FuRA's frozen basis is in buffers, and what it trains is expressed in this very basis: over one that another
+    machine computes, with other signs, the adapter would be another.
+    """
+    path = Path(checkpoint) / "adapter_model.safetensors"
+    if not path.is_file():  # every weight is trained; the buffers of the base are those of the base
+        return
+    with safe_open(path, "pt") as saved:
+        names = set(saved.keys())
+        for name, buffer in model.named_buffers():
+            key = name.removesuffix(".default")  # PEFT leaves the adapter's name out of the file
+            if key in names:
+                buffer.copy_(saved.get_tensor(key))
+
+
+def mend_optimizer(scheduler: LRScheduler) -> None:
+    """Gives the parameters of an optimizer again what is theirs: ZeRO-3, loading the universal form, gives every group
+    the rate of the first one, and all of them one counter of steps, which each then advances.
+
+    Args:
+        scheduler: with its own state loaded.
+    """
+    rates = zip(scheduler.get_last_lr(), scheduler.base_lrs, strict=True)
+    for group, (rate, base) in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group.update(lr=rate, initial_lr=base)
+    for state in scheduler.optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+def _state(checkpoint: Path) -> Path:
+    """The folder of DeepSpeed's files in a checkpoint."""
+    return checkpoint / (checkpoint / "latest").read_text().strip()
