@@ -32,7 +32,7 @@ from fura_vlm.data.conversation import prompt
 from fura_vlm.data.records import IMAGE, Turn
 from fura_vlm.errors import FuraVLMError
 
-MAX_BATCH_SIZE = 128
+MAX_BATCH_SIZE = 256
 """Where ``auto`` starts."""
 
 
