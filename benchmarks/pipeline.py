@@ -291,7 +291,6 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
     )
     started = time.perf_counter()
     model, processor, _ = model_and_processor(setting.tiny)
-    model.config.use_cache = False
     model = prepare(model, TrainConfig(method=method))
     synchronize()
     print(f"  {method}: model and adapter in {time.perf_counter() - started:.0f} s", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.nn.functional import linear
@@ -12,6 +13,9 @@ from fura_vlm.fura.errors import FuraError
 
 # Memory for the float64 copies that one step of the decomposition may make, unless a single block needs more.
 CHUNK_BYTES = 256 * 2**20
+
+# Up to this size a matrix is decomposed faster by one CPU core than by all of them, or by a GPU.
+SMALL_MATRIX = 256
 
 # A block this many times larger than that of a square cut (b = sqrt(n)) is refused unless asked for by name:
 # it costs that many times more trainable parameters than the method is known for, n ** 1.5.
@@ -84,12 +88,36 @@ def decompose(weight: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor, torc
         stop = min(start + step, num_blocks)
         columns = weight[:, start * size : stop * size].to(torch.float64)
         blocks = columns.reshape(out, stop - start, size).transpose(0, 1)
-        values, vectors = torch.linalg.eigh(blocks.mT @ blocks)
+        values, vectors = _eigh(blocks.mT @ blocks)
         V[start:stop] = vectors[..., -rank:].flip(-1)
         s[start:stop] = values[..., -rank:].flip(-1).clamp(min=0).sqrt()
     largest = V.gather(1, V.abs().argmax(dim=1, keepdim=True))
     V *= torch.where(largest < 0, -1.0, 1.0)
     return V, s
+
+
+def _eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``torch.linalg.eigh`` of a batch ``(N, b, b)``. Small matrices are spread over the CPU's cores, one each.
+
+    The libraries take one matrix after the other and have several threads, or a GPU, wait on a matrix too small for
+    them: one thread alone is faster, and threads with a matrix each are as many times faster again. Each matrix is
+    solved by one thread, so that the result does not depend on their number.
+    """
+    if matrices.shape[-1] > SMALL_MATRIX:
+        return torch.linalg.eigh(matrices)
+    threads = torch.get_num_threads()
+
+    def solve(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.set_num_threads(1)
+        return torch.linalg.eigh(part)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            solved = list(pool.map(solve, matrices.cpu().split(8)))
+    finally:
+        torch.set_num_threads(threads)
+    values, vectors = (torch.cat(part).to(matrices.device) for part in zip(*solved, strict=True))
+    return values, vectors
 
 
 def relative_floor(wanted: float | None, dtype: torch.dtype) -> float:

@@ -43,7 +43,8 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
         rows, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         targets = labels[rows, before + 1]
         inputs.pop("attention_mask", None)
-        hidden = model.model(*args, **inputs).last_hidden_state
+        # The language model has a switch of its own for its cache; with one, every layer would be another graph.
+        hidden = model.model(*args, **inputs | {"use_cache": False}).last_hidden_state
         # One call of the head whatever the number of rows: under ZeRO-3 it gathers weights in step with the others.
         logits = model.lm_head(hidden[rows, before])
         total = sum(

@@ -98,7 +98,6 @@ def train(config: TrainConfig) -> Path:
         console.print(said, style="yellow", soft_wrap=True)
     quantized = quantization(config.method, _dtype(arguments))
     model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation, quantized)
-    model.config.use_cache = False
     model = prepare(model, config)
     # ZeRO-3 also takes the last gradients again of what a batch leaves out.
     if state.num_processes > 1 or is_deepspeed_zero3_enabled():

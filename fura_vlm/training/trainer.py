@@ -22,7 +22,9 @@ class FuraTrainer(Trainer):
     """transformers' Trainer with LLaVA's batches, loss on the labels alone, a rate of its own for the
     projector, whole checkpoints, and figures of its speed."""
 
-    def __init__(self, *args, mm_projector_lr: float | None, group_by_modality_length: bool, universal: bool, **kwargs):
+    def __init__(
+        self, *args, mm_projector_lr: float | None, group_by_modality_length: bool, universal: bool = False, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.universal = universal  # the checkpoint to go on from was written by another number of processes
         self.mm_projector_lr = mm_projector_lr

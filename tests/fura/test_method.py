@@ -274,3 +274,17 @@ def test_case_models_have_what_they_stand_for():
     assert any("vision_tower" in n and n.endswith("q_proj") for n, _ in llava.named_modules())
     assert neox.gpt_neox.layers[0].attention.query_key_value.bias.abs().max() > 0
     assert llama.model.layers[0].self_attn.k_proj.weight.shape == (24, 48)
+
+
+def test_decomposition_does_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    weight = torch.randn(50, 40 * 24)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(decompose(weight, 40))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -1,8 +1,11 @@
 """The loss on the labels alone, against transformers' own forward pass."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from peft import get_peft_model
+from torch._dynamo.utils import counters
 
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.conversation import IGNORE
@@ -11,6 +14,7 @@ from fura_vlm.modelling.load import load_base, load_processor
 from fura_vlm.training import loss
 from fura_vlm.training.config import TARGET_MODULES
 from fura_vlm.training.loss import train_on_labels_only
+from fura_vlm.training.methods import compile_layers
 
 
 def model_in_training():
@@ -100,3 +104,19 @@ def test_calls_without_labels_are_left_alone():
         expected = model(**inputs).logits
         train_on_labels_only(model.get_base_model())
         assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_compiled_layers_share_one_graph_whatever_their_number_and_the_length(monkeypatch):
+    """And no cache of keys and values is filled in training: each layer would have a graph of its own."""
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    # what a graph is compiled to is of no matter here
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    model = model_in_training()
+    layers = model.get_base_model().model.language_model.layers
+    train_on_labels_only(model.get_base_model())
+    compile_layers(model)
+    for lengths in ((120, 90, 77), (100, 96), (200, 150, 140, 80)):
+        model(**batch(lengths)).loss.backward()
+    assert len(layers) > 1 and counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
