@@ -193,6 +193,7 @@ def main() -> None:
         f"transformers {transformers.__version__}, Python {platform.python_version()}.",
         f"{options.samples} samples of {min(lengths)} to {max(lengths)} tokens (mean {mean(lengths):.0f}), "
         f"{ARGUMENTS['max_new_tokens']} new; {answerer.num_workers} processes prepare pictures.",
+        f"`python benchmarks/evaluation.py --samples {options.samples} --sizes {' '.join(map(str, options.sizes))}`",
         "",
         "| | samples/s | of batch 1 | waits for pictures | tower | prefill | decode | peak, GiB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

@@ -271,9 +271,9 @@ def main() -> None:
     print("\n" + head + table(rows))
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        chart(rows, args.output / f"method-{args.size}.png")
-        picture = f"\n\n![bars](method-{args.size}.png)\n"
-        (args.output / f"method-{args.size}.md").write_text(head + table(rows) + picture)
+        name = f"method-{args.size}" + (f"-budget-{args.budget:g}" if args.budget != 0.9 else "")
+        chart(rows, args.output / f"{name}.png")
+        (args.output / f"{name}.md").write_text(head + table(rows) + f"\n\n![bars]({name}.png)\n")
 
 
 if __name__ == "__main__":
