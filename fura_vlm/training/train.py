@@ -264,13 +264,15 @@ def _accumulation(config: TrainConfig, checkpoint: str | None) -> int:
 def _training_arguments(config: TrainConfig, run: Path, accumulation: int, universal: bool) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
+    deepspeed_config = json.loads(Path(config.deepspeed).read_text())
+    deepspeed_config["checkpoint"] = deepspeed_config.get("checkpoint", {}) | {"load_universal": universal}
     same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k in same_name}
     shared |= {
         "gradient_accumulation_steps": accumulation,
         "learning_rate": learning_rate(config),
         "output_dir": str(run),
-        "deepspeed": json.loads(Path(config.deepspeed).read_text()) | {"checkpoint": {"load_universal": universal}},
+        "deepspeed": deepspeed_config,
         "bf16": bf16,
         "tf32": config.tf32 if cuda else None,
     }
