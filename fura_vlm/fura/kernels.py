@@ -10,6 +10,7 @@ plain operations of ``basis.py`` do the same.
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -20,16 +21,34 @@ try:
 except ImportError:  # a build of PyTorch for CPUs
     triton = None
 
+logger = logging.getLogger(__name__)
+
 MAX_BLOCK = 128  # a tile of a larger block does not fit into the registers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own interpreter runs the kernels on the CPU
 
 
+def _works() -> bool:
+    """Whether Triton can make kernels for this machine's GPUs: it builds its launcher with the system's C compiler.
+    AMD's GPUs lack a form of product that is used here."""
+    if triton is None or torch.version.hip or not torch.cuda.is_available():
+        return False
+    try:
+        return triton.runtime.driver.active is not None
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning("FuRA runs as plain operations, more slowly: Triton cannot build kernels here (%s).", reason)
+        return False
+
+
+WORKS = _works()  # once: the compiler takes it for a constant
+
+
 def usable(x: torch.Tensor, block_size: int) -> bool:
     """Whether the kernels take this tensor."""
     return (
-        triton is not None
-        and (x.is_cuda or INTERPRETED)
+        (INTERPRETED or WORKS and x.is_cuda)
+        and triton is not None
         and block_size <= MAX_BLOCK
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
     )
@@ -141,6 +160,16 @@ if triton is not None:
         tl.store(grad_dR + block * r * b + place, total.to(grad_dR.dtype.element_ty), mask=inside)
 
 
+def _launch(kernel, grid: tuple[int, ...], x: torch.Tensor, *arguments, **options) -> None:
+    """Runs a kernel on x's device. By itself Triton takes the current one, which need not be the same; compiled code
+    sees to that."""
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        kernel[grid](x, *arguments, **options)
+    else:
+        with torch.cuda.device_of(x):
+            kernel[grid](x, *arguments, **options)
+
+
 def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     """``x + blockdiag(D_1, ..., D_N) x``, in one pass.
 
@@ -155,9 +184,8 @@ def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
     B, tile = _tile_width(b), _tile_rows(x, rows)
-    _mix_kernel[(N, triton.cdiv(rows, tile))](
-        x, D, out, rows, N * b, *D.stride(), b, B, tile, _precision(x), num_warps=_warps(B)
-    )
+    grid = (N, triton.cdiv(rows, tile))
+    _launch(_mix_kernel, grid, x, D, out, rows, N * b, *D.stride(), b, B, tile, _precision(x), num_warps=_warps(B))
     return out
 
 
@@ -181,13 +209,12 @@ def mix_backward(x: torch.Tensor, D: torch.Tensor, grad: torch.Tensor) -> tuple[
     tiles = max(1, min(16, rows // (tile * 8)))  # of a program: enough programs to fill the GPU, few sums to add up
     shares = triton.cdiv(rows, tile * tiles)
     partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
-    _mix_backward_kernel[(N, shares)](
-        x, D, grad, out, partial, rows, N * b, N, tiles, *D.stride(), b, B, tile, _precision(x), num_warps=_warps(B)
-    )
-    if shares == 1:
-        return out, partial[0]
     total = torch.empty_like(partial[0])
-    _sum_kernel[(triton.cdiv(total.numel(), 1024),)](partial, total, total.numel(), shares, 1024)
+    _launch(
+        _mix_backward_kernel, (N, shares), x, D, grad, out, partial, rows, N * b, N, tiles, *D.stride(),
+        b, B, tile, _precision(x), num_warps=_warps(B),
+    )  # fmt: skip
+    _launch(_sum_kernel, (triton.cdiv(total.numel(), 1024),), partial, total, total.numel(), shares, 1024)
     return out, total
 
 
@@ -253,7 +280,8 @@ class Delta(torch.autograd.Function):
         N, r, b = dR.shape
         out = torch.empty(N, b, b, dtype=torch.float32, device=dR.device)
         grid = (N, triton.cdiv(b, 32))
-        _delta_kernel[grid](dR, s0 if ds is None else ds, V, s0, out, b, r, _tile_width(b), ds is not None, 32)
+        scale = s0 if ds is None else ds
+        _launch(_delta_kernel, grid, dR, scale, V, s0, out, b, r, _tile_width(b), ds is not None, 32)
         return out
 
     @staticmethod
@@ -262,8 +290,9 @@ class Delta(torch.autograd.Function):
         N, r, b = dR.shape
         grad_dR = torch.empty_like(dR)
         grad_ds = None if ds is None else torch.empty_like(ds)
-        _delta_backward_kernel[(N, triton.cdiv(r, 32))](
-            dR, s0 if ds is None else ds, V, s0, grad, grad_dR, grad_dR if ds is None else grad_ds,
-            grad.stride(0), grad.stride(1), grad.stride(2), b, r, _tile_width(b), ds is not None, 32,
+        scale, grad_scale = (s0, grad_dR) if ds is None else (ds, grad_ds)  # without ds neither is looked at
+        _launch(
+            _delta_backward_kernel, (N, triton.cdiv(r, 32)), dR, scale, V, s0, grad, grad_dR, grad_scale,
+            *grad.stride(), b, r, _tile_width(b), ds is not None, 32,
         )  # fmt: skip
         return grad_dR, grad_ds, None, None

@@ -8,7 +8,7 @@ libraries do for memory's sake, has nothing to win here.
 
 - Padding is on the right (``Collator``), where a causal model never looks at it from a real token. So no mask is
   needed, and attention takes its fastest form with the same shape of graph for every batch.
-- Nothing trained lies below the vision tower: it runs without autograd, whatever gradient checkpointing switches on.
+- If the vision tower trains nothing, it runs without autograd, whatever gradient checkpointing switches on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
 
     Such a call takes ``input_ids`` (or ``inputs_embeds``), ``labels`` and ``attention_mask``, (rows, length), padded
     on the right; ``pixel_values``; and transformers' ``num_items_in_batch``: if given, the sum of the losses is
-    divided by it and not by the number of labels. Other calls are left as they are.
+    divided by it and not by the number of labels. Other calls are left as they are. What is trained must be decided
+    before.
     """
     as_it_was = model.forward
 
@@ -56,7 +57,8 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
 
     model.forward = forward
     tower = model.model.vision_tower
-    tower.forward = torch.no_grad()(tower.forward)
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
+        tower.forward = torch.no_grad()(tower.forward)
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

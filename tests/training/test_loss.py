@@ -120,3 +120,13 @@ def test_compiled_layers_share_one_graph_whatever_their_number_and_the_length(mo
         model(**batch(lengths)).loss.backward()
     assert len(layers) > 1 and counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+def test_adapters_in_the_vision_tower_are_trained():
+    model = load_base("data/tiny-llava", torch.float64)
+    config = FuraConfig(target_modules=r".*vision_tower.*\.fc1", init_weights=False)
+    model = get_peft_model(model, config).train()
+    train_on_labels_only(model.get_base_model())
+    model(**batch()).loss.backward()
+    used = [p.grad for name, p in model.named_parameters() if p.requires_grad and ".layers.0." in name]
+    assert used and all(gradient.abs().max() > 0 for gradient in used)
