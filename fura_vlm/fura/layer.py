@@ -445,8 +445,10 @@ class FuraLinear(nn.Module, FuraLayer):
             for part, tensor in saved.items():
                 if tensor is None and part in ("fura_V", "fura_s0"):
                     continue  # only what is trained was saved; the basis stays
-                tensors = tensor, dict(getattr(self, part)).get(name)
-                there, here = ("none" if t is None else list(getattr(t, "ds_shape", t.shape)) for t in tensors)
+                own = dict(getattr(self, part)).get(name)
+                if tensor is not None and own is not None and tensor.shape == own.shape:
+                    continue  # under ZeRO-3 also what is left of it in a process, as a checkpoint may hold it
+                there, here = ("none" if t is None else list(getattr(t, "ds_shape", t.shape)) for t in (tensor, own))
                 if there != here:
                     raise FuraError(
                         f"{self.module_name}: the saved adapter's {part} is {there} and that of adapter {name!r} "
