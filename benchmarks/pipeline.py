@@ -81,6 +81,7 @@ class Setting:
     compile: bool
     static: bool
     checkpointing: bool
+    budget: float
     rows: int
     files: int
 
@@ -299,7 +300,7 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
         for layer in model.get_base_model().model.language_model.layers:
             layer.compile(dynamic=False)
     elif setting.compile:
-        compile_layers(model)
+        compile_layers(model, setting.budget)
     rows = Rows(processor, folder, model.config.image_seq_length, setting)
     trainer = Timed(
         model=model,
@@ -395,6 +396,7 @@ def main() -> None:
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--budget", type=float, default=1.0, help="the compiler's activation_memory_budget")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--tiny", action="store_true")

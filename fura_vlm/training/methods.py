@@ -12,6 +12,7 @@ projector  the projector alone, in full: LLaVA's first stage (arXiv 2310.03744)
 from __future__ import annotations
 
 import torch
+import torch._functorch.config
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
@@ -83,8 +84,14 @@ def prepare(model: LlavaForConditionalGeneration, config: TrainConfig) -> LlavaF
     return model
 
 
-def compile_layers(model: LlavaForConditionalGeneration | PeftModel) -> None:
-    """``torch.compile`` on each decoder layer, once for all of them and for batches of every size and length."""
+def compile_layers(model: LlavaForConditionalGeneration | PeftModel, activation_memory_budget: float = 1.0) -> None:
+    """``torch.compile`` on each decoder layer, once for all of them and for batches of every size and length.
+
+    Args:
+        activation_memory_budget: of the compiler, for the whole process: below 1 it computes cheap results again in
+            the backward pass rather than keep them.
+    """
+    torch._functorch.config.activation_memory_budget = activation_memory_budget
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for layer in base.model.language_model.layers:
         layer.compile(dynamic=True)

@@ -103,7 +103,7 @@ def train(config: TrainConfig) -> Path:
     if state.num_processes > 1 or is_deepspeed_zero3_enabled():
         use_all_parts(model)
     if config.compile_layers:
-        compile_layers(model)
+        compile_layers(model, config.activation_memory_budget)
 
     if state.is_main_process:
         _describe(config, run, processor, model, dataset, checkpoint, console)
