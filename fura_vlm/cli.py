@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import logging
 import re
 import sys
 
@@ -159,6 +160,8 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    # It warns each time that faster kernels for CPUs are in yet another package.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     options = build_parser().parse_args(arguments).as_dict()
     command = options.pop("command")
     options = options[command]
