@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import platform
 import time
@@ -149,7 +150,7 @@ def main() -> None:
     asked = questions(options.samples)
     first_of_each = Prepared(processor, asked[: len(THINGS)], dtype)
     lengths = [len(first_of_each[number]["input_ids"]) for number in range(len(first_of_each))]
-    alike = asked[2 :: len(THINGS)]  # questions of one length: a batch as the suite makes them
+    alike = asked[2 :: len(THINGS)]  # questions of one length, as the suite puts them into a batch
     lines, first = [], []
 
     def row(name: str, rate: float, *cells: str) -> None:
@@ -167,7 +168,7 @@ def main() -> None:
         row(f"{name}, end to end", rate, f"{100 * waited:.1f} %", "", "", "")
 
     def model(name: str, answerer: Answerer, own_cache: bool = True) -> None:
-        batch = alike[: answerer.batch_size]
+        batch = list(itertools.islice(itertools.cycle(alike), answerer.batch_size))
         spent = model_only(answerer, batch, own_cache)
         shares = [f"{100 * spent[part] / spent['whole']:.0f} %" for part in ("pictures", "prefill", "decode")]
         row(f"{name}, model only", len(batch) / spent["whole"], "", *shares)

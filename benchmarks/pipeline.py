@@ -123,7 +123,9 @@ def write_picture(task: tuple[int, int, str]) -> None:
 
 
 class Rows(Dataset):
-    """Rows of the drawn lengths, encoded and opened by the calls that ``ConversationDataset`` makes."""
+    """Rows of the drawn lengths. ``encode`` goes through ``tokenize``, ``cut`` and ``spread`` for each row;
+    ``ConversationDataset`` has the first two behind it and only calls ``spread``.
+    """
 
     def __init__(self, processor, folder: Path, image_tokens: int, setting: Setting):
         self.processor, self.image_tokens, self.files = processor, image_tokens, sorted(folder.glob("*.*g"))

@@ -3,3 +3,8 @@
 
 class FuraVLMError(Exception):
     """Something the user can mend. The message is one sentence that names the place, the reason and the way out."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name if it has none."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

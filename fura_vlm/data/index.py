@@ -4,7 +4,8 @@
                                               ``datasets.Dataset.from_file`` reads
     <mixture>.index/<key>/part-00000.jsonl    what is wrong with records of this part
     <mixture>.index/<key>/index.json          what it was made from; written last
-    <mixture>.index/<key>/images.json         which images were found broken when they were last checked
+    <mixture>.index/<key>/images.json         which images were found broken when they were last checked;
+                                              <fallback>/<key>.images.json where that cannot be written
 
 The key is a hash of all that the rows depend on: the mixture (path, size, time of change), the image folder, the
 tokenizer, the conversation, the image's tokens and the maximum length. Where something of it changes, another index
@@ -32,7 +33,7 @@ from fura_vlm.data.images import find_image
 from fura_vlm.data.locate import image_hint, source_of
 from fura_vlm.data.records import DECODE_UP_TO, DataError, Problem, Turn, Verify, check_paths, iter_records, write_text
 
-VERSION = 1
+VERSION = 2
 """Raised when the same settings give other rows."""
 
 PART = 20_000
@@ -51,6 +52,7 @@ class Index:
         image_folder: where the image paths of the mixture start.
         files: the Arrow files, in the order of the mixture.
         problems: records that are left out and those that are cut.
+        fallback: a folder for what cannot be written to ``folder``.
     """
 
     folder: Path
@@ -58,6 +60,7 @@ class Index:
     image_folder: Path
     files: list[str]
     problems: list[Problem]
+    fallback: Path
 
     def dataset(self, processor, verify: Verify = "auto") -> tuple[ConversationDataset, str]:
         """The dataset of all records whose images can be used; its ``problems`` are those of records and images.
@@ -87,12 +90,15 @@ class Index:
     def _broken_images(self, paths: list[str], verify: Verify) -> dict[str, str]:
         if verify == "none" or len(paths) <= DECODE_UP_TO:
             return check_paths(paths, verify)
-        memory, modes = self.folder / "images.json", ("header", "decode")
+        modes = ("header", "decode")
         mode = "header" if verify == "auto" else verify
-        known = json.loads(memory.read_text()) if memory.is_file() else None
+        shared, own = self.folder / "images.json", self.fallback / f"{self.folder.name}.images.json"
+        memory = shared if os.access(self.folder, os.W_OK) else own  # somebody else may have made the index
+        known = next((json.loads(file.read_text()) for file in (memory, shared) if file.is_file()), None)
         if known and modes.index(known["mode"]) >= modes.index(mode):
             mode, paths = known["mode"], list(known["broken"])
         broken = check_paths(paths, mode)
+        memory.parent.mkdir(parents=True, exist_ok=True)
         write_text(memory, json.dumps({"mode": mode, "broken": broken}, indent=1))
         return broken
 
@@ -137,7 +143,8 @@ def open_index(
         image_folder: where its image paths start; by default the folder of ``data_path``.
         processor: a ``LlavaProcessor`` with a fast tokenizer.
         max_length: tokens of a row, image tokens included.
-        fallback: a folder for the index where none can be written beside the mixture.
+        fallback: a folder for the index where none can be written beside the mixture, and for what is found out about
+            images where somebody else's index is used.
         conversation: what a record becomes, a key of ``fura_vlm.data.conversation.RENDER``.
         progress: show a bar if the mixture is large.
 
@@ -145,17 +152,17 @@ def open_index(
         DataError: if the mixture or the image folder cannot be used.
         EncodingError: if the tokenizer will not do.
     """
-    data_path = Path(data_path)
-    image_folder = Path(image_folder) if image_folder is not None else data_path.parent
+    data_path = Path(os.path.abspath(data_path))  # rows hold paths; a later run may start elsewhere
+    image_folder = Path(os.path.abspath(image_folder)) if image_folder is not None else data_path.parent
     try:
         state = data_path.stat()
     except OSError as error:
         raise DataError(f"{data_path} cannot be read ({error.strerror}): check data_path") from error
-    mixture = {"path": os.path.abspath(data_path), "size": state.st_size, "changed": state.st_mtime_ns}
+    mixture = {"path": str(data_path), "size": state.st_size, "changed": state.st_mtime_ns}
     settings = {
         "version": VERSION,
         "mixture": mixture,
-        "image_folder": os.path.abspath(image_folder),
+        "image_folder": str(image_folder),
         "tokenizer": _fingerprint(processor.tokenizer),
         "conversation": conversation,
         "example": RENDER[conversation]([Turn("human", "a\n<image>"), Turn("gpt", "b")]),
@@ -172,7 +179,8 @@ def open_index(
         _make_once(folder, settings, data_path, image_folder, processor, progress)
     files = sorted(str(file) for file in folder.glob("part-*.arrow"))
     lines = (line for file in files for line in _problem_file(Path(file)).read_text("utf-8").splitlines())
-    return Index(folder, data_path, image_folder, files, [Problem(**json.loads(line)) for line in lines])
+    problems = [Problem(**json.loads(line)) for line in lines]
+    return Index(folder, data_path, image_folder, files, problems, fallback)
 
 
 def _fingerprint(tokenizer) -> str:

@@ -25,6 +25,7 @@ import codecs
 import itertools
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -490,8 +491,14 @@ def report_problems(problems: list[Problem], kept: int, path: str | os.PathLike,
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
+    """Writes a file in UTF-8 under a temporary name and renames it, so that nobody ever reads half of it.
+
+    The temporary name is another one each time: processes may write the same file at once.
+    """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8", errors="backslashreplace")  # half a surrogate pair, escaped again
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, "utf-8", errors="backslashreplace")  # half a surrogate pair, escaped again
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

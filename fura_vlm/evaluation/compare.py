@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
+from fura_vlm.data.records import write_text
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import CompareConfig
 
@@ -24,7 +25,6 @@ def compare(config: CompareConfig) -> str:
     Raises:
         CompareError: if a folder holds no results, or the two have no task, or other questions, in common.
     """
-    from fura_vlm.evaluation.report import write_text
     from fura_vlm.evaluation.statistics import paired_test
 
     first, second = _read(config.first), _read(config.second)

@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicLayer
 
 from fura_vlm.data.conversation import prompt
 from fura_vlm.data.records import IMAGE, Turn
-from fura_vlm.errors import FuraVLMError
+from fura_vlm.errors import FuraVLMError, first_line
 
 MAX_BATCH_SIZE = 256
 """Where ``auto`` starts."""
@@ -292,10 +292,6 @@ def prompt_of(text: str, pictures: int) -> str:
     if not pictures:
         return prompt([Turn("human", text)])
     return prompt([Turn("human", f"{IMAGE}\n{text}")]).replace(IMAGE, " ".join([IMAGE] * pictures))
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _cut(text: str, until: list[str]) -> str:

@@ -6,7 +6,6 @@ The quick check that ends a training run. The benchmarks proper are the business
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from fura_vlm.data.conversation import prompt
 from fura_vlm.data.images import load_image
-from fura_vlm.data.records import DataError, Record, check_images, read_records
+from fura_vlm.data.records import DataError, Record, check_images, read_records, write_text
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,7 @@ def blind_guess(answers: list[Answer]) -> dict[str, float]:
 
 def write_answers(path: str | Path, answers: list[Answer]) -> None:
     """Writes answers as JSONL, under a temporary name first."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
 
 
 def read_answers(path: str | Path) -> list[Answer]:

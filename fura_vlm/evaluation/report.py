@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fura_vlm.training.report import write_text
+from fura_vlm.data.records import write_text
 
-__all__ = ["PUBLISHED", "markdown", "page", "read_samples", "show", "write_samples", "write_text"]
+__all__ = ["PUBLISHED", "markdown", "page", "read_samples", "show", "write_samples"]
 
 BENCHMARKS = {"gqa": "GQA", "scienceqa": "ScienceQA-IMG", "textvqa": "TextVQA", "pope": "POPE"}
 PUBLISHED = {

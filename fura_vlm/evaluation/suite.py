@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fura_vlm.data.records import write_text
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import EvalConfig
 
@@ -109,9 +110,9 @@ def evaluate(config: EvalConfig) -> Path | None:
     }
     for name, rows in samples.items():
         report.write_samples(folder / f"samples-{name}.jsonl", rows)
-    report.write_text(folder / "results.md", report.markdown(results))
-    report.write_text(folder / "index.html", report.page(results, samples, tasks))
-    report.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")  # last: it says all is there
+    write_text(folder / "results.md", report.markdown(results))
+    write_text(folder / "index.html", report.page(results, samples, tasks))
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")  # last: it says all is there
     console = Console()
     report.show(results, console)
     console.print(f"results  {folder / 'results.json'}, {folder / 'results.md'}", soft_wrap=True)

@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.hub import cached_file
 
-from fura_vlm.errors import FuraVLMError
+from fura_vlm.errors import FuraVLMError, first_line
 
 # The names under which transformers looks for weights, in its order.
 SINGLE, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
@@ -89,7 +89,7 @@ class WeightFiles:
         try:
             return cached_file(self.path, name, _raise_exceptions_for_missing_entries=False)
         except OSError as error:  # no such repository, no connection
-            raise ModelError(f"No usable {self.what} at {self.path}: {str(error).strip().splitlines()[0]}") from error
+            raise ModelError(f"No usable {self.what} at {self.path}: {first_line(error)}") from error
 
     def _look_into(self, file: str) -> dict[str, torch.Tensor]:
         try:
@@ -105,7 +105,7 @@ class WeightFiles:
                 opened = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
                 found = {name: tensor.to("meta") for name, tensor in opened.items()}
         except Exception as error:  # a broken file raises as it likes
-            raise ModelError(f"{file} is cut off or damaged: download it again ({_first_line(error)})") from error
+            raise ModelError(f"{file} is cut off or damaged: download it again ({first_line(error)})") from error
         self._open[file] = opened
         self._file_of |= dict.fromkeys(found, file)
         return found
@@ -227,7 +227,3 @@ def _dtype_of(part) -> torch.dtype:
         "U8": torch.uint8,
         "I8": torch.int8,
     }[part.get_dtype()]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -20,8 +20,8 @@ from deepspeed.checkpoint import ds_to_universal
 from safetensors import safe_open
 from torch.optim.lr_scheduler import LRScheduler
 
+from fura_vlm.data.records import write_text
 from fura_vlm.errors import FuraVLMError
-from fura_vlm.training import report
 
 NAME = "written_by.json"
 
@@ -38,7 +38,7 @@ class WrittenBy:
     train_batch_size: int
 
     def save(self, checkpoint: Path) -> None:
-        report.write_text(checkpoint / NAME, json.dumps(asdict(self)))
+        write_text(checkpoint / NAME, json.dumps(asdict(self)))
 
     @classmethod
     def of(cls, checkpoint: str | Path) -> WrittenBy:

@@ -18,10 +18,10 @@ import yaml
 from peft import PeftModel
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from fura_vlm.data.records import write_text
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.training.config import PlanConfig, TrainConfig
 from fura_vlm.training.methods import prepare
-from fura_vlm.training.report import write_text
 
 GIB, TERA = 2**30, 1e12
 NAMED = {"7b": (4096, 11_008, 32), "13b": (5120, 13_824, 40)}  # width, of the MLP, layers

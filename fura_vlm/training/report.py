@@ -10,14 +10,6 @@ from pathlib import Path
 from fura_vlm.evaluation.heldout import Answer
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file beside ``path`` and renames it, so that nobody ever reads half of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a ``metrics.jsonl``. A last line cut off by a crash is left out."""
     rows = []

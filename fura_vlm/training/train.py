@@ -42,7 +42,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.dataset import ConversationDataset
 from fura_vlm.data.index import open_index
-from fura_vlm.data.records import Record, report_problems
+from fura_vlm.data.records import Record, report_problems, write_text
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.heldout import (
     Answer,
@@ -197,7 +197,7 @@ def _choose_run(config: TrainConfig) -> Path:
                 "here): go on with its settings, or choose another --output_dir"
             )
     run.mkdir(parents=True, exist_ok=True)
-    report.write_text(saved, yaml.safe_dump(settings, sort_keys=False))
+    write_text(saved, yaml.safe_dump(settings, sort_keys=False))
     return run
 
 
@@ -326,7 +326,7 @@ class MetricsFile(TrainerCallback):
         if PartialState().is_main_process:
             step = int(Path(resume_from).name.rpartition("-")[2]) if resume_from else -1
             kept = [row for row in report.read_metrics(path) if row["step"] <= step]
-            report.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict) -> None:
         with self.path.open("a") as file:
@@ -438,7 +438,7 @@ def _describe(config, run, processor, model, dataset, checkpoint, console) -> No
     """Writes what the run is before it starts, and says it."""
     processor.save_pretrained(run / "processor")
     versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
-    report.write_text(run / "versions.json", json.dumps(versions, indent=1))
+    write_text(run / "versions.json", json.dumps(versions, indent=1))
     if isinstance(model, PeftModel):
         trained, total = model.get_nb_trainable_parameters()
     else:
@@ -488,7 +488,7 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
         lines += ["Held-out questions, exact match in percent:", "", table, "", "![scores](scores.png)", ""]
         lines += ["![samples](samples.png)", ""]
         console.print(Markdown("Held-out questions, exact match in percent\n\n" + table))
-    report.write_text(run / FINISHED, "\n".join(lines))
+    write_text(run / FINISHED, "\n".join(lines))
     full = config.method == "full"
     console.print(f"{'model  ' if full else 'adapter'}     {run / ('model' if full else 'adapter')}")
     console.print(f"loss curve  {run / 'loss.png'}")

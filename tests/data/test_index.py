@@ -193,6 +193,31 @@ def test_where_nothing_can_be_written_beside_the_mixture(mixture, items, opened,
     assert opened(path).folder.parent == tmp_path / "elsewhere"
 
 
+def test_it_is_used_from_another_folder(mixture, items, processor, tmp_path, monkeypatch):
+    mixture(items)
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = open_index("mixture.json", ".", processor, 80, "elsewhere")
+    monkeypatch.chdir(tmp_path / "b")
+    again = open_index("../mixture.json", "..", processor, 80, "elsewhere")
+    assert again.folder == made.folder
+    dataset, _ = again.dataset(processor)
+    assert {problem.file for problem in dataset.problems} == {str(tmp_path / "mixture.json")}
+    same(dataset, ConversationDataset(_good(tmp_path / "mixture.json"), processor, 80))
+
+
+def test_somebody_elses_index(mixture, items, opened, processor, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "DECODE_UP_TO", 2)
+    path = mixture(items)
+    index = opened(path)
+    monkeypatch.setattr(module.os, "access", lambda folder, mode: index.folder != folder)
+    assert len(opened(path).dataset(processor, "decode")[0]) == 6
+    assert not (index.folder / "images.json").exists()
+    (tmp_path / "a/1.png").unlink()  # has been found good
+    assert len(opened(path).dataset(processor)[0]) == 6
+    assert opened(path).folder == index.folder
+
+
 def test_good_images_of_a_large_mixture_are_checked_once(mixture, items, opened, processor, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "DECODE_UP_TO", 2)
     path = mixture(items)

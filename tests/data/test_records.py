@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fura_vlm.data.records import (
     iter_items,
     read_records,
     report_problems,
+    write_text,
 )
 
 HUMAN = {"from": "human", "value": "What is this?"}
@@ -345,6 +347,14 @@ def test_a_mixture_without_a_good_record(mixture, tmp_path):
     records, problems = read_records(mixture([{"id": "a"}]))
     with pytest.raises(DataError, match=r"None of the 1 records can be used.*record 1.*no conversations"):
         report_problems(problems, len(records), tmp_path / "skipped.jsonl")
+
+
+def test_a_file_may_be_written_by_several_at_once(tmp_path):
+    texts = [f"{number}: 猫\n" * 1000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: write_text(tmp_path / "a.txt", texts[n % 8]), range(400)))
+    assert (tmp_path / "a.txt").read_text("utf-8") in texts
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
 # --------------------------------------------------------------------------------------------- a real mixture

@@ -171,7 +171,10 @@ def test_lmms_eval_scores_as_the_suite(evaluated, benchmarks, settings, adapter,
         own = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
         suite = [row["predicted"] for row in rows(evaluated, "tuned") if row["task"] == task]
         assert [row["filtered_resps"] for row in own] == suite
-    assert scores["pope_paper"]["pope_predicted_yes,none"] >= 0
+    [file] = (tmp_path / "own").rglob("*_samples_pope_paper.jsonl")
+    answers = [json.loads(line)["filtered_resps"][0] for line in file.read_text().splitlines()]
+    said_no = [bool({"no", "not"} & set(re.findall(r"\w+", answer.split(".")[0].lower()))) for answer in answers]
+    assert scores["pope_paper"]["pope_predicted_yes,none"] == pytest.approx(said_no.count(False) / 6)
 
 
 def test_two_processes_score_as_one(evaluated, settings, tmp_path):
