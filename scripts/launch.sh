@@ -24,15 +24,31 @@ import sys
 import psutil
 
 
+def unless_gone(look):
+    def answer(process):
+        try:
+            return look(process)
+        except psutil.Error:  # gone, or ended and not yet waited for, or somebody else's
+            return False
+
+    return answer
+
+
+@unless_gone
 def trains(process):
-    return ("-m", "fura_vlm.cli") in zip(process.cmdline(), process.cmdline()[1:])
+    command = process.cmdline()
+    return ("-m", "fura_vlm.cli") in zip(command, command[1:])
 
 
+@unless_gone
+def copied(process):
+    parent = process.parent()
+    return parent is not None and trains(parent)
+
+
+@unless_gone
 def in_job(process):
-    try:
-        return process.environ().get("SLURM_JOB_ID") == sys.argv[2] and trains(process)
-    except psutil.Error:  # somebody else's, or gone
-        return False
+    return process.environ().get("SLURM_JOB_ID") == sys.argv[2] and trains(process)
 
 
 if sys.argv[1] == "job":
@@ -40,8 +56,8 @@ if sys.argv[1] == "job":
 else:
     launcher = psutil.Process(int(sys.argv[2]))
     found, otherwise = filter(trains, launcher.children(recursive=True)), [launcher]
-for process in [process for process in found if not trains(process.parent())] or otherwise:
-    process.terminate()
+for process in [process for process in found if not copied(process)] or otherwise:
+    unless_gone(psutil.Process.terminate)(process)
 PYTHON
 }
 

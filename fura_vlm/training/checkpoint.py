@@ -16,7 +16,6 @@ from io import StringIO
 from pathlib import Path
 
 import torch
-from deepspeed.checkpoint import ds_to_universal
 from safetensors import safe_open
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -58,6 +57,8 @@ def make_universal(checkpoint: str | Path) -> None:
     Raises:
         CheckpointError: a file of the checkpoint is missing or damaged, or the disk has no room.
     """
+    from deepspeed.checkpoint import ds_to_universal  # here, because training can do without DeepSpeed
+
     source = _state(Path(checkpoint))
     target = source.with_name(source.name + "_universal")
     remove_universal(checkpoint)

@@ -112,15 +112,17 @@ class Meter:
         self.work, self.device = Work.of(model), device
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.started = self.first = None
+        self.begun = 0
         self._clear()
 
     def _clear(self) -> None:
         self.counts = torch.zeros(len(self.COUNTS), dtype=torch.float64, device=self.device)
 
-    def start(self) -> None:
-        """The clock starts with the first batch that is waited for; later calls change nothing."""
+    def start(self, step: int) -> None:
+        """The clock starts with the first batch that is waited for, after ``step`` steps (of the run that is resumed);
+        later calls change nothing."""
         if self.started is None:
-            self.started = time.perf_counter()
+            self.started, self.begun = time.perf_counter(), step
 
     def add(self, batch: dict[str, torch.Tensor]) -> None:
         """Takes note of a batch as ``Collator`` makes it."""
@@ -157,7 +159,7 @@ class Meter:
             asked += work.image * count["images"] + work.label * count["labels"]
             figures["mfu"] = asked / (seconds * processes * self.peak)
         # The first steps compile and warm up: they say nothing of those to come.
-        since, at = self.first or (0, self.started)
+        since, at = self.first or (self.begun, self.started)
         figures["seconds_left"] = (now - at) / max(step - since, 1) * (max_steps - step)
         self.first = self.first or (step, now)
         self.started = now

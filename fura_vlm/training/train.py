@@ -62,7 +62,21 @@ from fura_vlm.training.methods import PROJECTOR, compile_layers, learning_rate, 
 from fura_vlm.training.trainer import FuraTrainer
 
 FINISHED = "report.md"  # written last
+ANSWERS_BEFORE = "answers-before.jsonl"
 BATCH = ("train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")  # how a step is made up
+# What an interrupted run may go on with otherwise than it began: its result stays the same. Of BATCH, ``_accumulation``
+# sees to that.
+MAY_CHANGE = (
+    *BATCH,
+    "gradient_checkpointing",
+    "compile_layers",
+    "dataloader_num_workers",
+    "eval_batch_size",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+)
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
 
 
@@ -98,7 +112,12 @@ def train(config: TrainConfig) -> Path:
         console.print(said, style="yellow", soft_wrap=True)
     quantized = quantization(config.method, _dtype(arguments))
     model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation, quantized)
-    model = prepare(model, config)
+    try:
+        model = prepare(model, config)
+    except ValueError as error:  # the method's library refuses the settings, on every process alike
+        if not state.is_main_process:
+            raise SystemExit(1) from error
+        raise TrainingError(f"{config.method} cannot be set up with these settings: {error}") from error
     # ZeRO-3 also takes the last gradients again of what a batch leaves out.
     if state.num_processes > 1 or is_deepspeed_zero3_enabled():
         use_all_parts(model)
@@ -121,7 +140,7 @@ def train(config: TrainConfig) -> Path:
     )
     if universal:
         _agree(lambda: make_universal(checkpoint))
-    with advice_on_memory(config):
+    with advice_on_memory(config, run):
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals.stopped:
         console.print(
@@ -189,13 +208,15 @@ def _choose_run(config: TrainConfig) -> Path:
     saved = run / "config.yaml"
     if saved.is_file():
         previous = yaml.safe_load(saved.read_text())
-        changed = sorted(key for key in settings if previous.get(key) != settings[key] and key not in BATCH)
+        changed = sorted(key for key in settings if previous.get(key) != settings[key] and key not in MAY_CHANGE)
         if changed and get_last_checkpoint(str(run)):
             key = changed[0]
             raise TrainingError(
                 f"{run} holds an interrupted run with another {key} ({previous.get(key)!r} there, {settings[key]!r} "
                 "here): go on with its settings, or choose another --output_dir"
             )
+        if changed:  # it begins anew, and perhaps with another base or other questions
+            (run / ANSWERS_BEFORE).unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     write_text(saved, yaml.safe_dump(settings, sort_keys=False))
     return run
@@ -223,7 +244,7 @@ def _check(config: TrainConfig) -> None:
     """Looks at what the settings say together."""
     if not Path(config.deepspeed).is_file():
         raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
-    stage = _zero_stage(config)
+    stage = _zero(config).get("stage")
     if stage == 3 and config.compile_layers:
         raise TrainingError(
             "compile_layers and ZeRO-3 do not go together, because DeepSpeed gathers weights in the midst of a layer: "
@@ -328,6 +349,10 @@ class MetricsFile(TrainerCallback):
             kept = [row for row in report.read_metrics(path) if row["step"] <= step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A checkpoint brings those of its own run along.
+        state.compute_steps(args, state.max_steps)
+
     def write(self, row: dict) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -357,7 +382,7 @@ class HeldOut(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not self.questions:
             return
-        saved = self.run / "answers-before.jsonl"
+        saved = self.run / ANSWERS_BEFORE
         if saved.is_file():  # an interrupted run has answered them already
             self.before = read_answers(saved)
             return
@@ -398,30 +423,45 @@ class HeldOut(TrainerCallback):
 # ------------------------------------------------------------------------------------------------------ the end
 
 
-def _zero_stage(config: TrainConfig) -> int | None:
-    return json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage")
+def _zero(config: TrainConfig) -> dict:
+    return json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {})
 
 
 @contextmanager
-def advice_on_memory(config: TrainConfig):
-    """Where memory runs out within: a TrainingError that says what to change."""
+def advice_on_memory(config: TrainConfig, run: Path):
+    """Where memory runs out within: a TrainingError that says what to change and is accepted for this run."""
     try:
         yield
     except RuntimeError as error:
         words = ("out of memory", "can't allocate memory", "not enough memory")
         if not any(word in str(error) for word in words):
             raise
+        batch, four_bits = config.per_device_train_batch_size, config.method in ("qfura", "qlora")
         advice = []
-        if config.per_device_train_batch_size > 1:
-            advice.append(f"--per_device_train_batch_size {config.per_device_train_batch_size // 2}")
+        if batch > 1:  # a divisor, so that train_batch_size stays a multiple
+            less = next(n for n in range(batch // 2, 0, -1) if batch % n == 0)
+            kept = "with train_batch_size a step has as many records as before"
+            advice.append(f"--per_device_train_batch_size {less} ({kept})")
         if not config.gradient_checkpointing:
             advice.append("--gradient_checkpointing true")
-        if _zero_stage(config) != 3:
-            advice.append("--deepspeed scripts/zero3.json on several GPUs")
-        elif "offload" not in config.deepspeed:
-            advice.append("--deepspeed scripts/zero3_offload.json")
-        if config.method in ("fura", "lora"):
-            advice.append(f"--method q{config.method}")
+        others = []  # of another run, by what a checkpoint holds
+        if _zero(config).get("stage") != 3:
+            if not four_bits:
+                eager = " --compile_layers false" * config.compile_layers
+                others.append(f"--deepspeed scripts/zero3.json{eager} on several GPUs")
+            if config.method in ("fura", "lora"):
+                others.append(f"--method q{config.method}")
+        elif "offload_param" not in _zero(config):
+            others.append("--deepspeed scripts/zero3_offload.json")
+        if get_last_checkpoint(str(run)):
+            others = [f"{other} in another --output_dir" for other in others]
+        if advice or others:
+            tried = f"try {', or '.join(advice + others)}"
+        else:
+            tried = (
+                "no setting is left that takes less, so take a larger GPU or a smaller model (fura-vlm plan says what "
+                "fits), or cut the records with --model_max_length in another --output_dir"
+            )
         if torch.cuda.is_available():
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
             where = f"a GPU of {total:.0f} GiB"
@@ -429,8 +469,7 @@ def advice_on_memory(config: TrainConfig):
             where = "this machine"
         raise TrainingError(
             f"The memory of {where} does not suffice for {config.per_device_train_batch_size} records of up to "
-            f"{config.model_max_length} tokens with {config.method}: try {', or '.join(advice)} (with train_batch_size "
-            "a step has as many records as before)"
+            f"{config.model_max_length} tokens with {config.method}: {tried}"
         ) from error
 
 

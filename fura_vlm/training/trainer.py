@@ -37,7 +37,7 @@ class FuraTrainer(Trainer):
             self.add_callback(Progress)
 
     def get_batch_samples(self, *args, **kwargs):
-        self.meter.start()
+        self.meter.start(self.state.global_step)
         batches, items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
             self.meter.add(batch)

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import yaml
 from PIL import Image
 
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.train import TrainingError, advice_on_memory
+from fura_vlm.training.train import TrainingError, _choose_run, advice_on_memory
 
 
 def said(job) -> str:
@@ -91,16 +93,79 @@ def test_checkpoint_of_another_method(launch):
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-3", "config.yaml"]  # nothing is lost
 
 
-def test_out_of_memory():
-    config = TrainConfig(method="fura", per_device_train_batch_size=16)
-    with pytest.raises(TrainingError) as said, advice_on_memory(config):
+def out_of_memory(config, run) -> str:
+    """What is said when the memory runs out in a run."""
+    with pytest.raises(TrainingError) as said, advice_on_memory(config, run):
         torch.empty(1 << 60)
     [line] = str(said.value).splitlines()
+    return line
+
+
+def test_out_of_memory(tmp_path):
+    config = TrainConfig(method="fura", per_device_train_batch_size=16)
+    line = out_of_memory(config, tmp_path)
     assert "16 records of up to 2048 tokens with fura" in line
     for advice in ("--per_device_train_batch_size 8", "--gradient_checkpointing true", "zero3.json", "--method qfura"):
         assert advice in line
-    with pytest.raises(RuntimeError, match="shapes"), advice_on_memory(config):  # another error is left alone
+    assert "output_dir" not in line
+    with pytest.raises(RuntimeError, match="shapes"), advice_on_memory(config, tmp_path):  # others are left alone
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_out_of_memory_advises_what_is_accepted(tmp_path):
+    compiled = TrainConfig(method="fura", compile_layers=True)
+    assert "--deepspeed scripts/zero3.json --compile_layers false" in out_of_memory(compiled, tmp_path)
+    assert "zero3" not in out_of_memory(TrainConfig(method="qlora"), tmp_path)
+    assert "qfura" not in out_of_memory(TrainConfig(method="fura", deepspeed="scripts/zero3.json"), tmp_path)
+    assert "--per_device_train_batch_size 3 " in out_of_memory(TrainConfig(per_device_train_batch_size=9), tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    line = out_of_memory(TrainConfig(method="fura", per_device_train_batch_size=1), tmp_path)
+    assert "try --gradient_checkpointing true, or" in line
+    assert "zero3.json on several GPUs in another --output_dir" in line
+    assert "--method qfura in another --output_dir" in line
+    least = TrainConfig(
+        method="full",
+        per_device_train_batch_size=1,
+        gradient_checkpointing=True,
+        deepspeed="scripts/zero3_offload.json",
+    )
+    assert "no setting is left that takes less, so take a larger GPU" in out_of_memory(least, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["fura", "lora"])
+def test_target_modules_that_match_nothing(method, launch):
+    job = launch("target", method=method, target_modules="nonsense", processes=2 if method == "fura" else 1)
+    assert job.status != 0
+    assert f"{method} cannot be set up with these settings: Target modules nonsense not found" in said(job)
+
+
+def test_answers_of_a_run_with_other_settings_are_not_kept(tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path / "run"), eval_data_path="data/embedded/eval.json")
+    answers = _choose_run(config) / "answers-before.jsonl"
+    answers.write_text("")
+    _choose_run(dataclasses.replace(config, save_steps=7, gradient_checkpointing=True))
+    assert answers.exists()  # they are the same whatever the memory
+    _choose_run(dataclasses.replace(config, eval_data_path="other.json"))
+    assert not answers.exists()
+
+
+def test_stopping_passes_over_processes_that_have_ended(tmp_path):
+    """A launcher with a child that ended, and that it has not waited for, and one that trains."""
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(
+        "import os, subprocess, sys, time\n"
+        "ended = subprocess.Popen([sys.executable, '-c', ''])\n"
+        "os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)\n"
+        "trains = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', '-m', 'fura_vlm.cli'])\n"
+        "print(trains.pid, flush=True)\n"
+        "sys.exit(-trains.wait())\n"
+    )
+    process = subprocess.Popen([sys.executable, str(launcher)], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()  # both are there
+    script = f"source scripts/launch.sh && stop_training launcher {process.pid}"
+    stop = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert stop.stderr == "" and stop.returncode == 0
+    assert process.wait() == signal.SIGTERM
 
 
 def test_port_in_use(launch):

@@ -81,18 +81,18 @@ def test_what_is_counted_is_what_a_model_holds(method):
 
 @pytest.mark.parametrize(
     ("method", "checkpointing", "gib", "seconds"),
-    [("fura", False, 72.4, 0.726), ("lora", False, 100.4, 0.793), ("fura", True, None, 1.102)],
+    [("fura", False, 72.4, 0.726), ("lora", False, 100.4, 0.793), ("fura", True, 35.7, 1.102)],
 )
 def test_measured_steps(method, checkpointing, gib, seconds):
     """One H200, LLaVA-1.5-7B's shapes, 16 x 832 tokens, compiled layers, logits of all tokens: GiB within 6 %, which
-    is what a CUDA context and the allocator's slack make, and seconds within 3 %."""
+    is what a CUDA context and the allocator's slack make. Seconds no longer than measured and at most 7 % shorter: the
+    steps are older than the adapter's kernels, and the rates measured with these are 4 to 6 % higher."""
     train = TrainConfig(method=method, model_max_length=832)
     counted = counts(method=method)
     setting = Setting(method, 1, 2, False, checkpointing, 16, True)
-    if gib is not None:
-        parts = memory(named_model("7b"), train, counted, setting, 1.0)
-        assert sum(parts.values()) / GIB == pytest.approx(gib, rel=0.06)
-    assert step_seconds(named_model("7b"), counted, setting, 16 * 832, H200) == pytest.approx(seconds, rel=0.03)
+    parts = memory(named_model("7b"), train, counted, setting, 1.0)
+    assert sum(parts.values()) / GIB == pytest.approx(gib, rel=0.06)
+    assert 0.93 * seconds < step_seconds(named_model("7b"), counted, setting, 16 * 832, H200) < seconds
 
 
 def test_zero_divides_what_it_says():

@@ -168,7 +168,8 @@ def test_signal_saves_first(number, stage, uninterrupted, launch):
     assert job.losses() == pytest.approx(uninterrupted.losses(), rel=2e-4)
 
 
-def test_changed_settings_do_not_resume(launch):
+def test_changed_settings_do_not_resume(uninterrupted, launch):
+    """But those that leave the result as it is may change."""
     process = launch.start("changed", save_steps=1)
     wait_for((launch.folder / "changed" / "checkpoint-1").exists, process)
     os.kill(process.pid, signal.SIGTERM)
@@ -176,6 +177,12 @@ def test_changed_settings_do_not_resume(launch):
     job = launch("changed", save_steps=1, learning_rate=1e-4)
     assert job.status != 0
     assert "another learning_rate" in job.output and "output_dir" in job.output
+    before = {int(path.name.rpartition("-")[2]) for path in job.run.glob("checkpoint-*")}
+    job = launch("changed", save_steps=3, save_total_limit=9, gradient_checkpointing=True, dataloader_num_workers=1)
+    assert job.status == 0, job.output
+    assert job.losses() == pytest.approx(uninterrupted.losses(), rel=1e-5)
+    saved = {int(path.name.rpartition("-")[2]) for path in job.run.glob("checkpoint-*")}
+    assert saved == before | {3, 6}  # the new save_steps, not those of the checkpoint
 
 
 @pytest.mark.parametrize("method", ["qfura", "lora", "qlora", "dora", "full"])

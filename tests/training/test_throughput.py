@@ -1,5 +1,8 @@
 """The figures of a run's speed, against torch's own count of operations and against counting by hand."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,7 +55,7 @@ def test_a_frozen_weight_costs_four_operations_and_a_trained_one_six():
 def test_counts_by_hand():
     model = load_base("data/tiny-llava", torch.float32)
     meter = Meter(model, torch.device("cpu"))
-    meter.start()
+    meter.start(step=0)
     meter.add(batch([100, 80], 10))
     meter.add(batch([50, 30], 10, with_image=False))
     counted = dict(zip(meter.COUNTS, meter.counts.tolist(), strict=True))
@@ -71,9 +74,24 @@ def test_counts_by_hand():
     assert meter.read(step=2, max_steps=4)["tokens_per_second"] == 0  # counted anew
 
 
+def test_a_resumed_run_counts_its_own_steps():
+    meter = Meter(load_base("data/tiny-llava", torch.float32), torch.device("cpu"))
+    meter.start(step=100)
+    meter.add(batch([100, 80], 10))
+    figures = meter.read(step=102, max_steps=106)
+    taken = 2 / figures["samples_per_second"]
+    assert figures["seconds_left"] == pytest.approx(taken / 2 * 4)  # two steps took that long, four are left
+
+
 def test_what_devices_can_do():
     assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA L4") == 121e12 and peak_flops("NVIDIA L40S") == 362e12
     assert peak_flops("Some other device") is None and peak_flops("NVIDIA A10G") is None
+
+
+def test_training_without_deepspeed():
+    """As benchmarks/pipeline.py does where it is not installed."""
+    code = "import sys; sys.modules['deepspeed'] = None; import fura_vlm.training.trainer"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
