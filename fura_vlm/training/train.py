@@ -70,6 +70,7 @@ MAY_CHANGE = (
     *BATCH,
     "gradient_checkpointing",
     "compile_layers",
+    "activation_memory_budget",
     "dataloader_num_workers",
     "eval_batch_size",
     "logging_steps",
