@@ -1,7 +1,8 @@
 """FuRA's own kernels for GPUs, in Triton: each reads and writes a large tensor once.
 
-``x + D x`` is three passes over memory as plain operations, and its backward seven. The matrix products around it are
-so much faster than memory that these passes are what an adapter costs: see docs/speed.md for what was measured.
+As plain operations ``x + D x`` reads or writes its tensor five times, and its backward seven. The matrix products
+around it are so much faster than memory that these passes are what an adapter costs: see docs/speed.md for what was
+measured.
 
 The kernels take blocks of up to ``MAX_BLOCK`` and any number of rows. Products are accumulated in float32, and what
 is written is rounded once. Triton comes with PyTorch's builds for GPUs; without it, on a CPU and for larger blocks the
