@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.dataset import ConversationDataset
@@ -116,9 +117,8 @@ def train(config: TrainConfig) -> Path:
     try:
         model = prepare(model, config)
     except ValueError as error:  # the method's library refuses the settings, on every process alike
-        if not state.is_main_process:
-            raise SystemExit(1) from error
-        raise TrainingError(f"{config.method} cannot be set up with these settings: {error}") from error
+        refused = TrainingError(f"{config.method} cannot be set up with these settings: {error}")
+        _agree(lambda: _raise(refused))
     # ZeRO-3 also takes the last gradients again of what a batch leaves out.
     if state.num_processes > 1 or is_deepspeed_zero3_enabled():
         use_all_parts(model)
@@ -171,12 +171,15 @@ def _join() -> PartialState:
     try:
         if "RANK" in os.environ:  # by way of DeepSpeed, which else believes itself alone under ZeRO-3
             deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(hours=1), auto_mpi_discovery=False)
-        return PartialState(cpu=not cuda)
+        state = PartialState(cpu=not cuda)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ.get("MASTER_PORT")
         raise TrainingError(f"Port {port} is in use: set MASTER_PORT to a free one, or leave it unset") from error
+    if not state.is_main_process:  # one bar for each thing that is loaded, not one a process
+        logging.disable_progress_bar()
+    return state
 
 
 def _agree(decide):
@@ -195,6 +198,10 @@ def _agree(decide):
             raise outcome[0]
         raise SystemExit(1)  # once on the screen is enough
     return outcome[0]
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _choose_run(config: TrainConfig) -> Path:
