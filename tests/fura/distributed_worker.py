@@ -19,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import fura_vlm.fura.layer
 from fura_vlm.fura import FuraConfig, FuraError, FuraLinear
+from fura_vlm.training.train import unlink_shared_memory
 
 STEPS, LR = 4, 1e-2
 
@@ -163,6 +164,7 @@ def main():
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
+    unlink_shared_memory()
     rank = dist.get_rank()
     assert dist.get_world_size() == 2
     distributed_data_parallel(folder, rank)

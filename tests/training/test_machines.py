@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,6 +20,12 @@ def uninterrupted(shared_launch):
     job = shared_launch("uninterrupted")
     assert job.status == 0, job.output
     return job
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def assert_same(job, uninterrupted):
@@ -57,9 +64,7 @@ def test_slurm_job_on_two_nodes_stops_in_time_and_one_process_goes_on(uninterrup
     settings = {"train_batch_size": 4, "per_device_train_batch_size": 2, "deepspeed": "scripts/zero3.json"}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(launch.recipe | {"output_dir": str(launch.folder / "job")} | settings))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "2"}
     slurm |= {"SLURM_JOB_NODELIST": "nodes[0-1]", "SLURM_SUBMIT_DIR_LOG": str(tmp_path / "scontrol.log")}
     process = subprocess.Popen(
@@ -92,12 +97,14 @@ def test_slurm_job_on_two_nodes_stops_in_time_and_one_process_goes_on(uninterrup
 def test_two_processes_go_on_where_one_was_killed(uninterrupted, launch):
     """The step stays as large as it was, though nothing says how large."""
     settings = {"save_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    process = launch.start("killed", **settings)
+    port = free_port()
+    process = launch.start("killed", env={"MASTER_PORT": str(port)}, **settings)
     checkpoint = launch.folder / "killed" / "checkpoint-3"
     wait_for(checkpoint.exists, process)
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         member.kill()
     process.communicate()
+    assert not list(Path("/dev/shm").glob(f"*{port}*"))  # no memory that nobody has any longer
 
     refused = launch("killed", **settings | {"per_device_train_batch_size": 3})
     assert "train_batch_size 4 is no multiple of the 3 records that 1 processes take at once" in refused.output
