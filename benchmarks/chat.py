@@ -19,12 +19,14 @@ import peft
 import torch
 import transformers
 from peft import get_peft_model
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from shapes import random_llava
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from fura_vlm import FuraConfig
 from fura_vlm.chat.engine import Engine, Generation, Sampling
 from fura_vlm.training.config import TARGET_MODULES
+from fura_vlm.training.plan import named_model
 
 IMAGE_TOKENS, IMAGE_TOKEN, TEXT_TOKENS = 576, 32000, 64
 READ_SECONDS = 0.1  # how often the page looks at what has been written
@@ -36,30 +38,23 @@ parser.add_argument("--together", type=int, default=8, help="answers written at 
 parser.add_argument("--tiny", action="store_true", help="many small layers, to try the script without a GPU")
 options = parser.parse_args()
 
-layers = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-# Random weights may write any token: none ends an answer.
-text = LlamaConfig(
-    vocab_size=32064, max_position_embeddings=4096, eos_token_id=None, **(layers if options.tiny else {})
-)
-vision = CLIPVisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=2 if options.tiny else 24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-)
-config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
 torch.manual_seed(0)
-with torch.device(device):
-    torch.set_default_dtype(dtype)
-    llava = LlavaForConditionalGeneration(config).eval()
-    torch.set_default_dtype(torch.float32)
+if options.tiny:
+    text = LlamaConfig(vocab_size=32064, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    vision = named_model("7b").vision_config
+    vision.num_hidden_layers = 2
+    with torch.device(device):
+        config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
+        llava = LlavaForConditionalGeneration(config).eval().to(dtype)
+else:
+    llava = random_llava(IMAGE_TOKEN)
+for settings in (llava.generation_config, llava.config.text_config):
+    settings.eos_token_id = None  # random weights may write any token: none ends an answer
+llava.generation_config.pad_token_id = 0
 fura = FuraConfig(target_modules=TARGET_MODULES, init_weights=False, task_type="CAUSAL_LM")
 model = get_peft_model(llava, fura).eval()
-llava.generation_config.pad_token_id = 0
 
 ids = torch.randint(5, 31000, (1, 1 + IMAGE_TOKENS + TEXT_TOKENS))
 ids[0, 1 : 1 + IMAGE_TOKENS] = IMAGE_TOKEN
@@ -127,6 +122,7 @@ for name, adapters in cases.items():
     pairs = []
     for _ in range(options.pairs if len(adapters) == 1 else max(1, options.pairs // 4)):
         (alone, expected), (ours, written) = bare(options.tokens), chat(options.tokens, adapters)
+        print(f"{name}: {alone:.1f}, {ours:.1f} tokens/s", file=sys.stderr, flush=True)
         pairs.append((alone, ours, ours / alone))
         same = same and (len(adapters) > 1 or written == expected)
     alone, ours, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -17,6 +17,7 @@ import io
 import itertools
 import os
 import platform
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from shapes import processor_of_336, random_llava
 
 from fura_vlm.evaluation.generation import Answerer, Prepared, Question
 from fura_vlm.modelling.load import load_base, load_processor
@@ -56,30 +57,6 @@ def questions(number: int) -> list[Question]:
 
 def pictures(file: bytes) -> list[Image.Image]:
     return [Image.open(io.BytesIO(file)).convert("RGB")]
-
-
-def model_of_7b_shapes(tokenizer_from: str):
-    """Random weights in bfloat16, made on the GPU, and a processor for them."""
-    processor = load_processor(tokenizer_from)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-            patch_size=14, projection_dim=768,
-        ),
-        text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5),
-        image_token_id=processor.image_token_id, image_seq_length=576, vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )  # fmt: skip
-    processor.image_processor.size = {"shortest_edge": 336}
-    processor.image_processor.crop_size = {"height": 336, "width": 336}
-    processor.patch_size = 14
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return LlavaForConditionalGeneration(config).eval(), processor
-    finally:
-        torch.set_default_dtype(default)
 
 
 def seconds(device: torch.device, call) -> float:
@@ -141,11 +118,12 @@ def main() -> None:
     if options.model:
         llava = load_base(options.model, dtype).to("cuda" if cuda else "cpu")
         processor = load_processor(options.model)
+        processor.image_processor.do_pad = True
     elif cuda:
-        llava, processor = model_of_7b_shapes(options.tokenizer)
+        processor = processor_of_336(options.tokenizer)
+        llava = random_llava(processor.image_token_id)
     else:
         parser.error("the 7B shapes need a GPU; name a small model with --model")
-    processor.image_processor.do_pad = True
 
     asked = questions(options.samples)
     first_of_each = Prepared(processor, asked[: len(THINGS)], dtype)
@@ -194,7 +172,7 @@ def main() -> None:
         f"transformers {transformers.__version__}, Python {platform.python_version()}.",
         f"{options.samples} samples of {min(lengths)} to {max(lengths)} tokens (mean {mean(lengths):.0f}), "
         f"{ARGUMENTS['max_new_tokens']} new; {answerer.num_workers} processes prepare pictures.",
-        f"`python benchmarks/evaluation.py --samples {options.samples} --sizes {' '.join(map(str, options.sizes))}`",
+        f"`python benchmarks/evaluation.py {' '.join(sys.argv[1:])}`",
         "",
         "| | samples/s | of batch 1 | waits for pictures | tower | prefill | decode | peak, GiB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

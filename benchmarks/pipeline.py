@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is no
 
 import numpy as np
 import torch
+from shapes import processor_of_336, random_llava
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
@@ -177,33 +178,17 @@ def decoding_rate(rows: Rows, seconds: float = 3.0) -> float:
 # --------------------------------------------------------------------------------------------------------- model
 
 
-def model_and_processor(tiny: bool):
-    processor = load_processor(str(ROOT / "data/tiny-llava"))
+def make_processor(tiny: bool):
+    path = str(ROOT / "data/tiny-llava")
+    if not tiny:
+        return processor_of_336(path)
+    processor = load_processor(path)
     processor.image_processor.do_pad = True
-    if tiny:
-        return load_base(str(ROOT / "data/tiny-llava"), torch.float32), processor, 112
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    return processor
 
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-            patch_size=14, projection_dim=768,
-        ),
-        text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5),
-        image_token_id=processor.image_token_id, image_seq_length=576, vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )  # fmt: skip
-    size = config.vision_config.image_size
-    processor.image_processor.size = {"shortest_edge": size}
-    processor.image_processor.crop_size = {"height": size, "width": size}
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            model = LlavaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(default)
-    return model.requires_grad_(False), processor, size
+
+def make_model(tiny: bool, processor):
+    return load_base(str(ROOT / "data/tiny-llava"), torch.float32) if tiny else random_llava(processor.image_token_id)
 
 
 class Timed(FuraTrainer):
@@ -293,8 +278,8 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
         ),
     )
     started = time.perf_counter()
-    model, processor, _ = model_and_processor(setting.tiny)
-    model = prepare(model, TrainConfig(method=method))
+    processor = make_processor(setting.tiny)
+    model = prepare(make_model(setting.tiny, processor), TrainConfig(method=method))
     synchronize()
     print(f"  {method}: model and adapter in {time.perf_counter() - started:.0f} s", flush=True)
     if setting.static:
@@ -421,10 +406,7 @@ def main() -> None:
             tasks = [(number, size, folder) for number in range(options.files)]
             list(pool.map(write_picture, tasks, chunksize=16))
         print(f"{options.files} pictures of {size} pixels in {time.perf_counter() - started:.0f} s", flush=True)
-        processor = load_processor(str(ROOT / "data/tiny-llava"))
-        processor.image_processor.do_pad = True
-        processor.image_processor.size = {"shortest_edge": size}
-        processor.image_processor.crop_size = {"height": size, "width": size}
+        processor = make_processor(options.tiny)
         a_core = decoding_rate(Rows(processor, Path(folder), image_tokens, setting))
         print(f"one core makes {a_core:.0f} rows with pictures a second", flush=True)
         for method in options.methods:

@@ -315,6 +315,7 @@ def named_model(name: str) -> LlavaConfig:
             num_attention_heads=16,
             image_size=336,
             patch_size=14,
+            projection_dim=768,
         ),
         text_config=LlamaConfig(
             vocab_size=32_064,
@@ -323,6 +324,8 @@ def named_model(name: str) -> LlavaConfig:
             num_hidden_layers=layers,
             num_attention_heads=hidden // 128,
             num_key_value_heads=hidden // 128,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
         ),
         image_seq_length=576,
         vision_feature_layer=-2,
