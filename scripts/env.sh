@@ -29,7 +29,11 @@ _fura_env() {
         echo "FuRA-VLM needs Python 3.10 or newer; name one with PYTHON=/path/to/python3 $0" >&2
         return 1
     }
-    echo "Setting up $VENV (first use only; the tested versions of PyTorch and friends are about 7 GB)"
+    if [ -f "$stamp" ]; then
+        echo "Adding to $VENV what this command needs"
+    else
+        echo "Setting up $VENV (first use only; the tested versions of PyTorch and friends are about 7 GB)"
+    fi
     [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV" || {
         echo "Could not create $VENV: install your system's venv package (Debian: apt install python3-venv)" >&2
         return 1
@@ -45,3 +49,5 @@ _fura_env() {
 
 _fura_env "$@" || exit 1
 source "$VENV/bin/activate"
+# What DeepSpeed compiles belongs to this environment: in the common folder every checkout compiles it anew.
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}"

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 from fura_vlm.evaluation.heldout import Answer
+from fura_vlm.training.config import TrainConfig
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -28,6 +29,39 @@ def score_table(before: dict[str, float], after: dict[str, float], blind: dict[s
         b, a, g = (100 * scores[family] for scores in (before, after, blind))
         lines.append(f"| {family} | {g:.1f} | {b:.1f} | {a:.1f} | {a - b:+.1f} |")
     return "\n".join(lines)
+
+
+def adapter_card(config: TrainConfig) -> str:
+    """The README of an adapter, with the fields that model cards on the hub have."""
+    name, base = config.method, config.model_name_or_path
+    registers = "import fura_vlm  # registers FuRA with PEFT\n" if "fura" in name else ""
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: image-text-to-text
+tags:
+- {name}
+- llava
+---
+
+# {Path(config.output_dir.replace("{method}", name)).name}
+
+An adapter of {base}, trained with FuRA-VLM by the method {name}. With Pillow, PEFT and transformers:
+
+```python
+{registers}from peft import PeftModel
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+base = LlavaForConditionalGeneration.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "RUN/adapter").eval()
+processor = AutoProcessor.from_pretrained("RUN/processor")
+turn = {{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}
+prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+inputs = processor(images=Image.open("PICTURE").convert("RGB"), text=prompt, return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+```
+"""
 
 
 def plot_curve(rows: list[dict], path: Path) -> None:

@@ -151,7 +151,10 @@ def train(config: TrainConfig) -> Path:
         state.wait_for_everyone()
         raise SystemExit(128 + signal.SIGTERM)
 
-    _save(trainer, run / ("model" if config.method == "full" else "adapter"))
+    if config.method == "full":
+        _save(trainer, run / "model")
+    else:
+        _save(trainer, run / "adapter", report.adapter_card(config))
     if state.is_main_process:
         if config.method == "projector":
             _write_projector(run)
@@ -508,13 +511,15 @@ def _describe(config, run, processor, model, dataset, checkpoint, console) -> No
         console.print(f"Going on where the interrupted run stopped: {checkpoint}", soft_wrap=True)
 
 
-def _save(trainer: FuraTrainer, folder: Path) -> None:
+def _save(trainer: FuraTrainer, folder: Path, card: str | None = None) -> None:
     """The adapter as PEFT saves it or the whole model, gathered from all processes under ZeRO-3; written beside and
-    renamed."""
+    renamed. PEFT's own card is a form that nobody has filled in."""
     building = folder.with_name(folder.name + ".tmp")
     trainer.save_model(str(building))
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
+        if card is not None:
+            write_text(building / "README.md", card)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
 
@@ -553,7 +558,7 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
     )
     console.print("What next:")
     image = next((answer.image for answer in held_out.after if answer.image), "IMAGE")
-    console.print(f"  .venv/bin/fura-vlm eval {run}", soft_wrap=True)
+    console.print(f"  bash scripts/eval.sh {run}", soft_wrap=True)
     console.print(f"  .venv/bin/fura-vlm chat {image} --model {run}", soft_wrap=True)
     if not full:
         console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)

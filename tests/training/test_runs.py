@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -69,7 +71,19 @@ def test_table_says_what_the_answers_say(uninterrupted):
     table = (uninterrupted.run / "report.md").read_text()
     for family, score in after.items():
         assert f"| {100 * score:.1f} |" in next(line for line in table.splitlines() if line.startswith(f"| {family} "))
-    assert "fura-vlm eval" in uninterrupted.output and "fura-vlm chat" in uninterrupted.output
+    assert "scripts/eval.sh" in uninterrupted.output and "fura-vlm chat" in uninterrupted.output
+
+
+def test_card_of_the_adapter_says_how_to_ask_it(uninterrupted, capsys):
+    """The program in it runs as it stands, once it is told where things are."""
+    text = (uninterrupted.run / "adapter" / "README.md").read_text()
+    assert ModelCard(text).data.base_model == "data/tiny-llava"
+    [program] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    answer = json.loads((uninterrupted.run / "answers-after.jsonl").read_text().splitlines()[0])
+    for there, here in (("RUN", uninterrupted.run), ("PICTURE", answer["image"]), ("What is this?", "Which word?")):
+        program = program.replace(there, str(here))
+    exec(program, {})
+    assert "USER: \nWhich word? ASSISTANT:" in capsys.readouterr().out
 
 
 def test_adapter_is_pefts_own(uninterrupted):
