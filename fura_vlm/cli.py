@@ -176,9 +176,11 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)  # as shells have it
     except Exception as error:
-        if not _disk_is_full(error):
-            raise
-        sys.exit(f"fura-vlm {command}: the disk is full: make room and start the same command again")
+        if _disk_is_full(error):
+            sys.exit(f"fura-vlm {command}: the disk is full: make room and start the same command again")
+        if isinstance(error, OSError) and error.filename:
+            sys.exit(f"fura-vlm {command}: {error.filename}: {error.strerror}: check the path and its permissions")
+        raise
 
 
 if __name__ == "__main__":

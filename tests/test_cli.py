@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from fura_vlm.cli import main
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -52,3 +54,12 @@ def test_missing_model_is_one_sentence():
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("fura-vlm eval: There is no model at ./nowhere")
     assert "Traceback" not in done.stderr
+
+
+def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "mixture.json").write_text('[{"image": "1.png"}]')
+    (tmp_path / "file").touch()
+    arguments = ["data", "verify", str(tmp_path / "mixture.json"), "--report_dir", str(tmp_path / "file")]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == f"fura-vlm data verify: {tmp_path}/file: File exists: check the path and its permissions"

@@ -214,14 +214,17 @@ def inspect(config: InspectConfig) -> None:
     """Prints the spectra behind a FuRA adapter as a Markdown table and draws them.
 
     Raises:
-        ModelError: if ``model`` has no FuRA adapter.
+        ModelError: if ``model`` has no FuRA adapter, or ``output_path`` is of another format than png, svg or pdf.
     """
+    picture = Path(config.output_path or Path(config.model) / "spectrum.png")
+    if picture.suffix not in (".png", ".svg", ".pdf"):
+        raise ModelError(f"{picture} is of no known format: let --output_path end in .png, .svg or .pdf")
     model, _ = load_any(config.model)
     if not isinstance(model, PeftModel) or model.peft_config["default"].peft_type != "FURA":
         raise ModelError(f"{config.model} has no FuRA adapter: there is nothing to inspect")
     spectra = spectrum_report(model)
     print(spectrum_table(spectra))
-    picture = Path(config.output_path or Path(config.model) / "spectrum.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
     building = picture.with_name("." + picture.name)
     plot_spectrum(spectra, building)
     building.replace(picture)
