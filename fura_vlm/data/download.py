@@ -74,6 +74,10 @@ class Archive:
     md5: str | None = None
     images: int | None = None
 
+    def __post_init__(self):
+        if not (self.url or self.hub and self.file):
+            raise TypeError(f"the archive of {self.folder} has neither url nor hub and file")
+
     @property
     def name(self) -> str:
         return self.file or self.url.rpartition("/")[2]
@@ -131,7 +135,7 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
         raise DownloadError(
             f"There is no recipe at {path} ({error.strerror}): data/ has those of LLaVA v1.5"
         ) from error
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise DownloadError(f"{path} is no recipe ({' '.join(str(error).split())}): data/ has examples") from error
 
 

@@ -414,6 +414,12 @@ def test_unknown_source_and_recipe(run, tmp_path):
     (tmp_path / "bad.yaml").write_text("name: x\nsources: {a: {licence: b, sise: 3}}\n")
     with pytest.raises(DownloadError, match="bad.yaml is no recipe .*'sise'"):
         download(DownloadConfig(str(tmp_path / "bad.yaml")))
+    (tmp_path / "bad.yaml").write_text("sources: {a: {licence: b, archives: [{folder: f, inside: x, hub: o/s}]}}\n")
+    with pytest.raises(DownloadError, match="the archive of f has neither url nor hub and file"):
+        download(DownloadConfig(str(tmp_path / "bad.yaml")))
+    (tmp_path / "bad.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(DownloadError, match="bad.yaml is no recipe .*'utf-8' codec"):
+        download(DownloadConfig(str(tmp_path / "bad.yaml")))
 
 
 # --------------------------------------------------------------------------------------------------------- the hub
