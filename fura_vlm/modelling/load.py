@@ -130,6 +130,9 @@ def load_adapter(model: LlavaForConditionalGeneration, path: str, **kwargs) -> P
     if not (Path(path) / "adapter_config.json").is_file():
         raise ModelError(f"No adapter at {path}: adapter_config.json is missing")
     base = read_adapter_config(path).base_model_name_or_path
+    weights = ("adapter_model.safetensors", "adapter_model.bin")
+    if not any((Path(path) / name).is_file() for name in weights):  # PEFT would look for them on the hub
+        raise ModelError(f"The adapter at {path} is not whole: {weights[0]} is missing")
     try:
         return PeftModel.from_pretrained(model, path, **kwargs).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -243,6 +243,8 @@ def test_a_broken_adapter_leaves_nothing(plain, tmp_path):
     refused(adapter, tmp_path, "merging default gives NaN or Inf; the adapter is broken")
     (adapter / "adapter_model.safetensors").write_bytes(b"{}")
     refused(adapter, tmp_path, f"The adapter at {adapter} cannot be used")
+    (adapter / "adapter_model.safetensors").unlink()
+    refused(adapter, tmp_path, f"The adapter at {adapter} is not whole: adapter_model.safetensors is missing")
 
 
 def test_a_method_that_cannot_be_merged(tmp_path):
