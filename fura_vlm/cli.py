@@ -7,6 +7,7 @@ import errno
 import logging
 import re
 import sys
+from argparse import SUPPRESS
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -58,7 +59,8 @@ def build_parser() -> Parser:
         sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of the settings below")
         sub.add_class_arguments(config, as_positional=True, skip={*optional, *flags})
         for key, text in optional.items():
-            sub.add_argument(key, nargs="?", type=str, help=text)
+            # Without SUPPRESS, one that is left out would override what --config says with None.
+            sub.add_argument(key, nargs="?", type=str, default=SUPPRESS, help=text)
         for key, text in flags.items():
             sub.add_argument(f"--{key}", action="store_true", help=text)
         group.add_subcommand(name.split()[-1], sub, help=title)
@@ -159,16 +161,30 @@ def _disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def main(arguments: list[str] | None = None) -> None:
-    # It warns each time that faster kernels for CPUs are in yet another package.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    options = build_parser().parse_args(arguments).as_dict()
+def parse(arguments: list[str]) -> tuple[str, dict]:
+    """The command, of one word or two, and its settings. What is typed overrides ``--config``, wherever that stands."""
+    words, rest, files = arguments[:1], arguments[1:], []
+    if words == ["data"]:
+        words, rest = arguments[:2], arguments[2:]
+    for at in reversed(range(len(rest))):
+        if rest[at] == "--config" or rest[at].startswith("--config="):
+            size = 2 if rest[at] == "--config" else 1
+            files = rest[at : at + size] + files
+            del rest[at : at + size]
+    options = build_parser().parse_args(words + files + rest).as_dict()
     command = options.pop("command")
     options = options[command]
-    if "name" in options:  # a command of two words
+    if "name" in options:
         name = options.pop("name")
         command, options = f"{command} {name}", options[name]
     options.pop("config")
+    return command, options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    # It warns each time that faster kernels for CPUs are in yet another package.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    command, options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(command, options)
     except FuraVLMError as error:
@@ -176,9 +192,11 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)  # as shells have it
     except Exception as error:
-        if not _disk_is_full(error):
-            raise
-        sys.exit(f"fura-vlm {command}: the disk is full: make room and start the same command again")
+        if _disk_is_full(error):
+            sys.exit(f"fura-vlm {command}: the disk is full: make room and start the same command again")
+        if isinstance(error, OSError) and error.filename:
+            sys.exit(f"fura-vlm {command}: {error.filename}: {error.strerror}: check the path and its permissions")
+        raise
 
 
 if __name__ == "__main__":

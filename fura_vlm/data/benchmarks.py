@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 from datasets import Dataset, Features, Image, List, Value
 
-from fura_vlm.data.embedded import EmbeddedError, held_out_questions
+from fura_vlm.data.embedded import EmbeddedError, held_out_questions, is_made
 from fura_vlm.data.scenes import Scene, draw
 
 VERSION = 1  # raised when the same settings give other files
@@ -73,11 +73,8 @@ def write_benchmarks(output_dir: str | Path, per_task: int = 200, seed: int = 0)
         raise EmbeddedError("a benchmark needs at least 1 question")
     target = Path(output_dir)
     recipe = json.dumps({"version": VERSION, "per_task": per_task, "seed": seed}, indent=1)
-    if target.exists() and any(target.iterdir()):
-        if not (target / "recipe.json").is_file():
-            raise EmbeddedError(f"{target} exists and holds no embedded benchmarks: name another folder")
-        if (target / "recipe.json").read_text() == recipe:
-            return False
+    if is_made(target, recipe, "per_task"):
+        return False
     building = target.with_name(target.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
     _gqa(building / "GQA", list(held_out_questions(seed, "gqa", per_task)))

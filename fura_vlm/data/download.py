@@ -32,7 +32,7 @@ import shutil
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -47,7 +47,7 @@ from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.util import Retry
 
 from fura_vlm.data.config import DownloadConfig
-from fura_vlm.errors import FuraVLMError
+from fura_vlm.errors import FuraVLMError, first_line
 
 _PIECE = 1 << 20  # bytes
 _TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
@@ -73,6 +73,10 @@ class Archive:
     size: int | None = None
     md5: str | None = None
     images: int | None = None
+
+    def __post_init__(self):
+        if not (self.url or self.hub and self.file):
+            raise TypeError(f"the archive of {self.folder} has neither url nor hub and file")
 
     @property
     def name(self) -> str:
@@ -131,7 +135,7 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
         raise DownloadError(
             f"There is no recipe at {path} ({error.strerror}): data/ has those of LLaVA v1.5"
         ) from error
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise DownloadError(f"{path} is no recipe ({' '.join(str(error).split())}): data/ has examples") from error
 
 
@@ -168,8 +172,10 @@ def download(config: DownloadConfig) -> None:
 
 def _is_there(output: Path, archive: Archive) -> bool:
     folder = output / archive.folder
-    if not folder.is_dir():
+    if not os.path.lexists(folder):
         return False
+    if not folder.is_dir():  # to be said now, not when 20 GB have been downloaded for it
+        raise DownloadError(f"{folder} is a file, or a link to what is not there: correct or remove it")
     found = count_files(folder)
     if archive.images and found < archive.images:
         raise DownloadError(
@@ -193,6 +199,7 @@ def _check_space(output: Path, archives: list[Archive], keep: bool, session: req
         part = output / (archive.folder + ".zip.part")
         whole = output / (archive.folder + ".zip")
         needed -= next((file.stat().st_size for file in (whole, part) if file.is_file()), 0)
+        needed -= sum(file.stat().st_size for file in _unpacking(output / archive.folder).rglob("*") if file.is_file())
     there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
@@ -261,15 +268,15 @@ def _fetch_from_hub(dataset: str, file: str, output: Path) -> None:
     if (output / file).is_file():
         return
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         hf_hub_download(dataset, file, repo_type="dataset", local_dir=output)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # its own, those of whatever HTTP library it uses, ...
         if getattr(error, "errno", None):  # of this machine: the disk is full, ...
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise DownloadError(f"{file} of {dataset} cannot be fetched from the hub ({reason}): try again") from error
+        raise DownloadError(
+            f"{file} of {dataset} cannot be fetched from the hub ({first_line(error)}): start the same command again"
+        ) from error
 
 
 def _say(recipe: Recipe, chosen: list[str], output: Path) -> None:
@@ -372,15 +379,14 @@ def _receive(url, part: Path, tag: Path, size: int | None, session: requests.Ses
             headers["If-Range"] = tag.read_text()
     with session.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
         if answer.status_code == 416:  # there is nothing after what we have: it is the whole file, or another one
-            total = int(answer.headers.get("Content-Range", "*/-1").rpartition("/")[2])
-            if total == have and size is None:
+            if _size_in(answer.headers) == have and size is None:
                 return True
             part.unlink()
             return False
         if not answer.ok:
             raise DownloadError(f"{url} answers {answer.status_code} {answer.reason}: see whether it has moved")
         if answer.status_code == 206:
-            total = int(answer.headers["Content-Range"].rpartition("/")[2])
+            total = _size_in(answer.headers)
         else:  # from the beginning: no ranges here, or the file has changed
             have, total = 0, int(answer.headers.get("Content-Length", -1))
         if size is not None and total not in (-1, size):
@@ -399,6 +405,12 @@ def _receive(url, part: Path, tag: Path, size: int | None, session: requests.Ses
                 have += len(piece)
                 advance(have, total if total >= 0 else None)
     return have == total or total == -1
+
+
+def _size_in(headers: Mapping[str, str]) -> int:
+    """The size of the whole file where a part of it is sent, or -1 where the server does not say."""
+    size = headers.get("Content-Range", "").rpartition("/")[2]
+    return int(size) if size.isdecimal() else -1
 
 
 def _md5_of(path: Path) -> str:
@@ -421,7 +433,7 @@ def unpack(archive: Path, folder: Path, inside: str, advance: Callable[[int, int
     Raises:
         DownloadError: if the archive is damaged (it is removed, to be downloaded again), or has no such folder.
     """
-    building = folder.with_name(folder.name + ".tmp")
+    building = _unpacking(folder)
     try:
         with zipfile.ZipFile(archive) as packed:
             members = [(info, _within(info.filename, inside, archive)) for info in packed.infolist()]
@@ -444,6 +456,10 @@ def unpack(archive: Path, folder: Path, inside: str, advance: Callable[[int, int
             f"{archive} is damaged ({error}); it has been removed: start the same command again"
         ) from error
     os.rename(building, folder)
+
+
+def _unpacking(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".tmp")
 
 
 def _within(name: str, inside: str, archive: Path) -> PurePosixPath | None:

@@ -64,11 +64,8 @@ def write_embedded(config: EmbeddedConfig) -> bool:
         raise EmbeddedError("train_records, turns and eval_per_family must be at least 1 and text_share in [0, 1)")
     target = Path(config.output_dir)
     recipe = json.dumps({"version": VERSION, **asdict(config), "output_dir": None}, indent=1)
-    if target.exists() and any(target.iterdir()):
-        if not (target / "recipe.json").is_file():
-            raise EmbeddedError(f"{target} exists and is no embedded mixture: name another --output_dir")
-        if (target / "recipe.json").read_text() == recipe:
-            return False
+    if is_made(target, recipe, "train_records"):
+        return False
     building = target.with_name(target.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
     (building / "images").mkdir(parents=True)
@@ -79,6 +76,29 @@ def write_embedded(config: EmbeddedConfig) -> bool:
         shutil.rmtree(target)
     building.rename(target)
     return True
+
+
+def is_made(target: Path, recipe: str, setting: str) -> bool:
+    """Whether ``target`` holds what ``recipe`` makes. If not, it may be replaced by that.
+
+    Args:
+        target: a folder, or nothing yet.
+        recipe: what its ``recipe.json`` should say.
+        setting: a key by which the ``recipe.json`` of other settings is known.
+
+    Raises:
+        EmbeddedError: if the folder holds something else.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        return False
+    try:
+        found = (target / "recipe.json").read_text("utf-8")
+        known = setting in json.loads(found)
+    except (OSError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise EmbeddedError(f"{target} holds something else than embedded data: name another folder")
+    return found == recipe
 
 
 def _training_records(config: EmbeddedConfig, folder: Path):

@@ -98,7 +98,6 @@ class Index:
         if known and modes.index(known["mode"]) >= modes.index(mode):
             mode, paths = known["mode"], list(known["broken"])
         broken = check_paths(paths, mode)
-        memory.parent.mkdir(parents=True, exist_ok=True)
         write_text(memory, json.dumps({"mode": mode, "broken": broken}, indent=1))
         return broken
 

@@ -148,9 +148,10 @@ def iter_records(
             yield None, Problem(str(path), place, "", f"the line is no valid JSON ({item})")
             continue
         identity = str(item["id"]) if isinstance(item, dict) and item.get("id") is not None else place
+        identity = identity.encode(errors="backslashreplace").decode()  # half a surrogate pair, escaped again
         try:
             record, note = _parse(item, identity, place, path, folder)
-        except _Invalid as reason:
+        except InvalidRecord as reason:
             yield None, Problem(str(path), place, identity, str(reason))
         else:
             yield record, record.problem(note, skipped=False) if note else None
@@ -269,6 +270,8 @@ def _list_items(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, Any]]:
                     raise broken(error) from error
             except RecursionError as error:
                 raise DataError(f"{path} is nested too deeply for a list of records: check data_path") from error
+            except ValueError as error:  # Python reads no number of thousands of digits
+                raise DataError(f"{path} cannot be read at record {number} ({error}): correct it there") from error
             read(pieces)
             pieces *= 2  # an element of many chunks is not parsed over and over
         at = end
@@ -300,32 +303,34 @@ def _parse_line(line: str) -> Any:
         return error
     except RecursionError:
         return json.JSONDecodeError("nested too deeply", line[:40], 0)
+    except ValueError as error:
+        return json.JSONDecodeError(str(error), line[:40], 0)
 
 
 # ------------------------------------------------------------------------------------------------ validation
 
 
-class _Invalid(Exception):
+class InvalidRecord(Exception):
     """Why a record cannot be used."""
 
 
 def _parse(item: Any, identity: str, place: str, path: Path, folder: Path) -> tuple[Record, str | None]:
     """The record, and a note if it is used in part only."""
     if not isinstance(item, dict):
-        raise _Invalid(f"a record is an object with conversations, this is {_kind(item)}")
+        raise InvalidRecord(f"a record is an object with conversations, this is {_kind(item)}")
     image, image_path = _image(item.get("image"), folder)
     turns, note = _turns(item.get("conversations"))
     if image is None:
         if any(_begins_or_ends_with_image(turn) for turn in turns):
-            raise _Invalid(f"{IMAGE} in the conversation but no image: name the image, or take {IMAGE} out")
+            raise InvalidRecord(f"{IMAGE} in the conversation but no image: name the image, or take {IMAGE} out")
     else:
         if any(IMAGE in turn.value for turn in turns if turn.role == "gpt"):
-            raise _Invalid(f"{IMAGE} in an answer: it belongs in a question")
+            raise InvalidRecord(f"{IMAGE} in an answer: it belongs in a question")
         count = sum(IMAGE in turn.value for turn in turns)
         if not count:
-            raise _Invalid(f"an image but no {IMAGE} in the conversation: put {IMAGE} into the first question")
+            raise InvalidRecord(f"an image but no {IMAGE} in the conversation: put {IMAGE} into the first question")
         if count > 1:
-            raise _Invalid(f"{count} times {IMAGE} for one image: keep the first")
+            raise InvalidRecord(f"{count} times {IMAGE} for one image: keep the first")
     extra = {key: value for key, value in item.items() if key not in ("id", "image", "conversations")}
     return Record(identity, image, image_path, turns, str(path), place, extra), note
 
@@ -339,47 +344,61 @@ def _image(image: Any, folder: Path) -> tuple[str | None, str | None]:
     if image is None:
         return None, None
     if not isinstance(image, str) or not image:
-        raise _Invalid(f"image should be a path, it is {_kind(image) if image != '' else 'empty'}")
+        raise InvalidRecord(f"image should be a path, it is {_kind(image) if image != '' else 'empty'}")
+    return image, image_path(image, folder)
+
+
+def image_path(image: str, folder: str | os.PathLike) -> str:
+    """The file that a record's ``image`` names.
+
+    Raises:
+        InvalidRecord: if it leads out of the image folder, or has half of a surrogate pair.
+    """
     joined = os.path.normpath(os.path.join(folder, image))
     # By name only: links within the image folder may lead elsewhere, as COCO often does.
     if not Path(os.path.abspath(joined)).is_relative_to(os.path.abspath(folder)):
-        raise _Invalid(f"the image path {image!r} leads out of the image folder {folder}")
-    return image, joined
+        raise InvalidRecord(f"the image path {image!r} leads out of the image folder {folder}")
+    _refuse_surrogates(image, f"the image path {image!r}")
+    return joined
+
+
+def _refuse_surrogates(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write these, nobody can tokenize them, no file has them
+        raise InvalidRecord(f"{what} has half of a surrogate pair, which is no character") from None
 
 
 def _turns(conversations: Any) -> tuple[tuple[Turn, ...], str | None]:
     if conversations is None:
-        raise _Invalid("no conversations")
+        raise InvalidRecord("no conversations")
     if not isinstance(conversations, list):
-        raise _Invalid(f"conversations should be a list of turns, it is {_kind(conversations)}")
+        raise InvalidRecord(f"conversations should be a list of turns, it is {_kind(conversations)}")
     turns = tuple(_turn(number, turn) for number, turn in enumerate(conversations, 1))
     note, first = None, 1
     if turns and turns[0].role == "gpt":
         turns, note, first = turns[1:], "the gpt turn before the first question is left out", 2
     if not turns:
-        raise _Invalid("conversations without a question")
+        raise InvalidRecord("conversations without a question")
     for number, turn, expected in zip(itertools.count(first), turns, itertools.cycle(("human", "gpt"))):
         if turn.role != expected:
-            raise _Invalid(f"turns {number - 1} and {number} are both from {turn.role}")
+            raise InvalidRecord(f"turns {number - 1} and {number} are both from {turn.role}")
         if not turn.value.strip():
-            raise _Invalid(f"turn {number} is an empty {'question' if turn.role == 'human' else 'answer'}")
+            raise InvalidRecord(f"turn {number} is an empty {'question' if turn.role == 'human' else 'answer'}")
     if turns[-1].role == "human":
-        raise _Invalid("the last question has no answer")
+        raise InvalidRecord("the last question has no answer")
     return turns, note
 
 
 def _turn(number: int, turn: Any) -> Turn:
     if not isinstance(turn, dict):
-        raise _Invalid(f"turn {number} should be an object with from and value, it is {_kind(turn)}")
+        raise InvalidRecord(f"turn {number} should be an object with from and value, it is {_kind(turn)}")
     role, value = turn.get("from"), turn.get("value")
     if role not in ("human", "gpt"):
-        raise _Invalid(f"turn {number} is from {role!r}: roles are human and gpt")
+        raise InvalidRecord(f"turn {number} is from {role!r}: roles are human and gpt")
     if not isinstance(value, str):
-        raise _Invalid(f"the value of turn {number} should be text, it is {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can write these, nobody can tokenize them
-        raise _Invalid(f"turn {number} has half of a surrogate pair, which is no character") from None
+        raise InvalidRecord(f"the value of turn {number} should be text, it is {_kind(value)}")
+    _refuse_surrogates(value, f"turn {number}")
     return Turn(role, value)
 
 
@@ -471,7 +490,6 @@ def report_problems(problems: list[Problem], kept: int, path: str | os.PathLike,
     Raises:
         DataError: if no record can be used, or if ``strict`` and one is left out.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems))
 
     skipped = [problem for problem in problems if problem.skipped]
@@ -493,9 +511,10 @@ def report_problems(problems: list[Problem], kept: int, path: str | os.PathLike,
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a file in UTF-8 under a temporary name and renames it, so that nobody ever reads half of it.
 
-    The temporary name is another one each time: processes may write the same file at once.
+    Its folder is made. The temporary name is another one each time: processes may write the same file at once.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, "utf-8", errors="backslashreplace")  # half a surrogate pair, escaped again

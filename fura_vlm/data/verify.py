@@ -28,7 +28,7 @@ from tqdm import tqdm
 from fura_vlm.data.config import VerifyConfig
 from fura_vlm.data.images import ImageError, check_image, find_image
 from fura_vlm.data.locate import image_hint, source_of
-from fura_vlm.data.records import DataError, iter_items, write_text
+from fura_vlm.data.records import DataError, InvalidRecord, image_path, iter_items, write_text
 
 _AT_ONCE = 64  # images that a process gets
 
@@ -63,7 +63,7 @@ def verify(config: VerifyConfig) -> None:
     data_path = Path(config.data_path)
     folder = Path(config.image_folder) if config.image_folder is not None else data_path.parent
     report = Path(config.report_dir) if config.report_dir else data_path.with_name(data_path.name + ".images")
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0)) if config.workers is None else config.workers
     if workers < 1:
         raise DataError(f"workers is {workers}: it takes at least one process to decode")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no process is left behind
@@ -129,7 +129,7 @@ def verify_images(
     folder, report = Path(image_folder), Path(report_dir)
     if not folder.is_dir():
         raise DataError(f"The image folder {folder} does not exist: give the folder where image paths start")
-    names = _images_of(data_path, progress)
+    names = _images_of(data_path, folder, progress)
     report.mkdir(parents=True, exist_ok=True)
     known = _read_good(report / "good.txt")
     counts: dict[str, Counts] = defaultdict(Counts)
@@ -150,7 +150,7 @@ def verify_images(
             of.good += 1
             if known.get(seen.name) != seen.state:
                 good.write(f"{seen.state[0]} {seen.state[1]} {seen.name}\n")
-    for name in _extra(folder, list(counts), present):
+    for name in _extra(folder, [source for source in counts if source != os.pardir], present):
         counts[source_of(name)].extra += 1
         bad.append((name, "extra", "the mixture does not name it"))
     rows = (
@@ -161,11 +161,13 @@ def verify_images(
     return dict(counts)
 
 
-def _images_of(data_path: str | os.PathLike, progress: bool) -> list[str]:
-    """The different images that a mixture names, also in records that are wrong otherwise."""
+def _images_of(data_path: str | os.PathLike, folder: Path, progress: bool) -> list[str]:
+    """The different images that a mixture names, also in records that are wrong otherwise, as paths from ``folder``."""
     items = (item for _, item in iter_items(data_path, progress))
     images = (item.get("image") for item in items if isinstance(item, dict))
-    names = list(dict.fromkeys(os.path.normpath(image) for image in images if image and isinstance(image, str)))
+    paths = (os.path.normpath(image) for image in images if image and isinstance(image, str))
+    odd = (os.sep, os.pardir)  # beginnings of a path that perhaps does lead into the folder
+    names = list(dict.fromkeys(os.path.relpath(folder / p, folder) if p.startswith(odd) else p for p in paths))
     if not names:
         raise DataError(f"{data_path} names no images: there is nothing to verify")
     return names
@@ -213,7 +215,11 @@ def _look(folder: str, names: list[str], known: list[tuple[int, int] | None]) ->
     """In a process of its own."""
     seen = []
     for name, before in zip(names, known, strict=True):
-        path = find_image(os.path.join(folder, name))
+        try:
+            path = find_image(image_path(name, folder))
+        except InvalidRecord as reason:
+            seen.append(_Seen(name, "", (0, 0), str(reason)))
+            continue
         if path is None:
             seen.append(_Seen(name, None, (0, 0), None))
             continue

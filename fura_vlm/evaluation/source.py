@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import cached_file
 
-from fura_vlm.modelling.load import ModelError, load_adapter, load_base, load_processor
+from fura_vlm.modelling.load import ModelError, find_adapter, find_parts, load_adapter, load_base, load_processor
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,8 @@ def find_model(path: str, adapter: str | None = None) -> Source:
         adapter: a folder with an adapter to put over ``path``, which then is a LLaVA; a run folder will do.
 
     Raises:
-        ModelError: if ``adapter`` has no adapter, or ``path`` is a run that has not finished.
+        ModelError: if ``path`` is a run that has not finished, or an adapter that names no base.
     """
     if adapter:
-        return Source(path, str(_adapter_folder(Path(adapter).expanduser())), path)
-    folder = Path(path).expanduser()
-    inside = _adapter_folder(folder)
-    if (inside / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(str(inside)).base_model_name_or_path
-        processor = folder / "processor"
-        return Source(base, str(inside), str(processor) if processor.is_dir() else base)
-    if (folder / "config.yaml").is_file():
-        raise ModelError(
-            f"{path} is a run without an adapter: it was interrupted; start its command again to finish it"
-        )
-    return Source(path, None, path)
-
-
-def _adapter_folder(folder: Path) -> Path:
-    return folder / "adapter" if (folder / "adapter").is_dir() else folder
+        return Source(path, find_adapter(adapter) or adapter, path)
+    return Source(*find_parts(path))

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from fura_vlm.errors import first_line
 from fura_vlm.modelling.config import AssembleConfig
 from fura_vlm.modelling.processor import make_processor
 from fura_vlm.modelling.shards import (
@@ -149,7 +150,8 @@ def read_projector(path: str) -> dict[str, torch.Tensor]:
         raise ModelError(
             f"{path} is not a whole file of tensors: download it again ({type(error).__name__})"
         ) from error
-    if not isinstance(weights, dict) or set(weights) != set(PROJECTOR_KEYS):
+    tensors = isinstance(weights, dict) and all(isinstance(weight, torch.Tensor) for weight in weights.values())
+    if not tensors or set(weights) != set(PROJECTOR_KEYS):
         found = ", ".join(sorted(weights)[:4]) if isinstance(weights, dict) else type(weights).__name__
         raise ModelError(
             f"{path} is not LLaVA's two-layer projector: it holds {found}; wanted {', '.join(PROJECTOR_KEYS)}"
@@ -162,7 +164,7 @@ def _part_config(path: str, model_type: str, what: str):
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"No {what} at {path}: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"No {what} at {path}: {first_line(error)}") from error
     if model_type == "clip_vision_model" and config.model_type == "clip":
         config = config.vision_config
     if config.model_type != model_type:
@@ -186,8 +188,11 @@ def _check_fit(config: AssembleConfig, text_config, vision_config, projector: di
                 f"{wide} and {config.language_model} of width {high} need {shape}"
             )
     beside = Path(config.mm_projector).with_name("config.json")  # published with the projector
-    trained_with = json.loads(beside.read_text()).get("mm_vision_tower", "") if beside.is_file() else ""
-    resolution = re.search(r"-(\d{3})(px)?$", trained_with)
+    try:
+        trained_with = json.loads(beside.read_text())["mm_vision_tower"]
+        resolution = re.search(r"-(\d{3})(px)?$", trained_with)
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one of something else, which says nothing
+        return
     if resolution and int(resolution[1]) != vision_config.image_size:
         raise ModelError(
             f"{config.mm_projector} was trained with {trained_with}, but {config.vision_tower} sees "
@@ -199,7 +204,7 @@ def _tokenizer(path: str, text_config):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"No tokenizer at {path}: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"No tokenizer at {path}: {first_line(error)}") from error
     if len(tokenizer) != text_config.vocab_size:
         raise ModelError(
             f"{path} holds a tokenizer of {len(tokenizer)} tokens for a model of {text_config.vocab_size}: the files "

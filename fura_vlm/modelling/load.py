@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fura_vlm.errors import first_line
 from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
 from fura_vlm.modelling.config import InspectConfig
 from fura_vlm.modelling.processor import make_processor
@@ -128,19 +129,70 @@ def load_adapter(model: LlavaForConditionalGeneration, path: str, **kwargs) -> P
     """
     if not (Path(path) / "adapter_config.json").is_file():
         raise ModelError(f"No adapter at {path}: adapter_config.json is missing")
+    base = read_adapter_config(path).base_model_name_or_path
+    weights = ("adapter_model.safetensors", "adapter_model.bin")
+    if not any((Path(path) / name).is_file() for name in weights):  # PEFT would look for them on the hub
+        raise ModelError(f"The adapter at {path} is not whole: {weights[0]} is missing")
     try:
         return PeftModel.from_pretrained(model, path, **kwargs).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        base = PeftConfig.from_pretrained(path).base_model_name_or_path
         raise ModelError(
             f"The adapter at {path} cannot be used ({_first_line(error).rstrip('.:')}): it names {base} as its base"
         ) from error
 
 
+def read_adapter_config(path: str) -> PeftConfig:
+    """PEFT's configuration of the adapter at ``path``.
+
+    Raises:
+        ModelError: if it is damaged, or of a method that PEFT does not know.
+    """
+    try:
+        return PeftConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path}/adapter_config.json cannot be read ({first_line(error)}): it is damaged, or of another method "
+            "than PEFT has here"
+        ) from error
+
+
 def find_adapter(path: str) -> str | None:
     """The adapter that a path means, be it its own folder or that of a run; None if there is none."""
-    folders = (Path(path) / "adapter", Path(path))
+    folder = Path(path).expanduser()
+    folders = (folder / "adapter", folder)
     return next((str(folder) for folder in folders if (folder / "adapter_config.json").is_file()), None)
+
+
+def find_parts(path: str) -> tuple[str, str | None, str]:
+    """What a user means by a path.
+
+    Args:
+        path: a run folder, an adapter's folder, or a LLaVA (folder or name on the hub).
+
+    Returns:
+        The base, the adapter or None, and the processor; each is a folder or a name on the hub.
+
+    Raises:
+        ModelError: if the run has not finished, or the adapter names no base.
+    """
+    folder, adapter = Path(path).expanduser(), find_adapter(path)
+    if adapter is not None:
+        base = read_adapter_config(adapter).base_model_name_or_path
+        if not base:
+            raise ModelError(
+                f"{adapter}/adapter_config.json names no base: write the folder or hub name of the model that the "
+                "adapter was trained over into its base_model_name_or_path"
+            )
+    elif (folder / "model").is_dir():  # of the method full
+        base = str(folder / "model")
+    elif (folder / "config.yaml").is_file():
+        raise ModelError(
+            f"{path} is a run without an adapter: it was interrupted; start its command again to finish it"
+        )
+    else:
+        return path, None, path
+    processor = folder / "processor"
+    return base, adapter, str(processor) if processor.is_dir() else base
 
 
 def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
@@ -152,22 +204,12 @@ def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, Llav
     Raises:
         ModelError: if it is none of these, or a part of it is missing.
     """
-    folder = Path(path)
-    adapter = find_adapter(path)
+    base, adapter, processor = find_parts(path)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    processor, model = load_processor(processor), load_base(base, dtype)
     if adapter is not None:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        model = load_adapter(load_base(base, dtype), adapter)
-        processor = load_processor(str(folder / "processor") if (folder / "processor").is_dir() else base)
-    elif (folder / "model").is_dir():
-        model, processor = load_base(str(folder / "model"), dtype), load_processor(str(folder / "processor"))
-    elif (folder / "config.yaml").is_file():
-        raise ModelError(
-            f"{path} is a run without an adapter: it was interrupted; start its command again to finish it"
-        )
-    else:
-        model, processor = load_base(path, dtype), load_processor(path)
+        model = load_adapter(model, adapter)
     return model.to("cuda" if cuda else "cpu").eval(), processor
 
 
@@ -175,14 +217,17 @@ def inspect(config: InspectConfig) -> None:
     """Prints the spectra behind a FuRA adapter as a Markdown table and draws them.
 
     Raises:
-        ModelError: if ``model`` has no FuRA adapter.
+        ModelError: if ``model`` has no FuRA adapter, or ``output_path`` is of another format than png, svg or pdf.
     """
+    picture = Path(config.output_path or Path(config.model) / "spectrum.png")
+    if picture.suffix not in (".png", ".svg", ".pdf"):
+        raise ModelError(f"{picture} is of no known format: let --output_path end in .png, .svg or .pdf")
     model, _ = load_any(config.model)
     if not isinstance(model, PeftModel) or model.peft_config["default"].peft_type != "FURA":
         raise ModelError(f"{config.model} has no FuRA adapter: there is nothing to inspect")
     spectra = spectrum_report(model)
     print(spectrum_table(spectra))
-    picture = Path(config.output_path or Path(config.model) / "spectrum.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
     building = picture.with_name("." + picture.name)
     plot_spectrum(spectra, building)
     building.replace(picture)
@@ -222,5 +267,5 @@ def _check_folder(path: str) -> None:
 
 def _first_line(error: Exception) -> str:
     """The first line of its message; where that announces a list, with the first of it."""
-    lines = str(error).strip().split("\n")
+    lines = (str(error).strip() or type(error).__name__).split("\n")
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

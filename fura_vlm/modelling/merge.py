@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -13,7 +12,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 
 from fura_vlm.fura.weights import compare_fingerprints, fingerprint
 from fura_vlm.modelling.config import MergeConfig
-from fura_vlm.modelling.load import find_adapter, load_adapter, load_processor
+from fura_vlm.modelling.load import find_parts, load_adapter, load_processor, read_adapter_config
 from fura_vlm.modelling.shards import (
     ModelError,
     WeightFiles,
@@ -36,12 +35,12 @@ def merge(config: MergeConfig) -> None:
             missing or damaged, or the disk has no room.
     """
     refuse_existing(Path(config.output_dir))
-    adapter = find_adapter(config.model)
+    base, adapter, processor = find_parts(config.model)
+    if adapter is None and not Path(base).expanduser().is_dir():
+        raise ModelError(f"There is no run and no adapter at {config.model}: give the folder of one")
     if adapter is None:
         raise ModelError(f"{config.model} is a model without an adapter: there is nothing to merge")
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    processor_of_run = Path(config.model) / "processor"
-    processor = load_processor(str(processor_of_run) if processor_of_run.is_dir() else base)
+    processor = load_processor(processor)
     files = WeightFiles(base, "LLaVA")
     merging = Merging(base, adapter, files)
     tensors = files.tensors
@@ -75,7 +74,7 @@ class Merging:
             model = LlavaForConditionalGeneration(self.config)
         self._name = parameter_names(model, files)
         self._parameter = {name: parameter for parameter, name in self._name.items()}
-        peft_config = PeftConfig.from_pretrained(adapter)
+        peft_config = read_adapter_config(adapter)
         if peft_config.is_prompt_learning:
             raise ModelError(f"{adapter} is of the method {peft_config.peft_type.value}, which cannot be merged")
         self._fingerprints = getattr(peft_config, "base_fingerprint", None) or {}

@@ -68,7 +68,7 @@ class WeightFiles:
             if index is not None:
                 try:
                     names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-                except (ValueError, KeyError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ModelError(f"{index} is damaged: download it again") from error
                 files = {name: self._find(name) for name in names}
                 missing = [name for name, file in files.items() if file is None]
@@ -155,13 +155,19 @@ def write_sharded(
         tensors: names, and on the meta device the shape and dtype in which each is written.
         read: makes a tensor, given its name; it is cast.
         max_shard_size: such as ``"5GB"``.
+
+    Raises:
+        ModelError: ``max_shard_size`` is no size.
     """
-    split = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    try:
+        split = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ModelError(f"max_shard_size {max_shard_size!r} is no size: give one such as 5GB or 500MB") from error
     bar = tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="written")
     for file, names in split.filename_to_tensors.items():
         shard = {}

@@ -12,6 +12,8 @@ TARGET_MODULES = (
     r"|.*multi_modal_projector\.linear_[12]"
 )
 
+Method = Literal["fura", "qfura", "lora", "qlora", "dora", "full", "projector"]
+
 
 @dataclass
 class TrainConfig:
@@ -62,7 +64,7 @@ class TrainConfig:
     strict: bool = False
     verify_images: Literal["auto", "decode", "header", "none"] = "auto"
 
-    method: Literal["fura", "qfura", "lora", "qlora", "dora", "full", "projector"] = "fura"
+    method: Method = "fura"
     conversation: Literal["v1", "plain"] = "v1"
     mm_projector: Literal["adapter", "full", "frozen"] = "adapter"
     target_modules: str | list[str] = TARGET_MODULES
@@ -113,7 +115,7 @@ class PlanConfig:
         recipe: a YAML file of training settings.
         model: 7b or 13b (LLaVA-1.5's shapes), or a folder or hub name of a LLaVA of which config.json is read; by
             default the recipe's model.
-        methods: what to compare; by default the recipe's own and the others.
+        methods: what to compare, beside the recipe's own.
         gpus: numbers of GPUs.
         memory: of each GPU, in GB as its name says.
         records: of one epoch; by default those of LLaVA-1.5's mixture.
@@ -124,7 +126,7 @@ class PlanConfig:
 
     recipe: str
     model: str | None = None
-    methods: list[str] = field(default_factory=lambda: ["fura", "lora", "dora", "qfura", "qlora", "full"])
+    methods: list[Method] = field(default_factory=lambda: ["fura", "lora", "dora", "qfura", "qlora", "full"])
     gpus: list[int] = field(default_factory=lambda: [1, 4, 8])
     memory: list[int] = field(default_factory=lambda: [24, 48, 80])
     records: int = 665_298

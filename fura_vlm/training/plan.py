@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
+from argparse import ArgumentError
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
+from jsonargparse import ArgumentParser
 from peft import PeftModel
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from fura_vlm.data.records import write_text
-from fura_vlm.errors import FuraVLMError
+from fura_vlm.errors import FuraVLMError, first_line
 from fura_vlm.training.config import PlanConfig, TrainConfig
 from fura_vlm.training.methods import prepare
 
@@ -219,11 +221,11 @@ def update_seconds(counts: Counts, setting: Setting, gpu: Gpu) -> float:
     return seconds
 
 
-def epoch_hours(plan: PlanConfig, train: TrainConfig, model, counts: Counts, setting: Setting, gpu: Gpu) -> float:
+def run_hours(plan: PlanConfig, train: TrainConfig, model, counts: Counts, setting: Setting, gpu: Gpu) -> float:
     records = train.train_batch_size or setting.batch * setting.gpus * train.gradient_accumulation_steps
     turns = records / (setting.batch * setting.gpus)
     one = step_seconds(model, counts, setting, setting.batch * plan.tokens, gpu)
-    steps = -(-plan.records // records) * train.num_train_epochs
+    steps = train.max_steps if train.max_steps > 0 else -(-plan.records // records) * train.num_train_epochs
     return steps * (turns * one + update_seconds(counts, setting, gpu)) / 3600
 
 
@@ -243,7 +245,7 @@ def best(plan: PlanConfig, train: TrainConfig, model, counts: Counts, gpus: int,
                 parts = memory(model, train, counts, setting, plan.labelled)
                 if sum(parts.values()) > USABLE * gigabytes * GIB:
                     continue
-                hours = epoch_hours(plan, train, model, counts, setting, gpu)
+                hours = run_hours(plan, train, model, counts, setting, gpu)
                 if found is None or hours < 0.98 * found[2]:
                     found = setting, parts, hours
                 break  # smaller batches are no faster
@@ -254,14 +256,17 @@ def plan(config: PlanConfig) -> str:
     """Prints, and returns as Markdown, the recipe's memory by part and a table of what fits where.
 
     Raises:
-        PlanError: the recipe or the model's config.json cannot be read.
+        PlanError: the recipe or the model's config.json cannot be read, or a number is out of its range.
     """
+    _check_numbers(config)
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries to one another
     train = _recipe(config.recipe)
     model, said = _model(config.model, train)
-    counted = {method: Counts(model, dataclasses.replace(train, method=method)) for method in config.methods}
-    if train.method not in counted:
-        counted = {train.method: Counts(model, train)} | counted
+    methods = config.methods if train.method in config.methods else [train.method, *config.methods]
+    try:
+        counted = {method: Counts(model, dataclasses.replace(train, method=method)) for method in methods}
+    except ValueError as error:  # PEFT refuses the settings
+        raise PlanError(f"{config.recipe} cannot be set up for this model: {first_line(error)}") from error
     own = Setting(
         train.method,
         max(config.gpus),
@@ -274,13 +279,26 @@ def plan(config: PlanConfig) -> str:
     lines = [said, "", f"The recipe as it is, {_named(own)}, on each of {own.gpus} GPUs, GiB:", ""]
     lines += ["| " + " | ".join([*parts, "together"]) + " |", "|" + "---:|" * (len(parts) + 1)]
     lines += ["| " + " | ".join(f"{size / GIB:.1f}" for size in [*parts.values(), sum(parts.values())]) + " |", ""]
+    at_once = own.batch * own.gpus
+    if train.train_batch_size and train.train_batch_size % at_once:
+        lines += [
+            f"Training refuses it so: a step's {train.train_batch_size} records are no multiple of {at_once}.",
+            "",
+        ]
     if own.offload:
         needed = host_memory(counted[train.method], own) / GIB
         lines += [f"In the memory of the host, for all GPUs together: {needed:.0f} GiB.", ""]
-    records = f"{train.train_batch_size} records" if train.train_batch_size else "records"
+    length = f"{config.records:,} records"
+    if train.max_steps > 0:
+        length = f"{train.max_steps:,} steps with records"
+    elif train.num_train_epochs != 1:
+        length = f"{train.num_train_epochs:g} times {length}"
+    records = f"{train.train_batch_size} records"
+    if not train.train_batch_size:
+        records = f"{train.gradient_accumulation_steps} times what all GPUs have at once"
     lines += [
         f"What fits, the fastest way: ZeRO stage, records at once on a GPU (of {train.model_max_length} tokens), GiB "
-        f"on it, hours for {config.records:,} records of {config.tokens} tokens in steps of {records}. *c*: with "
+        f"on it, hours for {length} of {config.tokens} tokens in steps of {records}. *c*: with "
         "gradient checkpointing, *o*: with offload, and the GiB of the host's memory that all GPUs together need.",
         "",
     ]
@@ -294,7 +312,9 @@ def plan(config: PlanConfig) -> str:
             cells = []
             for n in config.gpus:
                 found = best(config, mine, model, counts, n, gigabytes)
-                cells.append("no" if found is None else _cell(counts, *found))
+                divided = not train.train_batch_size or train.train_batch_size % n == 0
+                none = "no" if divided else f"{train.train_batch_size} cannot be divided by {n}"
+                cells.append(none if found is None else _cell(counts, *found))
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
         lines.append("")
     text = "\n".join(lines)
@@ -334,21 +354,37 @@ def named_model(name: str) -> LlavaConfig:
     )
 
 
+def _check_numbers(config: PlanConfig) -> None:
+    for name in ("gpus", "memory", "records", "tokens"):
+        given = getattr(config, name)
+        numbers = given if isinstance(given, list) else [given]
+        if not numbers or min(numbers) < 1:
+            raise PlanError(f"{name} is {given}: it takes numbers from 1 on")
+    if not 0 < config.labelled <= 1:
+        raise PlanError(f"labelled is {config.labelled}: it is a share, above 0 and at most 1")
+
+
 def _recipe(path: str) -> TrainConfig:
+    """Read as ``fura-vlm train`` reads it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
     try:
-        return TrainConfig(**yaml.safe_load(Path(path).read_text()))
+        train = TrainConfig(**parser.parse_string(Path(path).read_text("utf-8")).as_dict())
     except OSError as error:
         raise PlanError(f"There is no recipe at {path}: scripts/configs has some") from error
-    except (TypeError, yaml.YAMLError) as error:
-        raise PlanError(f"{path} is not a recipe: {str(error).splitlines()[0]}") from error
+    except (ArgumentError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
+        if getattr(train, name) < 1:
+            raise PlanError(f"{name} is {getattr(train, name)} in {path}: it has to be at least 1")
+    return train
 
 
 def _model(name: str | None, train: TrainConfig) -> tuple[LlavaConfig, str]:
     wanted = name or train.model_name_or_path
-    size = next((size for size in NAMED if size in wanted.lower().rsplit("/", 1)[-1]), None)
-    there = (Path(wanted) / "config.json").is_file()
-    if size is not None and not there:
-        return named_model(size), f"The shapes of LLaVA-1.5-{size.upper()}."
+    named = re.match(r"(?:.*llava-v?1\.5-)?(7b|13b)\b", Path(wanted).name.lower())
+    if named and not (Path(wanted) / "config.json").is_file():
+        return named_model(named[1]), f"The shapes of LLaVA-1.5-{named[1].upper()}."
     try:
         config = AutoConfig.from_pretrained(wanted)
     except (OSError, ValueError) as error:

@@ -35,6 +35,7 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.ranges = True
         self.tags = True
+        self.says_size = True  # of the whole file, where a part of it is sent
         self.break_after: list[int] = []  # bytes sent to the next requests before the connection is cut
         self.busy = 0  # requests answered with 503
         self.pace = 0.0  # seconds between pieces of 64 kB
@@ -74,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
             start, status = int(re.fullmatch(r"bytes=(\d+)-(\d+)?", wanted)[1]), 206
             if start >= len(content):
                 return self.head(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            size = len(content) if server.says_size else "*"
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{size}"
         self.head(status, headers | {"Content-Length": str(len(content) - start)})
         if not body:
             return
@@ -216,6 +218,15 @@ def test_what_is_there_is_left_alone(run, server, tmp_path):
         run()
 
 
+def test_a_link_to_what_is_not_there(run, server, tmp_path):
+    """Of a disk that is not mounted, for example."""
+    (tmp_path / "out/coco").mkdir()
+    (tmp_path / "out/coco/train2017").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DownloadError, match="coco/train2017 is a file, or a link to what is not there: correct or"):
+        run()
+    assert not server.log
+
+
 # --------------------------------------------------------------------------------------------------- interruptions
 
 
@@ -226,6 +237,12 @@ def test_lost_connections(run, server, tags):
     [first, *rest] = gets(server)
     assert first is None and all(rest)
     assert server.sent < sum(map(len, server.files.values())) + 1_000  # nothing twice
+
+
+def test_a_server_that_does_not_say_the_size(run, server):
+    """RFC 9110, section 14.4: an asterisk stands for a size that is not known."""
+    server.break_after, server.says_size = [400_000], False
+    assert whole(run(workers=1))
 
 
 def test_a_server_without_ranges(run, server):
@@ -261,7 +278,7 @@ def test_the_file_changes_in_between(run, server, coco, monkeypatch):
     assert gets(server) == [None, "bytes=600000-"]  # the answer is the whole new file
 
 
-def test_unpacking_goes_on(run, server, tmp_path, monkeypatch):
+def test_unpacking_goes_on(run, server, coco, tmp_path, monkeypatch):
     copy, done = module.shutil.copyfileobj, []
 
     def interrupted(source, file, length):
@@ -277,6 +294,10 @@ def test_unpacking_goes_on(run, server, tmp_path, monkeypatch):
             run(sources=["coco"])
     assert not (tmp_path / "out/coco/train2017").exists()
     times = {name: os.stat(name).st_mtime_ns for name in done}
+    # The archive and what is unpacked of it take room already: what is left has to do for the rest, and it does.
+    free = coco["size"] - 12 * 50_000 + len(server.files["/images.zip"])
+    usage = module.shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
     out = run()
     assert whole(out) and len(gets(server)) == 1
     assert all(os.stat(name.replace(".tmp", "")).st_mtime_ns == time for name, time in times.items())
@@ -393,6 +414,12 @@ def test_unknown_source_and_recipe(run, tmp_path):
     (tmp_path / "bad.yaml").write_text("name: x\nsources: {a: {licence: b, sise: 3}}\n")
     with pytest.raises(DownloadError, match="bad.yaml is no recipe .*'sise'"):
         download(DownloadConfig(str(tmp_path / "bad.yaml")))
+    (tmp_path / "bad.yaml").write_text("sources: {a: {licence: b, archives: [{folder: f, inside: x, hub: o/s}]}}\n")
+    with pytest.raises(DownloadError, match="the archive of f has neither url nor hub and file"):
+        download(DownloadConfig(str(tmp_path / "bad.yaml")))
+    (tmp_path / "bad.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(DownloadError, match="bad.yaml is no recipe .*'utf-8' codec"):
+        download(DownloadConfig(str(tmp_path / "bad.yaml")))
 
 
 # --------------------------------------------------------------------------------------------------------- the hub
@@ -424,6 +451,15 @@ def test_annotations_come_from_the_hub(server, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "mix.json of owner/set cannot be fetched from the hub (" in done.stderr
+
+    server.files["/datasets/owner/set/resolve/main/mix.json"] = content
+    server.break_after = [1000] * 50
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "mix.json of owner/set cannot be fetched from the hub (" in done.stderr
+    server.break_after.clear()
+    assert subprocess.run(command, capture_output=True, timeout=120, env=environment).returncode == 0
+    assert (tmp_path / "mix/mix.json").read_bytes() == content
 
 
 @pytest.mark.parametrize("name, images", [("llava-665k", 5), ("llava-558k", 1)])

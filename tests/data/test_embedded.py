@@ -198,9 +198,12 @@ def test_writing_again_changes_nothing_and_other_settings_write_anew(mixture, tm
     assert (folder / "train.json").read_bytes() != (mixture / "train.json").read_bytes()
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+@pytest.mark.parametrize("recipe", [None, "{", "3", '{"cake": "flour"}', '{"version": 1, "per_task": 200}'])
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, recipe):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is no embedded mixture"):
+    if recipe:
+        (tmp_path / "recipe.json").write_text(recipe)
+    with pytest.raises(ValueError, match="holds something else than embedded data: name another folder"):
         write_embedded(EmbeddedConfig(output_dir=str(tmp_path), **SMALL))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

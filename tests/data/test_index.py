@@ -179,6 +179,14 @@ def test_processes_map_the_files(mixture, items, opened, processor):
         pickle.loads(sent)[0]
 
 
+def test_half_characters_in_an_id_or_a_path(mixture, items, opened, processor):
+    path = mixture([items[0], record("\ud800"), record("2", "<image>\nWhat?", image="\ud800.png")])
+    dataset, _ = opened(path).dataset(processor)
+    assert len(dataset) == 2 and dataset._table["id"].to_pylist() == ["picture", "\\ud800"]
+    [problem] = dataset.problems
+    assert problem.record == "2" and "half of a surrogate pair" in problem.reason
+
+
 def test_a_damaged_file(mixture, items, opened, processor):
     index = opened(mixture(items))
     with open(index.files[0], "r+b") as file:

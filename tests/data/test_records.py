@@ -146,6 +146,7 @@ def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
         ),
         ({"image": "", "conversations": [SHOWN, GPT]}, "image should be a path, it is empty"),
         ({"image": ["1.png"], "conversations": [SHOWN, GPT]}, "image should be a path, it is a list"),
+        ({"image": "\ud83d.png", "conversations": [SHOWN, GPT]}, "has half of a surrogate pair"),
         ({"image": "../1.png", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
         ({"image": "a/../../1.png", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
         ({"image": "/etc/passwd", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
@@ -170,6 +171,8 @@ def test_absolute_paths_within_the_image_folder(mixture, tmp_path):
 def test_a_bad_line(mixture):
     problem = one_problem(mixture(f'{{"id": "cut", "conv\n\n{json.dumps(TEXT)}\n', "mixture.jsonl"))
     assert problem.place == "line 1" and "no valid JSON" in problem.reason
+    problem = one_problem(mixture(f'{{"id": {"1" * 5000}}}\n{json.dumps(TEXT)}\n'))
+    assert problem.place == "line 1" and "Exceeds the limit (4300 digits)" in problem.reason
 
 
 # -------------------------------------------------------------------------------------------------- bad files
@@ -188,6 +191,7 @@ def test_a_bad_line(mixture):
         ("[]", "holds no records"),
         ("id,image\n1,2\n", "neither a JSON list nor JSONL"),
         (json.dumps({"data": [TEXT]}, indent=1), "neither a JSON list nor JSONL"),
+        (f'[{{}}, {{"id": {"1" * 5000}}}]', r"cannot be read at record 2 \(Exceeds the limit \(4300 digits\)"),
         ("[" * 100_000, "cut off|nested too deeply"),
     ],
 )

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from fura_vlm.data.config import VerifyConfig
-from fura_vlm.data.records import DataError
+from fura_vlm.data.records import DataError, read_records
 from fura_vlm.data.verify import Counts, verify, verify_images
 
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 COMMAND = [str(Path(sys.executable).with_name("fura-vlm")), "data", "verify"]
 
 
@@ -103,6 +104,28 @@ def test_the_command(mix, tmp_path, capsys):
     mix.write_text(json.dumps([record]))
     verify(VerifyConfig(str(mix), str(tmp_path / "coco"), workers=1))
     assert f"All 1 images can be used. Train with --image_folder {tmp_path / 'coco'}" in capsys.readouterr().out
+
+
+def test_what_training_leaves_out_is_not_good(mixture, tmp_path):
+    """Images outside of the folder, and names that are no text; whatever else lies out there is not extra."""
+    (tmp_path / "in/a").mkdir(parents=True)
+    for name in ("in/a/1.png", "in/a/2.png", "in/a/3.png", "out.png", "other.png"):
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    names = ["a/1.png", "../in/a/2.png", str(tmp_path / "in/a/3.png"), "./a/1.png"]
+    names += ["../out.png", str(tmp_path / "out.png"), "a/\ud800.png"]
+    path = mixture([{"id": name, "image": name, "conversations": TURNS} for name in names])
+    found = verify_images(path, tmp_path / "in", tmp_path / "report", 1, progress=False)
+    assert found == {"a": Counts(4, 3, 0, 1, 0), "..": Counts(1, 0, 0, 1, 0)}
+    rows = [json.loads(line) for line in (tmp_path / "report/images.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == ["../out.png", "a/\ud800.png"]
+    assert "leads out of the image folder" in rows[0]["reason"] and "half of a surrogate pair" in rows[1]["reason"]
+    records, problems = read_records(path, tmp_path / "in")
+    assert len(records) == 4 and len(problems) == 3
+
+
+def test_at_least_one_process(mix):
+    with pytest.raises(DataError, match="workers is 0: it takes at least one process"):
+        verify(VerifyConfig(str(mix), workers=0))
 
 
 def test_links_that_lead_in_a_circle(mix, tmp_path):

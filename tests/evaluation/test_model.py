@@ -16,6 +16,7 @@ from fura_vlm.data.conversation import SYSTEM_PROMPT
 from fura_vlm.data.scenes import draw, make_scene
 from fura_vlm.evaluation.generation import EvaluationError, prompt_of
 from fura_vlm.evaluation.lmms_model import FuraLlava, generation_arguments
+from fura_vlm.evaluation.source import Source, find_model
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0, "do_sample": False, "top_p": 1.0, "num_beams": 1}
 QUESTIONS = [
@@ -237,3 +238,10 @@ def test_published_processors_pad_here(make):
     wide = Image.new("RGB", (112, 56), "red")
     batch = model.answerer.processor(text="<image>", images=[wide], return_tensors="pt")["pixel_values"][0]
     assert torch.allclose(batch[:, 0, :].mean(-1), torch.zeros(3), atol=0.02)  # the mean colour, normalised
+
+
+def test_a_run_that_trained_all_weights(tmp_path):
+    for folder in ("model", "processor"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "config.yaml").write_text("{}")
+    assert find_model(str(tmp_path)) == Source(str(tmp_path / "model"), None, str(tmp_path / "processor"))

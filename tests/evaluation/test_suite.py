@@ -79,7 +79,7 @@ def test_benchmarks_are_made_once(benchmarks, tmp_path):
     assert not write_benchmarks(benchmarks, per_task=6)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(EmbeddedError, match="holds no embedded benchmarks"):
+    with pytest.raises(EmbeddedError, match="holds something else than embedded data"):
         write_benchmarks(tmp_path / "mine")
     full = load_dataset(str(benchmarks / "POPE"), "Full")
     assert all(set(split["category"]) == {name} for name, split in full.items())

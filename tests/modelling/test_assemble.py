@@ -200,6 +200,7 @@ def test_parts_that_do_not_fit(parts, tmp_path):
     narrow["model.mm_projector.0.weight"] = narrow["model.mm_projector.0.weight"][:, :32].clone()
     torch.save(narrow, tmp_path / "narrow.bin")
     torch.save({"model.layers.0": torch.ones(1)}, tmp_path / "other.bin")
+    torch.save(dict.fromkeys(narrow, "words"), tmp_path / "words.bin")
     (tmp_path / "cut.bin").write_bytes((parts / "mm_projector.bin").read_bytes()[:900])
     half = tmp_path / "half"
     shutil.copytree(parts / "vicuna", half)
@@ -213,11 +214,13 @@ def test_parts_that_do_not_fit(parts, tmp_path):
     for changes, sentence in (
         ({"mm_projector": str(tmp_path / "narrow.bin")}, r"linear_1.weight is \(64, 32\), but .* need \(64, 48\)"),
         ({"mm_projector": str(tmp_path / "other.bin")}, "holds model.layers.0; wanted model.mm_projector.0.weight"),
+        ({"mm_projector": str(tmp_path / "words.bin")}, "is not LLaVA's two-layer projector"),
         ({"mm_projector": str(tmp_path / "cut.bin")}, "not a whole file of tensors: download it again"),
         ({"mm_projector": str(tmp_path / "none.bin")}, "There is no projector at"),
         ({"mm_projector": str(parts / "clip" / "model.safetensors")}, "is not LLaVA's two-layer projector: it holds"),
         ({"language_model": str(half)}, "not a whole language model: 3 weights are missing, first model.layers.1.mlp"),
         ({"language_model": str(foreign)}, "a tokenizer of 766 tokens for a model of 900"),
+        ({"max_shard_size": "lots"}, "max_shard_size 'lots' is no size: give one such as 5GB"),
         ({"vision_tower": str(parts / "vicuna")}, "is a 'llama', where the vision tower has to be"),
     ):
         with pytest.raises(ModelError, match=sentence):
@@ -230,3 +233,11 @@ def test_projector_trained_at_another_resolution(parts, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}))
     with pytest.raises(ModelError, match="trained with openai/clip-vit-large-patch14-336, but .* sees 56 pixels"):
         assemble(settings(parts, tmp_path / "llava", mm_projector=str(tmp_path / "mm_projector.bin")))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"mm_vision_tower": null}'])
+def test_a_file_beside_the_projector_that_says_nothing(parts, tmp_path, content):
+    shutil.copy(parts / "mm_projector.bin", tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    assemble(settings(parts, tmp_path / "llava", mm_projector=str(tmp_path / "mm_projector.bin")))
+    assert (tmp_path / "llava" / "model.safetensors").is_file()

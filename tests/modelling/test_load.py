@@ -12,7 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fura_vlm.fura import FuraConfig
 from fura_vlm.modelling.config import InspectConfig, MergeConfig
-from fura_vlm.modelling.load import ModelError, inspect, load_any, load_base, load_processor
+from fura_vlm.modelling.load import ModelError, find_parts, inspect, load_any, load_base, load_processor
 from fura_vlm.modelling.merge import merge
 
 BASE = "data/tiny-llava"
@@ -56,6 +56,11 @@ def test_merge_overwrites_nothing(adapter, tmp_path):
         merge(MergeConfig(model=str(adapter), output_dir=str(tmp_path)))
     with pytest.raises(ModelError, match="without an adapter: there is nothing to merge"):
         merge(MergeConfig(model=BASE, output_dir=str(tmp_path / "new")))
+    with pytest.raises(ModelError, match="There is no run and no adapter at .*/none: give the folder of one"):
+        merge(MergeConfig(model=str(tmp_path / "none"), output_dir=str(tmp_path / "new")))
+    with pytest.raises(ModelError, match="max_shard_size 'lots' is no size: give one such as 5GB"):
+        merge(MergeConfig(model=str(adapter), output_dir=str(tmp_path / "new"), max_shard_size="lots"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapter_for_another_base_is_refused(tmp_path):
@@ -68,6 +73,36 @@ def test_adapter_for_another_base_is_refused(tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
     with pytest.raises(ModelError, match=r"linear_1: .*load it over the base"):
         load_any(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (None, r"adapter_config.json cannot be read \(Expecting .*\): it is damaged, or of another method"),
+        ({"peft_type": "NOPE"}, r"adapter_config.json cannot be read \('NOPE'\): it is damaged, or of another method"),
+        ({"base_model_name_or_path": None}, "adapter_config.json names no base: write the folder or hub name"),
+    ],
+)
+def test_an_adapter_config_that_cannot_be_used(tmp_path, changes, sentence):
+    get_peft_model(load_base(BASE, torch.float32), FuraConfig(target_modules=TARGETS)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text('{"peft_type": ' if changes is None else json.dumps(config | changes))
+    for use in (load_any, find_parts, lambda path: merge(MergeConfig(path, str(tmp_path / "merged")))):
+        with pytest.raises(ModelError, match=sentence):
+            use(str(tmp_path))
+
+
+def test_what_a_path_means(tmp_path):
+    run = tmp_path / "run"
+    for folder in ("model", "processor"):
+        (run / folder).mkdir(parents=True)
+    (run / "config.yaml").write_text("{}")
+    assert find_parts(str(run)) == (str(run / "model"), None, str(run / "processor"))  # all weights were trained
+    get_peft_model(load_base(BASE, torch.float32), FuraConfig(target_modules=TARGETS)).save_pretrained(run / "adapter")
+    assert find_parts(str(run)) == (BASE, str(run / "adapter"), str(run / "processor"))
+    assert find_parts(str(run / "adapter")) == (BASE, str(run / "adapter"), BASE)
+    assert find_parts("llava-hf/llava-1.5-7b-hf") == ("llava-hf/llava-1.5-7b-hf", None, "llava-hf/llava-1.5-7b-hf")
 
 
 def test_interrupted_run_and_half_a_model_say_so(tmp_path):
@@ -149,3 +184,7 @@ def test_inspect_shows_the_spectra_of_the_weights(tmp_path, capsys):
     assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ModelError, match="no FuRA adapter"):
         inspect(InspectConfig(model=BASE))
+    with pytest.raises(ModelError, match="x.doc is of no known format: let --output_path end in .png, .svg or .pdf"):
+        inspect(InspectConfig(model=str(tmp_path), output_path="x.doc"))
+    inspect(InspectConfig(model=str(tmp_path), output_path=str(tmp_path / "new/spectra.svg")))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["spectra.svg"]

@@ -215,6 +215,8 @@ def test_half_a_base(plain, tmp_path):
     refused(adapter, tmp_path, f"{second} is cut off or damaged: download it again")
     second.unlink()
     refused(adapter, tmp_path, f"1 of its 2 files are missing, first {second.name}: finish the download")
+    (base / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    refused(adapter, tmp_path, "model.safetensors.index.json is damaged: download it again")
     (base / "model.safetensors.index.json").unlink()
     refused(adapter, tmp_path, f"No weights of a LLaVA at {base}")
     first.rename(base / "model.safetensors")
@@ -241,6 +243,8 @@ def test_a_broken_adapter_leaves_nothing(plain, tmp_path):
     refused(adapter, tmp_path, "merging default gives NaN or Inf; the adapter is broken")
     (adapter / "adapter_model.safetensors").write_bytes(b"{}")
     refused(adapter, tmp_path, f"The adapter at {adapter} cannot be used")
+    (adapter / "adapter_model.safetensors").unlink()
+    refused(adapter, tmp_path, f"The adapter at {adapter} is not whole: adapter_model.safetensors is missing")
 
 
 def test_a_method_that_cannot_be_merged(tmp_path):

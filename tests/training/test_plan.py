@@ -18,10 +18,10 @@ from fura_vlm.training.plan import (
     PlanError,
     Setting,
     best,
-    epoch_hours,
     memory,
     named_model,
     plan,
+    run_hours,
     step_seconds,
 )
 
@@ -123,7 +123,7 @@ def test_the_best_setting_fits_and_more_gpus_are_faster():
             assert sum(parts.values()) < 80 * GIB
             assert 128 % (setting.batch * gpus) == 0
             assert not (setting.stage == 3 and method == "qlora")
-            assert took == epoch_hours(config, mine, model, counted, setting, Gpu("H100", 989e12, 3.35e12, 300e9))
+            assert took == run_hours(config, mine, model, counted, setting, Gpu("H100", 989e12, 3.35e12, 300e9))
             hours.append(took)
         assert hours[0] > hours[1] > hours[2]
         assert method == "full" or hours[2] > hours[0] / 9  # one GPU alone has to offload full fine-tuning
@@ -150,3 +150,61 @@ def test_mistakes(tmp_path):
     with pytest.raises(PlanError, match="no DeepSpeed configuration with a ZeRO stage at zero9.json"):
         (tmp_path / "c.yaml").write_text("deepspeed: zero9.json")
         plan(PlanConfig(str(tmp_path / "c.yaml")))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"gpus": []}, r"gpus is \[\]: it takes numbers from 1 on"),
+        ({"gpus": [4, 0]}, r"gpus is \[4, 0\]"),
+        ({"memory": [-80]}, r"memory is \[-80\]"),
+        ({"records": 0}, "records is 0"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"labelled": -3}, "labelled is -3: it is a share"),
+        ({"labelled": 5}, "labelled is 5: it is a share"),
+    ],
+)
+def test_numbers_out_of_range(changes, sentence):
+    with pytest.raises(PlanError, match=sentence):
+        plan(PlanConfig(RECIPE, **changes))
+
+
+@pytest.mark.parametrize(
+    "recipe, sentence",
+    [
+        (b"per_device_train_batch_size: many", "is not a recipe: .*Expected a <class 'int'>. Got value: many"),
+        (b"method: fuura", "is not a recipe: .*Got value: fuura"),
+        (b"", "is not a recipe: "),
+        (b"output_dir: \xe9", "is not a recipe: 'utf-8' codec"),
+        (b"gradient_accumulation_steps: 0", "gradient_accumulation_steps is 0 in .*: it has to be at least 1"),
+        (b"target_modules: nothing", "cannot be set up for this model: Target modules nothing not found"),
+        (b"model_name_or_path: ./llava-v1.6-mistral-7b", "No config.json of a LLaVA at ./llava-v1.6-mistral-7b"),
+    ],
+)
+def test_recipes_that_training_would_not_take(recipe, sentence, tmp_path):
+    (tmp_path / "a.yaml").write_bytes(recipe)
+    with pytest.raises(PlanError, match=sentence):
+        plan(PlanConfig(str(tmp_path / "a.yaml"), methods=["fura"]))
+
+
+def test_the_hours_are_those_of_the_run(tmp_path):
+    """Of as many epochs or steps as the recipe says; numbers as YAML and jsonargparse read them."""
+
+    def planned(recipe):
+        (tmp_path / "a.yaml").write_text(recipe + "\nmodel_name_or_path: llava-1.5-7b\ntrain_batch_size: 16\n")
+        text = plan(PlanConfig(str(tmp_path / "a.yaml"), methods=["lora"], gpus=[1], memory=[80], records=16_000))
+        [cell] = [line for line in text.splitlines() if line.startswith("| lora")]
+        return text, float(cell.split()[-3])
+
+    once, hours = planned("lora_dropout: 5e-2")
+    assert "hours for 16,000 records of 832 tokens in steps of 16 records" in once
+    twice, double = planned("num_train_epochs: 2")
+    assert "hours for 2 times 16,000 records" in twice and double == pytest.approx(2 * hours, rel=0.01)
+    steps, tenth = planned("max_steps: 100")
+    assert "hours for 100 steps with records of 832 tokens" in steps and tenth == pytest.approx(hours / 10, rel=0.01)
+
+
+def test_gpus_that_do_not_divide_a_step():
+    text = plan(PlanConfig(RECIPE, methods=["fura"], gpus=[3], memory=[80]))
+    assert "Training refuses it so: a step's 128 records are no multiple of 48." in text
+    assert "| fura | 128 cannot be divided by 3 |" in text
