@@ -7,6 +7,7 @@ import errno
 import logging
 import re
 import sys
+import warnings
 from argparse import SUPPRESS
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -19,6 +20,8 @@ from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
 from fura_vlm.modelling.config import AssembleConfig, InspectConfig, MergeConfig
 from fura_vlm.training.config import PlanConfig, TrainConfig
+
+EXTRAS = {"eval": "eval", "compare": "eval", "chat": "demo"}  # of pyproject.toml, and the scripts that install them
 
 
 class Parser(ArgumentParser):
@@ -184,6 +187,8 @@ def parse(arguments: list[str]) -> tuple[str, dict]:
 def main(arguments: list[str] | None = None) -> None:
     # It warns each time that faster kernels for CPUs are in yet another package.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of the libraries to one another
     command, options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(command, options)
@@ -191,6 +196,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"fura-vlm {command}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)  # as shells have it
+    except ModuleNotFoundError as error:
+        package, extra = (error.name or "").split(".")[0], EXTRAS.get(command)
+        if extra is None or package in ("", "fura_vlm"):
+            raise
+        sys.exit(
+            f"fura-vlm {command}: {package} is not installed: bash scripts/{extra}.sh does it, or "
+            f"pip install --editable '.[{extra}]' --constraint constraints.txt"
+        )
     except Exception as error:
         if _disk_is_full(error):
             sys.exit(f"fura-vlm {command}: the disk is full: make room and start the same command again")

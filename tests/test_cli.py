@@ -56,6 +56,13 @@ def test_missing_model_is_one_sentence():
     assert "Traceback" not in done.stderr
 
 
+def test_what_is_not_installed_is_named_with_the_way_to_it():
+    program = "import sys; sys.modules['lmms_eval'] = None; import fura_vlm.cli; fura_vlm.cli.main(['eval', 'x'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    said = "fura-vlm eval: lmms_eval is not installed: bash scripts/eval.sh does it, or pip install"
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(said)
+
+
 def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "mixture.json").write_text('[{"image": "1.png"}]')
     (tmp_path / "file").touch()

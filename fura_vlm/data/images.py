@@ -109,7 +109,7 @@ def _open(path: str | os.PathLike, max_pixels: int) -> Image.Image:
             raise ImageError(f"{path} is empty (0 bytes): fetch it again or remove it")
         image = Image.open(path)
     except FileNotFoundError as error:
-        raise ImageError(f"{path} does not exist: check the image folder and the record's path") from error
+        raise ImageError(f"{path} does not exist: check the path, or the image folder of the mixture") from error
     except IsADirectoryError as error:
         raise ImageError(f"{path} is a folder, not an image: correct the path in the record") from error
     except UnidentifiedImageError as error:

@@ -12,7 +12,15 @@ from peft import PeftModel
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import cached_file
 
-from fura_vlm.modelling.load import ModelError, find_adapter, find_parts, load_adapter, load_base, load_processor
+from fura_vlm.modelling.load import (
+    ModelError,
+    check_folder,
+    find_adapter,
+    find_parts,
+    load_adapter,
+    load_base,
+    load_processor,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Source:
         Raises:
             ModelError: if there is none, or it is that of another kind of model.
         """
+        check_folder(self.base)
         try:
             config = LlavaConfig.from_pretrained(self.base)
         except (OSError, ValueError) as error:

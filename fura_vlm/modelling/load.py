@@ -23,6 +23,8 @@ from fura_vlm.modelling.config import InspectConfig
 from fura_vlm.modelling.processor import make_processor
 from fura_vlm.modelling.shards import ModelError
 
+PROJECT = Path(__file__).parents[2]
+
 
 def load_processor(path: str) -> LlavaProcessor:
     """The processor of a LLaVA as LLaVA v1.5 trains and evaluates; Pillow does the image work, as in its own code.
@@ -34,7 +36,7 @@ def load_processor(path: str) -> LlavaProcessor:
     Raises:
         ModelError: if there is none at ``path``, or it does not belong to the model there.
     """
-    _check_folder(path)
+    check_folder(path)
     try:
         processor = AutoProcessor.from_pretrained(path, backend="pil")
         config = None if Path(path).is_dir() and not (Path(path) / "config.json").is_file() else _config(path)
@@ -86,7 +88,7 @@ def load_base(
     Raises:
         ModelError: if ``path`` holds no LLaVA or its files are damaged.
     """
-    _check_folder(path)
+    check_folder(path)
     model = load_pretrained(
         LlavaForConditionalGeneration,
         path,
@@ -183,6 +185,8 @@ def find_parts(path: str) -> tuple[str, str | None, str]:
                 f"{adapter}/adapter_config.json names no base: write the folder or hub name of the model that the "
                 "adapter was trained over into its base_model_name_or_path"
             )
+        if not Path(base).is_dir() and (PROJECT / base).is_dir():  # runs are started there
+            base = str(PROJECT / base)
     elif (folder / "model").is_dir():  # of the method full
         base = str(folder / "model")
     elif (folder / "config.yaml").is_file():
@@ -256,12 +260,17 @@ def use_all_parts(model: torch.nn.Module) -> None:
     llava.register_forward_pre_hook(blank_picture, with_kwargs=True)
 
 
-def _check_folder(path: str) -> None:
+def check_folder(path: str) -> None:
+    """Refuses a path that cannot be a name on the hub and is no folder, before the network is asked for it.
+
+    Raises:
+        ModelError: there is none.
+    """
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
     if looks_local and not Path(path).expanduser().is_dir():
         raise ModelError(
             f"There is no model at {path}: give a folder, or a name on the Hugging Face hub such as "
-            "llava-hf/llava-1.5-7b-hf, as model_name_or_path"
+            "llava-hf/llava-1.5-7b-hf"
         )
 
 

@@ -199,7 +199,7 @@ def building(output_dir: str, size: int) -> Iterator[Path]:
     if size > free:
         raise ModelError(
             f"{target} will take {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: make room, or choose "
-            "another --output_dir"
+            "another folder"
         )
     folder = target.with_name(target.name + ".tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
@@ -213,7 +213,7 @@ def building(output_dir: str, size: int) -> Iterator[Path]:
 
 def refuse_existing(target: Path) -> None:
     if target.exists():
-        raise ModelError(f"{target} exists already: choose another --output_dir")
+        raise ModelError(f"{target} exists already: choose another folder")
 
 
 def size_of(tensors: dict[str, torch.Tensor]) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import warnings
 from argparse import ArgumentError
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,7 +258,6 @@ def plan(config: PlanConfig) -> str:
         PlanError: the recipe or the model's config.json cannot be read, or a number is out of its range.
     """
     _check_numbers(config)
-    warnings.simplefilter("ignore", FutureWarning)  # of the libraries to one another
     train = _recipe(config.recipe)
     model, said = _model(config.model, train)
     methods = config.methods if train.method in config.methods else [train.method, *config.methods]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_merged_model_answers_as_the_adapter_does(adapter, tmp_path):
 
 
 def test_merge_overwrites_nothing(adapter, tmp_path):
-    with pytest.raises(ModelError, match="exists already: choose another --output_dir"):
+    with pytest.raises(ModelError, match="exists already: choose another folder"):
         merge(MergeConfig(model=str(adapter), output_dir=str(tmp_path)))
     with pytest.raises(ModelError, match="without an adapter: there is nothing to merge"):
         merge(MergeConfig(model=BASE, output_dir=str(tmp_path / "new")))
@@ -93,7 +94,7 @@ def test_an_adapter_config_that_cannot_be_used(tmp_path, changes, sentence):
             use(str(tmp_path))
 
 
-def test_what_a_path_means(tmp_path):
+def test_what_a_path_means(tmp_path, monkeypatch):
     run = tmp_path / "run"
     for folder in ("model", "processor"):
         (run / folder).mkdir(parents=True)
@@ -101,7 +102,13 @@ def test_what_a_path_means(tmp_path):
     assert find_parts(str(run)) == (str(run / "model"), None, str(run / "processor"))  # all weights were trained
     get_peft_model(load_base(BASE, torch.float32), FuraConfig(target_modules=TARGETS)).save_pretrained(run / "adapter")
     assert find_parts(str(run)) == (BASE, str(run / "adapter"), str(run / "processor"))
-    assert find_parts(str(run / "adapter")) == (BASE, str(run / "adapter"), BASE)
+    config = run / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "data/tiny-llava"}))
+    project = Path.cwd()
+    monkeypatch.chdir(tmp_path)  # where there is no data/
+    base = str(project / BASE)
+    assert find_parts(str(run)) == (base, str(run / "adapter"), str(run / "processor"))
+    assert find_parts(str(run / "adapter")) == (base, str(run / "adapter"), base)
     assert find_parts("llava-hf/llava-1.5-7b-hf") == ("llava-hf/llava-1.5-7b-hf", None, "llava-hf/llava-1.5-7b-hf")
 
 
