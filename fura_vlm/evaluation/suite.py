@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -126,6 +127,7 @@ def _run(source, tasks: dict, config: EvalConfig, folder: Path):
 
     from fura_vlm.evaluation.lmms_model import FuraLlava
 
+    gc.collect()  # the model before is in reference cycles: two at once may not fit
     model = FuraLlava(
         pretrained=source.base,
         adapter=source.adapter,

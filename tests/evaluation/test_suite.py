@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.compare import compare
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
 from fura_vlm.evaluation.report import markdown, write_samples
+from fura_vlm.evaluation.source import Source
 from fura_vlm.evaluation.suite import Sample, _check_folder, evaluate
 from fura_vlm.evaluation.tasks import TASKS, load_tasks
 
@@ -124,6 +126,21 @@ def test_second_evaluation_asks_nothing_again(evaluated, settings):
     evaluate(EvalConfig(**settings))
     assert {path: path.read_bytes() for path in (evaluated / "answers").iterdir()} == before
     assert (evaluated / "results.json").read_text() == results
+
+
+def test_one_model_is_in_memory_at_a_time(settings, tmp_path, monkeypatch):
+    models, alive = [], []
+    load = Source.load
+
+    def watched(source, *arguments):
+        alive.append(sum(model() is not None for model in models))
+        model, processor = load(source, *arguments)
+        models.append(weakref.ref(model))
+        return model, processor
+
+    monkeypatch.setattr(Source, "load", watched)
+    evaluate(EvalConfig(**settings | {"output_dir": str(tmp_path / "eval"), "tasks": ["pope"], "limit": 1}))
+    assert alive == [0, 0]
 
 
 def test_paper_protocol(settings, tmp_path):
