@@ -394,13 +394,8 @@ def launch(models: Models, config: ChatConfig, folder: Path, block: bool = True)
     """Serves the page. With ``block`` it returns when the server ends, on Ctrl-C or SIGTERM.
 
     Raises:
-        ChatError: if the address cannot be used, or ``auth`` is not NAME:PASSWORD.
+        ChatError: if the address cannot be used.
     """
-    auth = None
-    if config.auth:
-        auth = tuple(config.auth.split(":", 1))
-        if len(auth) != 2 or not all(auth):
-            raise ChatError("auth must be NAME:PASSWORD")
     page = build(models, config, folder)
 
     async def health(request):
@@ -416,7 +411,7 @@ def launch(models: Models, config: ChatConfig, folder: Path, block: bool = True)
             server_name=config.host,
             server_port=config.port,
             share=config.share,
-            auth=auth,
+            auth=tuple(config.auth.split(":", 1)) if config.auth else None,
             max_file_size=MAX_UPLOAD,
             max_threads=config.max_users + 16,
             state_session_capacity=1000,
@@ -431,12 +426,23 @@ def launch(models: Models, config: ChatConfig, folder: Path, block: bool = True)
             css=CSS,
         )
     except OSError as error:
-        raise ChatError(f"Cannot listen on {config.host} port {config.port}: name another --port") from error
+        raise ChatError(f"Cannot listen on {config.host} port {config.port}: name another --host or --port") from error
     return page
 
 
 def serve(config: ChatConfig) -> None:
-    """The command: loads the model and serves the chat until it is stopped."""
+    """The command: loads the model and serves the chat until it is stopped.
+
+    Raises:
+        ChatError: before the model is loaded, if a setting cannot be used; or if the address cannot be.
+        ModelError: if a model cannot be used.
+    """
+    for name, most in (("port", 65535), ("max_users", None), ("max_waiting", None), ("max_new_tokens", None)):
+        value = getattr(config, name)
+        if value < 1 or most and value > most:
+            raise ChatError(f"{name} is {value}: give a number from 1{f' to {most}' if most else ''}")
+    if config.auth and not all(config.auth.partition(":")):
+        raise ChatError("auth must be NAME:PASSWORD")
     folder = Path(tempfile.mkdtemp(prefix="fura-chat-"))
     # A folder of our own: Gradio's is shared with all other Gradio applications of this machine.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")

@@ -67,8 +67,10 @@ def evaluate(config: EvalConfig) -> Path | None:
     from fura_vlm.evaluation.tasks import TASKS, load_tasks
 
     _quiet()
-    if config.limit is not None and config.limit < 1:
-        raise SuiteError(f"limit is {config.limit}: give a number above 0, or leave it out for all documents")
+    for name, least in (("limit", 1), ("max_new_tokens", 1), ("num_workers", 0)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise SuiteError(f"{name} is {value}: give {least} or more, or leave it out")
     source = find_model(config.model, config.adapter)
     main = int(os.environ.get("RANK", 0)) == 0
     data = _data(config.data, source)

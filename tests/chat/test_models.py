@@ -14,6 +14,7 @@ from fura_vlm.chat.engine import ChatError
 from fura_vlm.chat.models import default_model, describe, load_models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
 from fura_vlm.chat.terminal import chat
+from fura_vlm.chat.web import serve
 from fura_vlm.modelling.load import ModelError, load_adapter, load_base
 
 
@@ -81,3 +82,19 @@ def test_terminal(run, scenes, capsys, monkeypatch):
     assert capsys.readouterr().out == f"> There is no question: type one\n> {answer.strip()}\n> "
     with pytest.raises(ChatError, match="at least 1"):
         chat(ChatConfig(image=scenes[0], model=run, max_new_tokens=0))
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("port", 65536, "port is 65536: give a number from 1 to 65535"),
+        ("max_users", 0, "max_users is 0: give a number from 1"),
+        ("max_waiting", 0, "max_waiting is 0"),
+        ("max_new_tokens", 0, "max_new_tokens is 0"),
+        ("auth", "anna", "auth must be NAME:PASSWORD"),
+        ("auth", "anna:", "auth must be NAME:PASSWORD"),
+    ],
+)
+def test_settings_of_the_page_that_cannot_be(name, value, said):
+    with pytest.raises(ChatError, match=said):
+        serve(ChatConfig(model="no model is looked for", **{name: value}))

@@ -354,6 +354,7 @@ def test_adapter_for_another_base(settings, tmp_path):
         evaluate(EvalConfig(**own | {"model": str(tmp_path / "lora")}))
 
 
-def test_limit_must_be_positive(settings):
-    with pytest.raises(FuraVLMError, match="limit is 0"):
-        evaluate(EvalConfig(**settings | {"limit": 0}))
+@pytest.mark.parametrize("name, value", [("limit", 0), ("max_new_tokens", 0), ("num_workers", -1)])
+def test_numbers_out_of_range(settings, name, value):
+    with pytest.raises(FuraVLMError, match=f"{name} is {value}: give {value + 1} or more, or leave it out"):
+        evaluate(EvalConfig(**settings | {name: value}))
