@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
-from fura_vlm.errors import FuraVLMError
+from fura_vlm.errors import FuraVLMError, first_line
 
 SWITCHED = BaseTunerLayer, AuxiliaryTrainingWrapper  # what PEFT turns on and off
 
@@ -329,4 +329,4 @@ def explain(error: Exception) -> str:
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
     if memory:
         return "The model ran out of memory: ask again later, or start a new conversation with shorter questions"
-    return f"The model failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+    return f"The model failed ({type(error).__name__}: {first_line(error)})"

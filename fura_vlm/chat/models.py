@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import LlavaProcessor
 
 from fura_vlm.data.questions import FAMILIES, ask
 from fura_vlm.data.scenes import draw, make_scene
-from fura_vlm.modelling.load import ModelError, load_adapter, load_any
+from fura_vlm.errors import first_line
+from fura_vlm.modelling.load import ModelError, find_adapter, load_adapter, load_any
 
 EMBEDDED = Path("data/tiny-llava")
 BASE = "base"
@@ -67,19 +69,17 @@ def load_models(path: str | None, adapters: list[str]) -> Models:
     if isinstance(model, PeftModel):
         names[_label(path, names)] = model.active_adapter
     for other in adapters:
-        folder = Path(other) / "adapter" if (Path(other) / "adapter").is_dir() else Path(other)
-        label = _label(other, names)
-        if not isinstance(model, PeftModel):
-            model, names[label] = load_adapter(model, str(folder)), "default"
-            continue
-        if not (folder / "adapter_config.json").is_file():
+        folder, label = find_adapter(other), _label(other, names)
+        if folder is None:
             raise ModelError(f"No adapter at {other}: adapter_config.json is missing")
+        if not isinstance(model, PeftModel):
+            model, names[label] = load_adapter(model, folder), "default"
+            continue
         name = f"adapter{len(names)}"
         try:
-            model.load_adapter(str(folder), adapter_name=name)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"The adapter at {other} does not go with {path}: {reason}") from error
+            model.load_adapter(folder, adapter_name=name)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"The adapter at {other} does not go with {path}: {first_line(error)}") from error
         names[label] = name
     return Models(path, model.eval(), processor, names | {BASE: None})
 

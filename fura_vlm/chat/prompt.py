@@ -95,6 +95,8 @@ def encode(prompt: Prompt, processor) -> dict:
     Raises:
         ChatError: if a picture is no longer there.
     """
+    if not all(Path(path).is_file() for path in prompt.images):
+        raise ChatError("A picture of this conversation is kept no longer: start a new conversation")
     images = [read_image(path) for path in prompt.images]
     return dict(processor(text=prompt.text, images=images or None, return_tensors="pt"))
 

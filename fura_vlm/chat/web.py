@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import html
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,6 +36,7 @@ POLL_SECONDS = 0.1
 KEEP_SECONDS = 4 * 3600  # how long an uploaded picture is kept
 MAX_UPLOAD = "50mb"
 NOTHING = "nothing"
+URLS = "/gradio_api/file=http{rest:path}", "/gradio_api/file/http{rest:path}"  # where Gradio would fetch an address
 JOINER = "\u2060"  # takes no room and breaks no line
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
@@ -72,9 +74,15 @@ class Turn:
 
 @dataclass
 class Session:
-    """What one user's browser tab talks about."""
+    """What one user's browser tab talks about.
+
+    Attributes:
+        busy: a question is being read or answered.
+        running: the answers that are being written.
+    """
 
     turns: list[Turn] = field(default_factory=list)
+    busy: bool = False
     running: list[Generation] = field(default_factory=list)
 
     def history(self, beside: str | None) -> list[Exchange]:
@@ -99,7 +107,7 @@ class Session:
                 yield number, {"role": "user", "content": {"path": turn.image, "alt_text": "the picture"}}
             yield number, {"role": "user", "content": _literal(turn.question)}
             answer = turn.answers[beside is not None] if turn.asked(beside) else "*was not asked*"
-            yield number, {"role": "assistant", "content": answer or ""}
+            yield number, {"role": "assistant", "content": _literal(answer or "")}
 
     def stop(self) -> None:
         for generation in self.running:
@@ -125,19 +133,17 @@ class Chat:
         Raises:
             ChatError: if the question cannot be answered; the session is then as it was before.
         """
-        if session.running:
+        if session.busy:
             raise ChatError("An answer is still being written: wait for it or stop it")
-        turn = Turn(question, image, sides)
-        inputs, notices = await asyncio.to_thread(self._read, session, turn, sampling)
-        for notice in notices:
-            gr.Warning(notice)
-        session.turns.append(turn)
-        running = [
-            self.engine.submit(tensors, self.models.adapters[side], sampling)
-            for tensors, side in zip(inputs, sides, strict=True)
-        ]
-        session.running = running
+        turn, running = Turn(question, image, sides), session.running
+        session.busy = True
         try:
+            inputs, notices = await asyncio.to_thread(self._read, session, turn, sampling)
+            for notice in notices:
+                gr.Warning(notice)
+            session.turns.append(turn)
+            for tensors, side in zip(inputs, sides, strict=True):
+                running.append(self.engine.submit(tensors, self.models.adapters[side], sampling))
             seen, done = None, False
             while not done:
                 done = all(generation.done for generation in running)
@@ -150,7 +156,7 @@ class Chat:
                     await asyncio.sleep(POLL_SECONDS if written else POLL_SECONDS / 5)
         finally:  # also when the browser is gone
             session.stop()
-            session.running = []
+            session.busy, session.running = False, []
             self._copy(running, turn)
         failed = next((generation.error for generation in running if generation.error), None)
         if failed:
@@ -256,8 +262,8 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         settings = [model, other, temperature, top_p, length]
         shown = [left, right, box, speed]
 
-        async def answer(session, question, image, model, other, temperature, top_p, length):
-            """Yields values for ``shown``."""
+        async def answer(session, question, image, model, other, temperature, top_p, length, instead=()):
+            """Yields values for ``shown``. ``instead``: turns that come back if the question cannot be answered."""
             sides = [model] if other == NOTHING else [model, other]
             taken = False
             try:
@@ -271,9 +277,9 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                     )
                     taken = True
             except ChatError as error:
-                message = gr.MultimodalTextbox(
-                    value={"text": question, "files": [image] if image else []}, submit_btn=True, stop_btn=False
-                )
+                session.turns += instead
+                value = {} if instead else {"value": {"text": question, "files": [image] if image else []}}
+                message = gr.MultimodalTextbox(**value, submit_btn=True, stop_btn=False)
                 yield session.messages(), session.messages(other), message, ""
                 raise _shown_error(error) from error
             yield gr.skip(), gr.skip(), gr.MultimodalTextbox(submit_btn=True, stop_btn=False), gr.skip()
@@ -295,16 +301,16 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             await _idle(session)
             if session.turns:
                 turn = session.turns.pop()
-                async for values in answer(session, turn.question, turn.image, *settings):
+                async for values in answer(session, turn.question, turn.image, *settings, instead=[turn]):
                     yield values
 
         async def edit(session, event: gr.EditData, *settings):
             await _idle(session)
             index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
             number = session.turn_of(int(index))
-            image = session.turns[number].image
-            del session.turns[number:]
-            async for values in answer(session, str(event.value).replace(JOINER, ""), image, *settings):
+            before, session.turns = session.turns[number:], session.turns[:number]
+            text = str(event.value).replace(JOINER, "")
+            async for values in answer(session, text, before[0].image, *settings, instead=before):
                 yield values
 
         async def example(session, event: gr.SelectData, *settings):
@@ -345,9 +351,9 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             except ChatError as error:
                 raise _shown_error(error) from error
 
-        def forget(session):
+        async def forget(session):
             """Forgets the conversation."""
-            session.stop()
+            await _idle(session)
             session.turns.clear()
 
         private = {"api_visibility": "private", "show_progress": "hidden"}
@@ -388,13 +394,8 @@ def launch(models: Models, config: ChatConfig, folder: Path, block: bool = True)
     """Serves the page. With ``block`` it returns when the server ends, on Ctrl-C or SIGTERM.
 
     Raises:
-        ChatError: if the address cannot be used, or ``auth`` is not NAME:PASSWORD.
+        ChatError: if the address cannot be used.
     """
-    auth = None
-    if config.auth:
-        auth = tuple(config.auth.split(":", 1))
-        if len(auth) != 2 or not all(auth):
-            raise ChatError("auth must be NAME:PASSWORD")
     page = build(models, config, folder)
 
     async def health(request):
@@ -402,12 +403,15 @@ def launch(models: Models, config: ChatConfig, folder: Path, block: bool = True)
         waiting += len(page._queue)  # those that have not reached the engine
         return JSONResponse({"status": "ok", "model": Path(models.path).name, "writing": writing, "waiting": waiting})
 
+    async def not_fetched(request):
+        return JSONResponse({"detail": "Files are not fetched from the network"}, 403)
+
     try:
         page.launch(
             server_name=config.host,
             server_port=config.port,
             share=config.share,
-            auth=auth,
+            auth=tuple(config.auth.split(":", 1)) if config.auth else None,
             max_file_size=MAX_UPLOAD,
             max_threads=config.max_users + 16,
             state_session_capacity=1000,
@@ -417,17 +421,28 @@ def launch(models: Models, config: ChatConfig, folder: Path, block: bool = True)
             ssr_mode=False,
             mcp_server=False,
             pwa=False,
-            app_kwargs={"routes": [Route("/health", health)]},
+            app_kwargs={"routes": [Route("/health", health), *(Route(path, not_fetched) for path in URLS)]},
             theme=THEME,
             css=CSS,
         )
     except OSError as error:
-        raise ChatError(f"Cannot listen on {config.host} port {config.port}: name another --port") from error
+        raise ChatError(f"Cannot listen on {config.host} port {config.port}: name another --host or --port") from error
     return page
 
 
 def serve(config: ChatConfig) -> None:
-    """The command: loads the model and serves the chat until it is stopped."""
+    """The command: loads the model and serves the chat until it is stopped.
+
+    Raises:
+        ChatError: before the model is loaded, if a setting cannot be used; or if the address cannot be.
+        ModelError: if a model cannot be used.
+    """
+    for name, most in (("port", 65535), ("max_users", None), ("max_waiting", None), ("max_new_tokens", None)):
+        value = getattr(config, name)
+        if value < 1 or most and value > most:
+            raise ChatError(f"{name} is {value}: give a number from 1{f' to {most}' if most else ''}")
+    if config.auth and not all(config.auth.partition(":")):
+        raise ChatError("auth must be NAME:PASSWORD")
     folder = Path(tempfile.mkdtemp(prefix="fura-chat-"))
     # A folder of our own: Gradio's is shared with all other Gradio applications of this machine.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
@@ -462,7 +477,7 @@ def as_seen(path: str, processor) -> tuple[Image.Image, str]:
 
 async def _idle(session: Session) -> None:
     """Stops what is being written and waits until it has ended."""
-    while session.running:
+    while session.busy:
         session.stop()
         await asyncio.sleep(POLL_SECONDS)
 
@@ -485,8 +500,10 @@ def _speed(sides: list[str], running: list[Generation]) -> str:
 
 
 def _literal(text: str) -> str:
-    """Shown as it was typed: a "<" that nothing follows begins no tag, in Markdown or in HTML."""
-    return text.replace("<", "<" + JOINER)
+    """Markdown without HTML and pictures. Gradio would show all tags but scripts, some of them over the whole page, and
+    the browser would fetch whatever picture an answer names.
+    """
+    return re.sub(r"<(?=[a-zA-Z/!?])|!(?=\[)", rf"\g<0>{JOINER}", text)
 
 
 def _shown_error(error: ChatError) -> gr.Error:

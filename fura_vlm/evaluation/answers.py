@@ -28,10 +28,10 @@ class AnswerStore:
         folder.mkdir(parents=True, exist_ok=True)
         self._answers: dict[str, str] = {}
         for path in sorted(folder.glob("answers-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_bytes().split(b"\n"):  # splitlines() would also cut at a U+2028 in an answer
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:
+                except ValueError:  # JSON, or a character, that was cut off
                     continue
                 self._answers[row["key"]] = row["answer"]
         self._path = folder / f"answers-{rank}.jsonl"

@@ -65,8 +65,11 @@ def _read(path: str) -> dict[str, dict[int, dict]]:
             found = f"several results ({', '.join(str(each) for each in inside)}): name one" if inside else "no results"
             raise CompareError(f"{path} holds {found}; fura-vlm eval writes them")
         folder = inside[0]
-    names = list(json.loads((folder / "results.json").read_text())["scores"])
     by_task: dict[str, dict[int, dict]] = {}
-    for row in read_samples(folder / f"samples-{names[0]}.jsonl"):
-        by_task.setdefault(row["task"], {})[row["document"]] = row
+    try:
+        names = list(json.loads((folder / "results.json").read_text())["scores"])
+        for row in read_samples(folder / f"samples-{names[0]}.jsonl"):
+            by_task.setdefault(row["task"], {})[row["document"]] = row
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompareError(f"{folder} holds no whole results ({error!r}): evaluate again with fura-vlm eval") from error
     return by_task

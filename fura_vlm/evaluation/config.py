@@ -28,7 +28,6 @@ class EvalConfig:
         offline: use nothing but local files and the hub's cache.
         dtype: bfloat16, float16 or float32; auto is bfloat16 on a GPU and float32 elsewhere.
         num_workers: processes that prepare pictures ahead of the model; by default up to 8 beside a GPU.
-        square_padding: pad pictures to a square, as LLaVA-1.5 was trained; else do as the model's processor says.
     """
 
     model: str
@@ -44,7 +43,6 @@ class EvalConfig:
     offline: bool = False
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     num_workers: int | None = None
-    square_padding: bool = True
 
 
 @dataclass

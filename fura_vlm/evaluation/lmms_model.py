@@ -44,8 +44,6 @@ class FuraLlava(lmms):
         device: where the model runs; by default the GPU of this process, or the CPU.
         dtype: ``"auto"`` is bfloat16 on a GPU and float32 elsewhere; or the name of a torch dtype.
         attn_implementation: as in transformers.
-        square_padding: pad pictures to a square with the mean colour, as LLaVA v1.5 was trained; published
-            processors crop the centre instead, which ``False`` leaves to the processor.
         num_workers: processes that decode and preprocess ahead of the model; by default up to 8 beside a GPU, none
             without one.
         cache: a folder for finished answers; by default none are kept. Only greedy answers are.
@@ -67,7 +65,6 @@ class FuraLlava(lmms):
         device: str | None = None,
         dtype: str = "auto",
         attn_implementation: str = "sdpa",
-        square_padding: bool = True,
         num_workers: int | None = None,
         cache: str | None = None,
     ) -> None:
@@ -84,21 +81,13 @@ class FuraLlava(lmms):
         if dtype == "auto":
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         model, processor = source.load(getattr(torch, dtype), attn_implementation)
-        if square_padding:
-            processor.image_processor.do_pad = True
         self.answerer = Answerer(
             model.to(self.device), processor, getattr(torch, dtype), batch_size, max_batch_size, num_workers
         )
         self._store, self._identity = None, []
         if cache:
             self._store = AnswerStore(cache, self._rank)
-            self._identity = [
-                source.fingerprint(),
-                dtype,
-                square_padding,
-                version("lmms-eval"),
-                version("transformers"),
-            ]
+            self._identity = [source.fingerprint(), dtype, version("lmms-eval"), version("transformers")]
 
     @property
     def batch_size(self) -> int:

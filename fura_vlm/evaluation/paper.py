@@ -15,7 +15,7 @@ import re
 from statistics import mean
 
 from lmms_eval.tasks.pope.utils import pope_aggregate_f1_score
-from lmms_eval.tasks.scienceqa.utils import sqa_doc_to_target, sqa_process_results
+from lmms_eval.tasks.scienceqa.utils import sqa_process_results
 
 CATEGORIES = ("random", "popular", "adversarial")
 
@@ -52,8 +52,7 @@ def pope_predicted_yes(rows: list[dict]) -> float:
 
 def scienceqa_results(doc: dict, results: list[str]) -> dict[str, float]:
     """lmms-eval's score for the letter that the answer names."""
-    letters = re.findall(r"The answer is ([A-Z])\.", results[0])
-    named = letters[0] if len(letters) == 1 else None
-    if named in [chr(ord("A") + number) for number in range(len(doc["choices"]))]:
-        return {"exact_match": float(named == sqa_doc_to_target(doc))}
-    return sqa_process_results(doc, results)
+    answer = results[0].strip()
+    letters = re.findall(r"The answer is ([A-Z]).", answer)  # LLaVA's pattern: any character may end it
+    begins_with_letter = answer[1:2] in ("", ".")
+    return sqa_process_results(doc, [letters[0] if len(letters) == 1 and not begins_with_letter else answer])

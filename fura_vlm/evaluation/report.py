@@ -15,10 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fura_vlm.data.records import write_text
+from fura_vlm.evaluation.tasks import TASKS
 
 __all__ = ["PUBLISHED", "markdown", "page", "read_samples", "show", "write_samples"]
 
-BENCHMARKS = {"gqa": "GQA", "scienceqa": "ScienceQA-IMG", "textvqa": "TextVQA", "pope": "POPE"}
+BENCHMARKS = ("gqa", "scienceqa", "textvqa", "pope")
+"""What the published scores are of, in the order of ``TASKS``."""
+
 PUBLISHED = {
     "full fine-tuning": {
         "scores": {"gqa": 62.0, "scienceqa": 66.8, "textvqa": 58.2, "pope": 85.9},
@@ -155,11 +158,12 @@ def write_samples(path: Path, samples: list) -> None:
 
 def read_samples(path: Path) -> list[dict]:
     """What :func:`write_samples` wrote, as dictionaries."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # splitlines() would also cut at a U+2028 in an answer
+        return [json.loads(line) for line in file]
 
 
 def _benchmark(task: str) -> str | None:
-    return next((key for key in BENCHMARKS if task.startswith(key)), None)
+    return next((BENCHMARKS[names.index(task)] for names in TASKS.values() if task in names), None)
 
 
 def _row(cells: list[str]) -> str:

@@ -70,9 +70,10 @@ class Source:
         digest = hashlib.sha256()
         folder = Path(self.base).expanduser()
         if folder.is_dir():
-            for path in sorted(folder.glob("*.safetensors")):
+            for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
                 digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
-            digest.update((folder / "config.json").read_bytes())
+            for path in (folder / "config.json", folder / "generation_config.json"):  # which may name the end token
+                digest.update(path.read_bytes() if path.is_file() else b"")
         else:
             digest.update(f"{self.base} {self.config()._commit_hash}".encode())
         if self.adapter:

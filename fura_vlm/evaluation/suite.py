@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -66,8 +67,10 @@ def evaluate(config: EvalConfig) -> Path | None:
     from fura_vlm.evaluation.tasks import TASKS, load_tasks
 
     _quiet()
-    if config.limit is not None and config.limit < 1:
-        raise SuiteError(f"limit is {config.limit}: give a number above 0, or leave it out for all documents")
+    for name, least in (("limit", 1), ("max_new_tokens", 1), ("num_workers", 0)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise SuiteError(f"{name} is {value}: give {least} or more, or leave it out")
     source = find_model(config.model, config.adapter)
     main = int(os.environ.get("RANK", 0)) == 0
     data = _data(config.data, source)
@@ -102,7 +105,6 @@ def evaluate(config: EvalConfig) -> Path | None:
         "data": data or "hub",
         "limit": config.limit,
         "max_new_tokens": max_new_tokens,
-        "square_padding": config.square_padding,
         "versions": {name: version(name) for name in ("fura-vlm", "lmms-eval", "transformers", "peft", "torch")},
         "scores": {name: {task: asdict(score) for task, score in each.items()} for name, each in scores.items()},
         "average": {name: sum(s.score for s in each.values()) / len(each) for name, each in scores.items()},
@@ -127,6 +129,7 @@ def _run(source, tasks: dict, config: EvalConfig, folder: Path):
 
     from fura_vlm.evaluation.lmms_model import FuraLlava
 
+    gc.collect()  # the model before is in reference cycles: two at once may not fit
     model = FuraLlava(
         pretrained=source.base,
         adapter=source.adapter,
@@ -134,7 +137,6 @@ def _run(source, tasks: dict, config: EvalConfig, folder: Path):
         batch_size=config.batch_size,
         dtype=config.dtype,
         num_workers=config.num_workers,
-        square_padding=config.square_padding,
         cache=str(folder / "answers"),
     )
     print(f"{'Base model' if source.adapter is None else 'With adapter'}: {source.adapter or source.base}", flush=True)
@@ -142,6 +144,7 @@ def _run(source, tasks: dict, config: EvalConfig, folder: Path):
         model=model,
         tasks=[loaded.task for loaded in tasks.values()],
         task_manager=TaskManager(include_defaults=False),
+        limit=config.limit,
         bootstrap_iters=0,
         log_samples=True,
         # Scoring needs no pictures, and lmms-eval then decodes none; TextVQA writes a file for its server.
@@ -202,7 +205,7 @@ def _default_folder(config: EvalConfig, embedded: bool) -> Path:
     if config.protocol == "paper":
         name += "-paper"
     folder = Path(config.adapter or config.model)
-    if (folder / "adapter").is_dir():
+    if (folder / "adapter").is_dir() or (folder / "model").is_dir():
         return folder / name
     return Path("runs") / f"{name}-{folder.resolve().name if folder.is_dir() else folder.name}"
 
@@ -213,7 +216,7 @@ def _check_folder(folder: Path, identity: dict) -> None:
         return
     try:
         there = json.loads(results.read_text())["fingerprint"], json.loads(results.read_text())["model"]
-    except (json.JSONDecodeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SuiteError(f"{results} is no results file of this suite: choose another --output_dir") from error
     if there[0] != identity["fingerprint"]:
         raise SuiteError(f"{folder} holds the results of another model ({there[1]}): choose another --output_dir")

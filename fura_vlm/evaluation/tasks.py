@@ -10,19 +10,21 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, DatasetDict, Image, load_dataset
+from datasets.exceptions import DatasetsError
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 from PIL import Image as Pillow
 from PIL import ImageFile
 
-from fura_vlm.errors import FuraVLMError
+from fura_vlm.errors import FuraVLMError, first_line
 from fura_vlm.evaluation.variants import extended
 
 EVAL_FOLDER = Path(__file__).parents[2] / "eval"
@@ -89,7 +91,10 @@ def load_tasks(
 
 
 def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) -> LoadedTask:
-    if name not in manager.all_subtasks and manager.task_index.get(name, {}).get("type") != "python_task":
+    kind = manager.task_index.get(name, {}).get("type")
+    if kind in ("group", "tag"):
+        raise TaskError(f"{name} is a {kind} of lmms-eval's tasks: name those you want")
+    if kind not in ("task", "python_task"):
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
         hint = f": did you mean {' or '.join(near)}?" if near else ""
         raise TaskError(f"lmms-eval has no task {name!r}{hint}")
@@ -97,8 +102,7 @@ def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) 
     config["metadata"] = _metadata(config.get("metadata"))
     benchmark = Path(config.get("dataset_path") or "").name
     if benchmark not in COLUMNS:
-        task = ConfigurableTask(config=config, model_name="fura_llava")
-        return LoadedTask(task, task.config.metric_list[0]["metric"], len(task.eval_docs))
+        return _other(name, config, limit)
 
     path = config["dataset_path"] if data is None else str(Path(data) / benchmark)
     split = config["test_split"]
@@ -138,6 +142,23 @@ def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) 
     return LoadedTask(task, "pope_f1_score" if "pope_f1_score" in metrics else metrics[0], total, unreadable)
 
 
+def _other(name: str, config: dict, limit: int | None) -> LoadedTask:
+    """A task of lmms-eval whose data lmms-eval loads itself."""
+    means = [metric["metric"] for metric in config.get("metric_list", []) if metric.get("aggregation") == "mean"]
+    if not means:  # MME's sum over pairs of questions, for one: neither a share nor a score for each document
+        raise TaskError(
+            f"{name} has no score that is a mean over its documents, on which table, intervals and comparison stand: "
+            "run it with python -m lmms_eval --model fura_llava"
+        )
+    try:
+        task = ConfigurableTask(config=config, model_name="fura_llava")
+    except Exception as error:  # whatever libraries and the task's own code raise
+        raise TaskError(
+            f"The data of {name} cannot be loaded ({_reason(error)}): check the network, and that the hub lets you"
+        ) from error
+    return LoadedTask(task, means[0], min(limit or len(task.eval_docs), len(task.eval_docs)))
+
+
 def _metadata(given: dict | list[dict] | None) -> dict:
     """As one dictionary. lmms-eval takes the version of a task from such a one alone, and many tasks write a list."""
     merged: dict = {}
@@ -173,14 +194,21 @@ def _documents(path: str, name: str | None, split: str) -> Dataset:
         documents = load_dataset(path, name, split=split, cache_dir=str(cache))
         documents._fingerprint = f"{documents._fingerprint}-{digest}"  # part of the key of kept answers
         return documents
-    except (OSError, ValueError, KeyError) as error:  # ConnectionError and the hub's own errors are OSErrors
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, KeyError, DatasetsError) as error:  # what fails on the network is an OSError
         way = (
             "the folder must look as it does on the hub"
             if local
             else "check the network, or name a folder with --data, or --data embedded"
         )
-        raise TaskError(f"The data {path}{f' ({name})' if name else ''} cannot be loaded ({reason}): {way}") from error
+        raise TaskError(
+            f"The data {path}{f' ({name})' if name else ''} cannot be loaded ({_reason(error)}): {way}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why data cannot be loaded. Some errors only say that there was another; one lists all formats there are."""
+    reason = error if isinstance(error, (OSError, ValueError, KeyError)) else error.__cause__ or error
+    return textwrap.shorten(first_line(reason), 300, placeholder=" ...")
 
 
 def _digest(folder: Path) -> str:
@@ -210,7 +238,7 @@ def _unreadable(documents: Dataset, rows) -> dict[int, str]:
                 with Pillow.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]) as image:
                     image.load()
             except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-                return row, str(error).strip().split("\n")[0]
+                return row, first_line(error)
         return row, None
 
     with ThreadPoolExecutor() as pool:

@@ -138,6 +138,22 @@ def test_nothing_is_kept_of_an_answer(models, expected, scenes):
     assert tensors_alive_after(1) >= tensors_alive_after(0, 1, 2, 3)
 
 
+def test_an_error_without_words_ends_only_what_it_concerns(models, engine, scenes, expected):
+    def fail(module, args, kwargs):
+        raise RuntimeError("\n")
+
+    hook = models.model.get_base_model().model.language_model.register_forward_pre_hook(fail, with_kwargs=True)
+    failed = engine.submit(tensors(models, scenes[1], 1), None, Sampling(max_new_tokens=LENGTH))
+    try:
+        wait(failed, seconds=20)
+    finally:
+        hook.remove()
+    assert failed.error == "The model failed (RuntimeError: RuntimeError)"
+    again = engine.submit(tensors(models, scenes[1], 1), "default", Sampling(max_new_tokens=LENGTH))
+    wait(again)
+    assert again.tokens == expected[scenes[1], "default"]
+
+
 def test_a_closed_engine_refuses(models, expected):
     engine = Engine(models.model)
     engine.close()

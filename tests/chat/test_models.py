@@ -14,6 +14,7 @@ from fura_vlm.chat.engine import ChatError
 from fura_vlm.chat.models import default_model, describe, load_models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
 from fura_vlm.chat.terminal import chat
+from fura_vlm.chat.web import serve
 from fura_vlm.modelling.load import ModelError, load_adapter, load_base
 
 
@@ -64,6 +65,16 @@ def test_an_adapter_of_another_base(run, tmp_path):
     (tmp_path / "foreign" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="does not go with"):
         load_models(run, [str(tmp_path / "foreign")])
+
+
+def test_adapters_that_are_missing_or_cut_off(run, tmp_path):
+    shutil.copytree(f"{run}/adapter", tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="The adapter at .*cut does not go with"):
+        load_models(run, [str(tmp_path / "cut")])
+    with pytest.raises(ModelError, match="No adapter at nowhere"):
+        load_models(run, ["nowhere"])
     with pytest.raises(ModelError, match="No adapter at"):
         load_models(run, [str(tmp_path)])
 
@@ -81,3 +92,19 @@ def test_terminal(run, scenes, capsys, monkeypatch):
     assert capsys.readouterr().out == f"> There is no question: type one\n> {answer.strip()}\n> "
     with pytest.raises(ChatError, match="at least 1"):
         chat(ChatConfig(image=scenes[0], model=run, max_new_tokens=0))
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("port", 65536, "port is 65536: give a number from 1 to 65535"),
+        ("max_users", 0, "max_users is 0: give a number from 1"),
+        ("max_waiting", 0, "max_waiting is 0"),
+        ("max_new_tokens", 0, "max_new_tokens is 0"),
+        ("auth", "anna", "auth must be NAME:PASSWORD"),
+        ("auth", "anna:", "auth must be NAME:PASSWORD"),
+    ],
+)
+def test_settings_of_the_page_that_cannot_be(name, value, said):
+    with pytest.raises(ChatError, match=said):
+        serve(ChatConfig(model="no model is looked for", **{name: value}))

@@ -108,6 +108,20 @@ def test_two_turns_retry_edit_undo_and_clear(page, reference, scenes):
     expect(bot(page)).to_have_count(0)
 
 
+def test_an_edit_that_cannot_be_asked_loses_nothing(page):
+    open_settings(page, 2)
+    for number, question in enumerate(("One?", "Two?")):
+        ask(page, question)
+        idle(page)
+        expect(bot(page)).to_have_count(number + 1)
+    page.get_by_label("Edit").first.click()
+    page.locator("#left textarea").fill("<image>")
+    page.get_by_label("Submit").first.click()
+    expect(page.get_by_test_id("toast-body").last).to_contain_text("type one")
+    expect(bot(page)).to_have_count(2)
+    expect(user(page).first).to_contain_text("One?")
+
+
 def test_side_by_side(page, reference, scenes):
     open_settings(page)
     ask(page, "Anything?")
@@ -158,11 +172,13 @@ def test_bad_files_leave_the_chat_as_it_was(page, tmp_path, reference, scenes):
 
 def test_what_a_user_types_is_text(page, scenes):
     typed = "<script>document.title='caught'</script><img src=x onerror=\"document.title='caught'\"><image> <b>bold</b>"
+    typed += " ![picture](http://127.0.0.1:9/a.png)"
     open_settings(page)
     ask(page, typed, scenes[0])
     idle(page)
     expect(bot(page)).to_have_count(1)
-    assert user(page).last.inner_text().replace("\u2060", "").strip() == typed
+    shown = typed.replace("![picture](http://127.0.0.1:9/a.png)", "!picture")  # a link, and nothing is fetched
+    assert user(page).last.inner_text().replace("\u2060", "").strip() == shown
     assert page.locator("#left .user script, #left .user b").count() == 0
     assert page.title() == "FuRA-VLM"
 

@@ -87,6 +87,12 @@ def test_bad_files_are_named_without_the_servers_folder(tmp_path):
         assert str(caught.value).startswith(name) and str(tmp_path) not in str(caught.value)
 
 
+def test_a_picture_that_is_kept_no_longer(processor, tmp_path):
+    prompt = build_prompt([Exchange("One?", str(tmp_path / "gone.png"), "1"), Exchange("Two?")], processor, 900)
+    with pytest.raises(ChatError, match="kept no longer: start a new conversation"):
+        encode(prompt, processor)
+
+
 def test_animations_are_known(tmp_path):
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])

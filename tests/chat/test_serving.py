@@ -1,9 +1,11 @@
 """The server as programs use it: API, safety, many users at once."""
 
+import asyncio
 import contextlib
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import psutil
@@ -12,10 +14,13 @@ import torch
 from chat_server import ROOT, TINY, bad_files, serving
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from markdown_it import MarkdownIt
 from PIL import Image
 
+from fura_vlm.chat.engine import ChatError, Sampling
+from fura_vlm.chat.models import load_models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
-from fura_vlm.chat.web import as_seen
+from fura_vlm.chat.web import Chat, Session, Turn, _idle, as_seen
 from fura_vlm.modelling.load import load_any, load_processor
 
 LENGTH = 12
@@ -149,6 +154,47 @@ def test_no_url_is_fetched(address, scenes):
     assert not seen
 
 
+@pytest.mark.parametrize("route", ["file=", "file/"])
+def test_no_url_is_fetched_as_a_file(address, route):
+    """An address that Gradio would ask: it is not one of a private network. Nothing listens on the port."""
+    answer = httpx.get(f"{address}/gradio_api/{route}http://8.8.8.8:1/a.png", timeout=60)
+    assert answer.status_code == 403 and "not fetched" in answer.text
+
+
+def test_forgetting_while_an_answer_is_written(address, scenes):
+    user = client(address)
+    message = {"text": "Tell me all.", "files": [handle_file(scenes[0])]}
+    running = user.submit(message, **PLAIN | {"max_new_tokens": 512})
+    while not running.outputs():
+        time.sleep(0.01)
+    user.predict(api_name="/clear")
+    assert running.result(timeout=60)  # what was written until then, and no error
+    assert httpx.get(f"{address}/health").json()["writing"] == 0
+    assert ask(user, None) == ask(client(address), None)
+
+
+def test_one_question_at_a_time(run, scenes):
+    """Of two of one session the second is refused, also while the first is still being read; clearing waits for it."""
+    chat, session = Chat(load_models(run, []), max_users=2), Session()
+
+    async def answers(question):
+        async for _ in chat.ask(session, question, scenes[0], ["base"], Sampling(max_new_tokens=4)):
+            pass
+
+    async def talk():
+        first = asyncio.create_task(answers("One?"))
+        await asyncio.sleep(0)
+        with pytest.raises(ChatError, match="still being written"):
+            await answers("Two?")
+        await _idle(session)
+        assert [turn.question for turn in session.turns] == ["One?"]
+        await first
+
+    asyncio.run(talk())
+    assert not session.busy and not session.running
+    chat.engine.close()
+
+
 def test_bad_files_get_one_sentence(address, tmp_path):
     reasons = bad_files(tmp_path)
     user = client(address)
@@ -223,6 +269,25 @@ def test_the_queue_is_bounded():
             assert 2 <= len(taken) < 8
             for event in taken:
                 assert "event: complete" in http.get(f"/gradio_api/call/chat/{event}").text
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("<img src=http://a/b.png>", "&lt;img src=http://a/b.png&gt;"),
+        ("</p><div style='position:fixed'>", "&lt;/p&gt;&lt;div style='position:fixed'&gt;"),
+        ("<!--", "&lt;!--"),
+        ("![x](http://a/b.png)", '!<a href="http://a/b.png">x</a>'),
+        ("a < b, 1<2", "a &lt; b, 1&lt;2"),
+        ("**bold** `a<b`", "<strong>bold</strong> <code>a&lt;b</code>"),
+    ],
+)
+def test_answers_are_markdown_without_html_and_pictures(text, shown):
+    """By another Markdown than the page's: one that passes HTML through, too."""
+    question, answer = Session([Turn(text, None, ["base"], [text, None])]).messages()
+    for message in (question, answer):
+        html = MarkdownIt("commonmark").render(message["content"])
+        assert html.replace("\u2060", "").strip() == f"<p>{shown}</p>"
 
 
 def test_what_the_model_sees(tmp_path):

@@ -37,6 +37,8 @@ def test_gqa_is_exact_match_without_case_and_punctuation(tasks, answer, score):
         ("A. B", 0, 0),
         ("blue", 0, 0),
         ("The answer is B.", 0, 1),  # LLaVA's eval_science_qa.py reads it, lmms-eval does not
+        ("The answer is B, the blue one.", 0, 1),  # its pattern takes any character after the letter
+        ("A. The answer is B.", 0, 0),  # and it looks for a letter at the beginning first
         ("The answer is A.", 0, 0),
         ("The answer is B. The answer is A.", 0, 0),
         ("The answer is D.", 0, 0),  # no such choice

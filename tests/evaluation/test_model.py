@@ -1,7 +1,9 @@
 """The model for lmms-eval, against transformers' own generation without batches or padding."""
 
+import json
 import re
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fura_vlm.data.conversation import SYSTEM_PROMPT
 from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.evaluation.answers import AnswerStore
 from fura_vlm.evaluation.generation import EvaluationError, prompt_of
 from fura_vlm.evaluation.lmms_model import FuraLlava, generation_arguments
 from fura_vlm.evaluation.source import Source, find_model
@@ -215,6 +218,27 @@ def test_interrupted_answers_are_not_asked_again(make, expected, tmp_path):
     assert not seen
     make(cache=str(tmp_path)).generate_until(requests(GREEDY | {"max_new_tokens": 3}))  # other arguments, other answers
     assert len(file.read_text().splitlines()) == 6 + 4 + 9
+
+
+def test_answers_survive_line_separators_and_cut_characters(tmp_path):
+    AnswerStore(tmp_path).add({"one": "a\u2028b\x85c", "two": "\u00e9" * 5})
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[: -len('\u00e9"}\n'.encode()) - 1])  # a crash in the middle of a character
+    store = AnswerStore(tmp_path)
+    assert store.get("one") == "a\u2028b\x85c" and store.get("two") is None
+    store.add({"two": "b"})
+    assert AnswerStore(tmp_path).get("two") == "b"
+
+
+def test_what_ends_an_answer_is_part_of_the_fingerprint(tmp_path):
+    for file in Path(BASE).iterdir():
+        (tmp_path / file.name).symlink_to(file.resolve())
+    before = find_model(str(tmp_path)).fingerprint()
+    assert find_model(str(tmp_path)).fingerprint() == before
+    settings = json.loads((tmp_path / "generation_config.json").read_text()) | {"eos_token_id": 5}
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert find_model(str(tmp_path)).fingerprint() != before
 
 
 def test_lmms_eval_finds_the_model():

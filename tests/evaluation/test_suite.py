@@ -7,11 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Image, load_dataset
+from datasets import Dataset, Image, load_dataset
 from eval_models import BASE, ROOT, make_adapter
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
@@ -23,7 +24,9 @@ from fura_vlm.data.embedded import EmbeddedConfig, EmbeddedError, write_embedded
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.compare import compare
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
-from fura_vlm.evaluation.suite import evaluate
+from fura_vlm.evaluation.report import markdown, write_samples
+from fura_vlm.evaluation.source import Source
+from fura_vlm.evaluation.suite import Sample, _check_folder, evaluate
 from fura_vlm.evaluation.tasks import TASKS, load_tasks
 
 
@@ -125,6 +128,21 @@ def test_second_evaluation_asks_nothing_again(evaluated, settings):
     assert (evaluated / "results.json").read_text() == results
 
 
+def test_one_model_is_in_memory_at_a_time(settings, tmp_path, monkeypatch):
+    models, alive = [], []
+    load = Source.load
+
+    def watched(source, *arguments):
+        alive.append(sum(model() is not None for model in models))
+        model, processor = load(source, *arguments)
+        models.append(weakref.ref(model))
+        return model, processor
+
+    monkeypatch.setattr(Source, "load", watched)
+    evaluate(EvalConfig(**settings | {"output_dir": str(tmp_path / "eval"), "tasks": ["pope"], "limit": 1}))
+    assert alive == [0, 0]
+
+
 def test_paper_protocol(settings, tmp_path):
     own = settings | {"output_dir": str(tmp_path / "paper"), "protocol": "paper", "base": False, "limit": 3}
     results = json.loads((evaluate(EvalConfig(**own)) / "results.json").read_text())
@@ -143,6 +161,46 @@ def test_compare(evaluated, settings, tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(FuraVLMError, match="holds no results"):
         compare(CompareConfig(str(tmp_path / "run"), str(base)))
+
+
+def test_compare_reads_what_was_written(evaluated, tmp_path):
+    """An answer may have characters that Python takes for the end of a line; a file may have been cut off."""
+    samples = rows(evaluated, "tuned")
+    write_samples(tmp_path / "samples-tuned.jsonl", [Sample(**row | {"predicted": "a\u2028\x85b"}) for row in samples])
+    (tmp_path / "results.json").write_bytes((evaluated / "results.json").read_bytes())
+    assert compare(CompareConfig(str(evaluated), str(tmp_path))).count("| 6 |") == 4
+    (tmp_path / "samples-tuned.jsonl").unlink()
+    with pytest.raises(FuraVLMError, match="no whole results"):
+        compare(CompareConfig(str(evaluated), str(tmp_path)))
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(FuraVLMError, match="no whole results"):
+        compare(CompareConfig(str(evaluated), str(tmp_path)))
+    with pytest.raises(FuraVLMError, match="no results file of this suite"):
+        _check_folder(tmp_path, {"fingerprint": ""})
+
+
+def test_published_figures_stand_beside_their_own_tasks_only(evaluated):
+    results = json.loads((evaluated / "results.json").read_text())
+    assert "| 62.0 | 62.9 | 62.9 |" in markdown(results)
+    renamed = {name: {"gqa_ru": scores["gqa"]} for name, scores in results["scores"].items()}
+    assert "62.9" not in markdown(results | {"scores": renamed})
+
+
+def test_another_task_of_lmms_eval(settings, tmp_path, monkeypatch):
+    """Its data are loaded by lmms-eval, which finds a folder before the hub."""
+    folder = tmp_path / "lmms-lab-encoder" / "RealWorldQA"
+    folder.mkdir(parents=True)
+    picture = io.BytesIO()
+    Pillow.new("RGB", (20, 20), "red").save(picture, "PNG")
+    images = [{"bytes": picture.getvalue(), "path": None}] * 5
+    data = Dataset.from_dict({"image": images, "question": ["Which colour?"] * 5, "answer": ["red"] * 5})
+    data.cast_column("image", Image()).to_parquet(folder / "test-00000-of-00001.parquet")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    own = {"tasks": ["realworldqa"], "limit": 2, "base": False, "output_dir": str(tmp_path / "eval")}
+    score = json.loads((evaluate(EvalConfig(**settings | own)) / "results.json").read_text())["scores"]["tuned"]
+    assert (score["realworldqa"]["n"], score["realworldqa"]["total"]) == (2, 2)
+    assert len(rows(tmp_path / "eval", "tuned")) == 2
 
 
 def test_lmms_eval_scores_as_the_suite(evaluated, benchmarks, settings, adapter, tmp_path):
@@ -235,6 +293,24 @@ def test_no_such_task(settings):
         evaluate(EvalConfig(**settings | {"tasks": ["scienceqa_image"]}))
 
 
+@pytest.mark.parametrize(
+    "name, said", [("mmmu", "is a group of"), ("mme", "no score that is a mean.*run it with python -m lmms_eval")]
+)
+def test_tasks_that_cannot_stand_in_the_table(settings, name, said):
+    with pytest.raises(FuraVLMError, match=f"^{name} {'' if 'group' in said else 'has '}{said}"):
+        evaluate(EvalConfig(**settings | {"tasks": [name]}))
+
+
+def test_damaged_data(benchmarks, settings, tmp_path):
+    data = copy_of(benchmarks, tmp_path / "data", "POPE", lambda data: data)
+    [file] = (data / "POPE" / "default").iterdir()
+    content = bytearray(file.read_bytes())
+    content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
+    file.write_bytes(content)
+    with pytest.raises(FuraVLMError, match="The data .*POPE cannot be loaded"):
+        evaluate(EvalConfig(**settings | {"data": str(data), "tasks": ["pope"], "output_dir": str(tmp_path / "eval")}))
+
+
 def test_no_such_data(settings, tmp_path):
     with pytest.raises(FuraVLMError, match="There are no data at .*nowhere"):
         evaluate(EvalConfig(**settings | {"data": str(tmp_path / "nowhere")}))
@@ -278,6 +354,7 @@ def test_adapter_for_another_base(settings, tmp_path):
         evaluate(EvalConfig(**own | {"model": str(tmp_path / "lora")}))
 
 
-def test_limit_must_be_positive(settings):
-    with pytest.raises(FuraVLMError, match="limit is 0"):
-        evaluate(EvalConfig(**settings | {"limit": 0}))
+@pytest.mark.parametrize("name, value", [("limit", 0), ("max_new_tokens", 0), ("num_workers", -1)])
+def test_numbers_out_of_range(settings, name, value):
+    with pytest.raises(FuraVLMError, match=f"{name} is {value}: give {value + 1} or more, or leave it out"):
+        evaluate(EvalConfig(**settings | {name: value}))
