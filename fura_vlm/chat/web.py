@@ -21,6 +21,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 from gradio_client.utils import is_http_url_like, traverse
+from markdown_it import MarkdownIt
 from PIL import Image, ImageDraw
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -38,6 +39,7 @@ MAX_UPLOAD = "50mb"
 NOTHING = "nothing"
 URLS = "/gradio_api/file=http{rest:path}", "/gradio_api/file/http{rest:path}"  # where Gradio would fetch an address
 JOINER = "\u2060"  # takes no room and breaks no line
+MARKDOWN = MarkdownIt("commonmark")
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container {width: 100% !important; max-width: 72rem !important; margin: auto}
@@ -501,9 +503,16 @@ def _speed(sides: list[str], running: list[Generation]) -> str:
 
 def _literal(text: str) -> str:
     """Markdown without HTML and pictures. Gradio would show all tags but scripts, some of them over the whole page, and
-    the browser would fetch whatever picture an answer names.
+    the browser would fetch whatever picture an answer names. In blocks of code both are text already, and stay as they
+    are: code is copied.
     """
-    return re.sub(r"<(?=[a-zA-Z/!?])|!(?=\[)", rf"\g<0>{JOINER}", text)
+    text = re.sub(r"<(?=[a-zA-Z/!?])|!(?=\[)", rf"\g<0>{JOINER}", re.sub(r"\r\n?", "\n", text))
+    lines = text.split("\n")
+    for block in MARKDOWN.parse(text):
+        if block.type == "fence" and block.level == 0:
+            first, end = block.map
+            lines[first + 1 : end] = [line.replace(JOINER, "") for line in lines[first + 1 : end]]
+    return "\n".join(lines)
 
 
 def _shown_error(error: ChatError) -> gr.Error:
