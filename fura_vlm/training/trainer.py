@@ -63,6 +63,9 @@ class FuraTrainer(Trainer):
         )
 
     def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed when all was done: the Trainer takes one step more
+            self.control.should_training_stop = True
+            return None
         set_epoch(train_dataloader, epoch)
         return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 

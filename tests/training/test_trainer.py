@@ -7,8 +7,9 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from fura_vlm.data.collator import Collator
 from fura_vlm.data.sampler import ModalityLengthSampler
-from fura_vlm.modelling.load import load_base
+from fura_vlm.modelling.load import load_base, load_processor
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import prepare
 from fura_vlm.training.trainer import FuraTrainer, set_epoch
@@ -57,3 +58,26 @@ def test_rates_and_decay_of_parameters(decay, tmp_path):
     for name, parameter in trained.items():
         rate = 2e-4 if "multi_modal_projector" in name else 1e-3
         assert found[id(parameter)] == (rate, decay if parameter.dim() > 1 else 0.0), name
+
+
+def test_a_run_that_is_done_takes_no_step_more(tmp_path):
+    """Resumed from the checkpoint of its last step, as after an interruption while the report was written."""
+    ids = torch.arange(300, 316)
+    rows = [{"input_ids": ids, "labels": ids}] * 8
+
+    def train(resume_from=None):
+        model = prepare(load_base("data/tiny-llava", torch.float32), TrainConfig())
+        arguments = TrainingArguments(
+            tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="constant",
+            use_cpu=True, report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        collator = Collator(load_processor("data/tiny-llava").tokenizer)
+        trainer = FuraTrainer(model, arguments, collator, rows, mm_projector_lr=None, group_by_modality_length=False)
+        trainer.train(resume_from_checkpoint=resume_from)
+        assert trainer.state.global_step == 2
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    through, resumed = train(), train(str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(one, other) for one, other in zip(through, resumed, strict=True))
+    assert max(p.abs().max() for p in through) > 0
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
