@@ -65,6 +65,19 @@ def test_missing_base(launch):
     assert "There is no model at data/nowhere" in said(job)
 
 
+def test_a_recipe_given_by_name_is_the_whole_recipe(launch):
+    """Nothing of the embedded one, whose rate is fifteen times that of the paper, gets into it."""
+    run = launch.folder / "run"
+    recipe = launch.folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_name_or_path": "data/nowhere", "output_dir": str(run)}))
+    command = ["bash", "scripts/finetune_fura.sh", "--method", "lora", "--config", str(recipe)]
+    assert subprocess.run(command, capture_output=True, env=os.environ | {"NUM_PROCESSES": "1"}).returncode == 1
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings == dataclasses.asdict(
+        TrainConfig(model_name_or_path="data/nowhere", output_dir=str(run), method="lora")
+    )
+
+
 def test_deepspeed_configuration_that_is_none(launch):
     assert "There is no DeepSpeed configuration at zero9.json" in said(launch("ds", deepspeed="zero9.json"))
     path = launch.folder / "cut.json"
