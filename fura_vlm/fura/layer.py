@@ -235,6 +235,10 @@ class FuraLayer(BaseTunerLayer):
         weight = self.get_base_weight()
         return self._adapted(weight, [adapter_name]) - weight
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's `convert_to_lora` takes what `get_delta_weight` gives, and approximates it at the rank asked for."""
+        return True
+
     def _adapted(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """``(I + sum D_out) W (I + sum D_in)`` in float32, or the weight's dtype if wider."""
         self.ensure_basis()

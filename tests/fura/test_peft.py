@@ -11,8 +11,10 @@ from peft import (
     PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
+    convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
 from torch import nn
@@ -650,6 +652,18 @@ def test_meta_device(tmp_path):
     empty.load_state_dict(state)
     empty.base_model.model.model.rotary_emb = tiny_llama().model.rotary_emb  # its buffers are in no state dict
     close(logits(empty), expected)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_conversion_to_lora(side):
+    """At full rank the same function; below it an approximation, for what takes LoRA alone."""
+    model = adapted((tiny_llama, ["q_proj", "gate_proj", "down_proj"]), train_side=side).eval()
+    expected, base = logits(model), logits(tiny_llama())
+    for rank, share in ((48, 1e-4), (12, 0.9)):
+        config, state = convert_to_lora(model, rank)
+        lora = get_peft_model(tiny_llama(), config)
+        set_peft_model_state_dict(lora, state)
+        assert (logits(lora.eval()) - expected).norm() < share * (base - expected).norm()
 
 
 def test_status_and_repr():
