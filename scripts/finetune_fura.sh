@@ -10,8 +10,11 @@ source "$(dirname "$0")/env.sh" core
 source "$ROOT/scripts/launch.sh"
 cd "$ROOT"
 config=scripts/configs/tiny.yaml
-case "${1:-}" in *.yaml | *.yml) config="$1"; shift ;; esac
+case "${1:-}" in
+    *.yaml | *.yml) config="$1"; shift ;;
+    *) case " $*" in *" --config"*) config="" ;; esac ;;  # the embedded recipe is no part of another one
+esac
 if [ "$config" = scripts/configs/tiny.yaml ] && [ "${NODE_RANK:-0}" = 0 ]; then  # the others wait for its launcher
     fura-vlm data embedded
 fi
-launch train --config "$config" "$@"
+launch train ${config:+--config "$config"} "$@"

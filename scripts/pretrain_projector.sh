@@ -3,5 +3,8 @@
 #
 #   bash scripts/pretrain_projector.sh [CONFIG.yaml] [--KEY VALUE ...]
 set -euo pipefail
-case "${1:-}" in *.yaml | *.yml) ;; *) set -- "$(dirname "$0")/configs/llava-1.5-7b-pretrain.yaml" "$@" ;; esac
+case "${1:-} $*" in
+    *.yaml\ * | *.yml\ * | *" --config"*) ;;
+    *) set -- scripts/configs/llava-1.5-7b-pretrain.yaml "$@" ;;
+esac
 exec bash "$(dirname "$0")/finetune_fura.sh" "$@" --method projector --conversation plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 from torch.nn.functional import linear
@@ -155,7 +156,7 @@ def block_delta(dR: torch.Tensor, ds: torch.Tensor | None, V: torch.Tensor, s0: 
         s0: ``(N, r)``.
 
     Returns:
-        ``(N, b, b)`` in the widest of the arguments' dtypes, float32 at least.
+        ``(N, b, b)`` in the widest of the arguments' dtypes, float32 at least; also under autocast.
     """
     dtype = torch.promote_types(torch.promote_types(V.dtype, dR.dtype), torch.float32)
     if dtype == torch.float32 and kernels.usable(dR, dR.shape[-1]):
@@ -163,7 +164,14 @@ def block_delta(dR: torch.Tensor, ds: torch.Tensor | None, V: torch.Tensor, s0: 
     V, rows = V.to(dtype), dR.to(dtype)
     if ds is not None:
         rows = (ds.to(dtype) / s0.to(dtype)).unsqueeze(-1) * (V.mT + rows) + rows
-    return V @ rows
+    with without_autocast(V):
+        return V @ rows
+
+
+def without_autocast(x: torch.Tensor):
+    """Inside, products on x's device have the dtype of what they are made of."""
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 def apply_blocks(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
@@ -217,4 +225,5 @@ def folded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 def multiply_columns(weight: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     """``weight @ blockdiag(D_1, ..., D_N)``: ``weight (out, N * b)``, ``D (N, b, b)``, its dtype."""
     blocks = weight.unflatten(-1, D.shape[:2])
-    return torch.einsum("onb,nbc->onc", blocks, D.to(weight.dtype)).flatten(-2)
+    with without_autocast(weight):
+        return torch.einsum("onb,nbc->onc", blocks, D.to(weight.dtype)).flatten(-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -95,12 +96,22 @@ class FuraConfig(PeftConfig):
             raise FuraError("FuraConfig: `layers_pattern` needs `layers_to_transform`.")
         if self.num_blocks is not None and self.block_size is not None:
             raise FuraError("FuraConfig: give `num_blocks` or `block_size`, not both.")
-        for name in ("num_blocks", "block_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FuraError(f"FuraConfig: `{name}` must be at least 1, not {value}.")
-        if self.singular_floor is not None and not 0 < self.singular_floor < 1:
-            raise FuraError(f"FuraConfig: `singular_floor` must lie between 0 and 1, not {self.singular_floor}.")
+        if not isinstance(self.block_size_pattern, dict):
+            raise FuraError("FuraConfig: `block_size_pattern` must map module names to block sizes.")
+        sizes = {f"block_size_pattern[{key!r}]": value for key, value in self.block_size_pattern.items()}
+        for name, value in {"num_blocks": self.num_blocks, "block_size": self.block_size, **sizes}.items():
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise FuraError(f"FuraConfig: `{name}` must be a whole number of at least 1, not {value!r}.")
+        for pattern in self.block_size_pattern:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise FuraError(
+                    f"FuraConfig: {pattern!r} in `block_size_pattern` is no regular expression ({error})."
+                ) from error
+        floor = self.singular_floor
+        if floor is not None and not (isinstance(floor, float) and 0 < floor < 1):
+            raise FuraError(f"FuraConfig: `singular_floor` must be a number between 0 and 1, not {floor!r}.")
         for name, allowed in (
             ("bias", ("none", "all", "fura_only")),
             ("train_side", ("input", "output")),

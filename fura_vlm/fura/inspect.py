@@ -35,7 +35,7 @@ class Spectrum:
     @property
     def condition(self) -> torch.Tensor:
         """Largest over smallest singular value of each block: ``(N,)``; inf if rank-deficient."""
-        return (self.values[:, 0] / self.values[:, -1]).nan_to_num(torch.inf)
+        return torch.where(self.values[:, -1] > 0, self.values[:, 0] / self.values[:, -1], torch.inf)
 
     @property
     def guarded(self) -> int:
@@ -123,7 +123,7 @@ def plot_spectrum(report: list[Spectrum], path: str | os.PathLike) -> None:
         by_layer.plot(where, worst, color=color, linestyle=":", marker="x", markersize=4)
         for entry in entries:
             scaled = (entry.values / entry.values[:, :1].clamp(min=torch.finfo(torch.float64).tiny)).mean(0)
-            smallest = min(smallest, scaled[scaled > 0].min().item())
+            smallest = min([smallest, *scaled[scaled > 0].tolist()])
             by_index.plot(torch.linspace(0, 1, len(scaled)), scaled, color=color, alpha=0.5, linewidth=1)
     floor = max(entry.floor for entry in report)
     note = f"floor {floor:.1e}"

@@ -76,7 +76,7 @@ class FuraLayer(BaseTunerLayer):
         self._unmerged: SavedWeight | None = None  # the base weight, while it is replaced by a merged one
         # block matrices while answering, by adapters and dtype, each with the version of what it was computed from;
         # DeepSpeed writes to parameters without a change of their version, but not in evaluation mode
-        self._kept_blocks: dict[tuple, tuple[list[int], list[torch.Tensor]]] = {}
+        self._kept_blocks: dict[tuple, tuple[list[tuple[int, int]], list[torch.Tensor]]] = {}
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.fura_side)
@@ -224,9 +224,20 @@ class FuraLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """What the adapter adds to the base weight: ``(out, in)``, in float32 or wider."""
+        """What the adapter adds to the base weight: ``(out, in)``, in float32 or wider.
+
+        Raises:
+            FuraError: an adapter is merged, so that the base weight is not what it was.
+        """
+        if self.merged:
+            merged = ", ".join(self.merged_adapters)
+            raise FuraError(f"{self.module_name}: {merged} is merged into its weight; call unmerge_adapter() first.")
         weight = self.get_base_weight()
         return self._adapted(weight, [adapter_name]) - weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's `convert_to_lora` takes what `get_delta_weight` gives, and approximates it at the rank asked for."""
+        return True
 
     def _adapted(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """``(I + sum D_out) W (I + sum D_in)`` in float32, or the weight's dtype if wider."""
@@ -237,6 +248,12 @@ class FuraLayer(BaseTunerLayer):
             by_side[self.fura_side[name]].append(self.delta(name, weight.dtype))
         weight = sum((multiply_columns(weight, D) for D in by_side["input"]), weight)
         return sum((multiply_columns(weight.T, D.mT).T for D in by_side["output"]), weight)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see the base class."""
+        self._kept_blocks.clear()
+        self._without_basis.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
 
     def cast_trained(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Cast what an adapter trains (or its D, if exported for inference); the basis keeps its dtype."""
@@ -337,20 +354,20 @@ class FuraLinear(nn.Module, FuraLayer):
             self._kept_blocks[key] = version, blocks
         return blocks
 
-    def _written(self, adapter_names: list[str]) -> list[int] | None:
-        """A value that changes whenever a trained tensor is written to, or None if what follows from them is not to
-        be kept: it needs gradients, or these tensors do not tell (compiled, partitioned, made in inference mode)."""
+    def _written(self, adapter_names: list[str]) -> list[tuple[int, int]] | None:
+        """A value that changes whenever a tensor of the adapters is written to or replaced, or None if what follows
+        from them is not to be kept: it needs gradients, or these tensors do not tell (compiled, partitioned, made in
+        inference mode). What is written to ``tensor.data`` is seen after the next `train` or `eval`."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        versions = []
-        for tensors in (self.fura_dR, self.fura_ds, self.fura_D):
-            for name in adapter_names:
-                if name in tensors:
-                    tensor = tensors[name]
-                    if tensor.is_inference() or is_partitioned(tensor):
-                        return None
-                    versions.append(tensor._version)
-        return versions
+        parts = (self.fura_dR, self.fura_ds, self.fura_V, self.fura_s0, self.fura_D)
+        tensors = [part[name] for part in parts for name in adapter_names if name in part]
+        if any(tensor.is_inference() or is_partitioned(tensor) for tensor in tensors):
+            return None
+        try:
+            return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        except RuntimeError:  # no memory of its own, as within torch.func's transforms
+            return None
 
     def _is_plain(self) -> bool:
         """Whether all that calling the base layer does is multiply by its frozen weight and add its frozen bias."""
@@ -402,23 +419,27 @@ class FuraLinear(nn.Module, FuraLayer):
             self.unmerge()
         layer = self.get_base_layer()
         original = self.get_base_weight()
-        weight = self._adapted(original, names)
+        weight = self._adapted(original, names).to(original.dtype)
         if safe_merge:
             self._check_finite(weight, names)
         self._unmerged = SavedWeight(layer, self.quantization_backend)
-        self.set_base_weight(weight.to(original.dtype))
+        self.set_base_weight(weight)
         self.merged_adapters = names
 
     @torch.no_grad()
     def check_merge(self, adapter_names: list[str]) -> None:
         """Raise FuraError, as `merge(safe_merge=True)` would, without merging."""
         names = [name for name in adapter_names if name in self.fura_side and name not in self.merged_adapters]
-        self._check_finite(self._adapted(self.get_base_weight(), names), names)
+        weight = self.get_base_weight()
+        self._check_finite(self._adapted(weight, names).to(weight.dtype), names)
 
     def _check_finite(self, weight: torch.Tensor, adapter_names: list[str]) -> None:
         if not torch.isfinite(weight).all():
-            names = ", ".join(adapter_names)
-            raise FuraError(f"{self.module_name}: merging {names} gives NaN or Inf; the adapter is broken.")
+            names, dtype = ", ".join(adapter_names), str(weight.dtype).removeprefix("torch.")
+            raise FuraError(
+                f"{self.module_name}: merging {names} gives NaN or Inf in {dtype}; the adapter is broken, or has "
+                "outgrown what the dtype can hold."
+            )
 
     def unmerge(self) -> None:
         """Put the original base weight back, exactly."""

@@ -70,10 +70,13 @@ class FuraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; see the base class. What a user may not have meant is said in one log line each."""
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             _withdraw(model, adapter_name)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
             raise
         config = self.peft_config[adapter_name]
         layers = [layer for layer in _fura_layers(model) if adapter_name in layer.fura_side]

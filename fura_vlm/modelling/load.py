@@ -113,7 +113,12 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
     """
     try:
         model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
-    except ImportError as error:  # bitsandbytes
+    except ImportError as error:  # bitsandbytes, or what attn_implementation names
+        if kwargs.get("quantization_config") is None:
+            raise ModelError(
+                f"{path} cannot be loaded as asked, because a package is missing: {error} (attn_implementation sdpa "
+                "needs none)"
+            ) from error
         raise ModelError(f"A base in 4 bits needs the extra package: pip install -e .[quant] ({error})") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error

@@ -79,6 +79,23 @@ MAY_CHANGE = (
     "save_total_limit",
     "report_to",
 )
+# Less than this libraries refuse late, or not at all.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "mm_projector_lr": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "seed": 0,
+    "dataloader_num_workers": 0,
+    "model_max_length": 1,
+    "logging_steps": 1,
+    "eval_batch_size": 1,
+    "eval_max_new_tokens": 1,
+}
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
 
 
@@ -97,28 +114,25 @@ def train(config: TrainConfig) -> Path:
         SystemExit: 143 after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     state = _join()
-    set_seed(config.seed)
     _agree(lambda: _check(config))
+    set_seed(config.seed)
     run = _agree(lambda: _choose_run(config))
     checkpoint = _agree(lambda: get_last_checkpoint(str(run)))
     accumulation = _agree(lambda: _accumulation(config, checkpoint))
     universal = checkpoint is not None and WrittenBy.of(checkpoint).processes != state.num_processes
     # Before the model: ZeRO-3 partitions it while loading.
-    arguments = _training_arguments(config, run, accumulation, universal)
+    arguments = _alike(lambda: _training_arguments(config, run, accumulation, universal))
     console = Console(quiet=not state.is_main_process)
 
-    processor = load_processor(config.model_name_or_path)
+    processor = _alike(lambda: load_processor(config.model_name_or_path))
     processor.image_processor.do_pad = True  # LLaVA v1.5's recipe; published processors crop the centre instead
     dataset, questions, said = _agree(lambda: _load_data(config, processor, run))
     if said:
         console.print(said, style="yellow", soft_wrap=True)
     quantized = quantization(config.method, _dtype(arguments))
-    model = load_base(config.model_name_or_path, _dtype(arguments), config.attn_implementation, quantized)
-    try:
-        model = prepare(model, config)
-    except ValueError as error:  # the method's library refuses the settings, on every process alike
-        refused = TrainingError(f"{config.method} cannot be set up with these settings: {error}")
-        _agree(lambda: _raise(refused))
+    attention = config.attn_implementation
+    model = _alike(lambda: load_base(config.model_name_or_path, _dtype(arguments), attention, quantized))
+    model = _alike(lambda: prepare(model, config), f"{config.method} cannot be set up with these settings")
     # ZeRO-3 also takes the last gradients again of what a batch leaves out.
     if state.num_processes > 1 or is_deepspeed_zero3_enabled():
         use_all_parts(model)
@@ -129,15 +143,17 @@ def train(config: TrainConfig) -> Path:
         _describe(config, run, processor, model, dataset, checkpoint, console)
     signals = SaveOnSignal()
     held_out = HeldOut(config, run, processor, questions, signals)
-    trainer = FuraTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=Collator(processor.tokenizer, pad_to_multiple_of=8),  # as tensor cores like it
-        callbacks=[MetricsFile(run / "metrics.jsonl", resume_from=checkpoint), signals, held_out],
-        mm_projector_lr=config.mm_projector_lr,
-        group_by_modality_length=config.group_by_modality_length,
-        universal=universal,
+    trainer = _alike(
+        lambda: FuraTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=Collator(processor.tokenizer, pad_to_multiple_of=8),  # as tensor cores like it
+            callbacks=[MetricsFile(run / "metrics.jsonl", resume_from=checkpoint), signals, held_out],
+            mm_projector_lr=config.mm_projector_lr,
+            group_by_modality_length=config.group_by_modality_length,
+            universal=universal,
+        )
     )
     if universal:
         _agree(lambda: make_universal(checkpoint))
@@ -174,7 +190,8 @@ def _join() -> PartialState:
     try:
         if "RANK" in os.environ:  # by way of DeepSpeed, which else believes itself alone under ZeRO-3
             deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(hours=1), auto_mpi_discovery=False)
-            unlink_shared_memory()
+            if not cuda:
+                unlink_shared_memory()
         state = PartialState(cpu=not cuda)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
@@ -212,13 +229,23 @@ def _agree(decide):
     return outcome[0]
 
 
+def _alike(do, refusal: str = "These settings are refused"):
+    """Every process does the same. Where that is refused, it is refused on all of them: the main one says so, and all
+    end."""
+    try:
+        return do()
+    except (FuraVLMError, ValueError) as error:  # a ValueError is a library's
+        refused = error if isinstance(error, FuraVLMError) else TrainingError(f"{refusal}: {error}")
+        return _agree(lambda: _raise(refused))
+
+
 def _raise(error: Exception) -> None:
     raise error
 
 
 def _choose_run(config: TrainConfig) -> Path:
     """The folder to run in: a new one, or that of the same run interrupted. Numbered after a finished run."""
-    first = Path(config.output_dir.format(method=config.method))
+    first = Path(config.output_dir.replace("{method}", config.method))
     number = 1
     run = first
     while (run / FINISHED).exists():
@@ -261,10 +288,17 @@ def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationD
 
 
 def _check(config: TrainConfig) -> None:
-    """Looks at what the settings say together."""
+    """Looks at the settings: numbers that are none, and what they say together."""
+    for name, least in AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise TrainingError(f"{name} is {value} and has to be at least {least}")
     if not Path(config.deepspeed).is_file():
         raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
-    stage = _zero(config).get("stage")
+    try:
+        stage = _zero(config).get("stage")
+    except (ValueError, AttributeError) as error:  # no JSON, or no object
+        raise TrainingError(f"{config.deepspeed} is no DeepSpeed configuration in JSON: {error}") from error
     if stage == 3 and config.compile_layers:
         raise TrainingError(
             "compile_layers and ZeRO-3 do not go together, because DeepSpeed gathers weights in the midst of a layer: "

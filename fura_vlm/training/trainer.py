@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -15,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from fura_vlm.data.sampler import ModalityLengthSampler
 from fura_vlm.training.checkpoint import WrittenBy, load_buffers, mend_optimizer, remove_universal
 from fura_vlm.training.loss import train_on_labels_only
+from fura_vlm.training.methods import PROJECTOR
 from fura_vlm.training.throughput import Meter, Progress
 
 
@@ -60,19 +62,31 @@ class FuraTrainer(Trainer):
             seed=self.args.seed,
         )
 
+    def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed when all was done: the Trainer takes one step more
+            self.control.should_training_stop = True
+            return None
+        set_epoch(train_dataloader, epoch)
+        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-            projector = [p for name, p in trained if "multi_modal_projector" in name]
-            rest = [p for name, p in trained if "multi_modal_projector" not in name]
+            decayed = {name for name, _ in trained}
+            if self.args.weight_decay:  # biases and norms never
+                decayed &= set(self.get_decay_parameter_names(self.model))
+            rates = {False: self.args.learning_rate, True: self.mm_projector_lr}
+            if self.mm_projector_lr is None:
+                rates[True] = rates[False]
             groups = [
-                {"params": rest, "weight_decay": self.args.weight_decay},
                 {
-                    "params": projector,
-                    "weight_decay": self.args.weight_decay,
-                    "lr": self.args.learning_rate if self.mm_projector_lr is None else self.mm_projector_lr,
-                },
+                    "params": [p for name, p in trained if (PROJECTOR in name, name in decayed) == (projector, decays)],
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                    "lr": rate,
+                }
+                for projector, rate in rates.items()
+                for decays in (True, False)
             ]
             self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
         return self.optimizer
@@ -116,3 +130,16 @@ class FuraTrainer(Trainer):
             shutil.rmtree(run / "saving")
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
         PartialState().wait_for_everyone()
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Tells the sampler below a loader of accelerate's which epoch it is.
+
+    Where one of several processes goes on amid an epoch, there are two wrappers around the sampler, and accelerate and
+    the Trainer reach below one: records would come in the order of the first epoch, some twice and others not at all.
+    """
+    sampler = loader.batch_sampler
+    while not hasattr(sampler, "sampler"):
+        sampler = sampler.batch_sampler
+    if hasattr(sampler.sampler, "set_epoch"):
+        sampler.sampler.set_epoch(epoch)

@@ -109,8 +109,10 @@ def test_a_second_adapter_that_fails_leaves_the_first():
     with torch.no_grad():
         model.base_model.model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
     keys = set(model.state_dict())
+    trained = [p.requires_grad_("layers.0" in name) for name, p in model.named_parameters() if "fura_" in name]
     with pytest.raises(ValueError, match="v_proj"):
         model.add_adapter("second", FuraConfig(target_modules=["q_proj", "v_proj"]))
+    assert [p.requires_grad for p in trained] == [True, True, False, False]
     assert set(model.state_dict()) == keys
     assert list(model.peft_config) == ["default"] and len(fura_layers(model)) == 2
 
@@ -207,3 +209,14 @@ def test_safe_merge_of_a_broken_adapter(how):
     layers = fura_layers(model)
     assert len(layers) == 4 and not any(layer.merged for layer in layers)
     assert all(torch.equal(layer.base_layer.weight, w) for layer, w in zip(layers, weights, strict=True))
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_safe_merge_looks_at_what_is_written(how):
+    """A number that float16 cannot hold becomes Inf only when the merged weight is rounded to it."""
+    base = tiny_llama(torch.float16)
+    base.model.layers[1].self_attn.q_proj.weight.data.mul_(1e5)
+    model = perturb(get_peft_model(base, FuraConfig(target_modules=["q_proj"])), scale=3)
+    with pytest.raises(FuraError, match=r"^model\.layers\.1\.self_attn\.q_proj: merging default .* in float16; "):
+        getattr(model, how)(safe_merge=True)
+    assert not any(layer.merged for layer in fura_layers(model))

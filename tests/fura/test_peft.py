@@ -11,8 +11,10 @@ from peft import (
     PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
+    convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
 from torch import nn
@@ -64,6 +66,12 @@ def test_config_round_trip(tmp_path):
         ({"num_blocks": 2, "block_size": 2}, "not both"),
         ({"num_blocks": 0}, "num_blocks"),
         ({"block_size": -1}, "block_size"),
+        ({"block_size": "8"}, "block_size"),
+        ({"block_size_pattern": {"q": 0}}, r"block_size_pattern\['q'\]"),
+        ({"block_size_pattern": {"q": 8.0}}, r"block_size_pattern\['q'\]"),
+        ({"block_size_pattern": {"*q": 8}}, "no regular expression"),
+        ({"block_size_pattern": ["q"]}, "block_size_pattern"),
+        ({"singular_floor": "1e-3"}, "singular_floor"),
         ({"singular_floor": 2.0}, "singular_floor"),
         ({"basis_dtype": "int8"}, "basis_dtype"),
         ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform"),
@@ -136,6 +144,56 @@ def test_loading_into_an_adapter_in_use(low_cpu_mem_usage, tmp_path):
     model.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)
     close(logits(model), logits(other))
     assert (logits(model) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("how", ["vector_to_parameters", "another parameter", "the basis"])
+def test_what_is_written_between_answers_counts(how):
+    """What is kept for answering is forgotten however the adapter's tensors are replaced."""
+    model = adapted(CASES["llama"]).eval()
+    before = logits(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if how == "vector_to_parameters":  # torch's own, by way of .data
+        nn.utils.vector_to_parameters(3 * nn.utils.parameters_to_vector(trained).detach(), trained)
+    for layer in fura_layers(model).values():
+        if how == "another parameter":
+            layer.fura_dR["default"] = nn.Parameter(3 * layer.fura_dR["default"].detach())
+        elif how == "the basis":
+            layer.fura_V["default"].neg_()
+    found = logits(model)
+    assert (found - before).abs().max() > 1e-3
+    assert torch.equal(found, logits(copy.deepcopy(model).eval()))
+
+
+def test_autocast_leaves_no_trace():
+    """Neither an answer under it in later ones, nor a merge under it in the weights."""
+    model = adapted(CASES["llama"]).eval()
+    expected = logits(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model)
+    assert torch.equal(logits(model), expected)
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.merge_adapter()
+    for one, other in zip(fura_layers(model).values(), fura_layers(merged).values(), strict=True):
+        assert torch.equal(one.base_layer.weight, other.base_layer.weight)
+
+
+def test_transforms_of_functions_see_their_own_parameters():
+    """torch.func over two sets of an adapter's parameters at once, as for an ensemble."""
+    model = adapted(CASES["llama"]).eval()
+    ids = inputs_for(model)["input_ids"]
+    pairs = {name: torch.stack([p, 2 * p]).detach() for name, p in model.named_parameters() if "fura_" in name}
+
+    def answer(parameters):
+        return torch.func.functional_call(model, parameters, (ids,)).logits
+
+    with torch.no_grad():
+        both = torch.func.vmap(answer)(pairs)
+    for i in (0, 1):
+        with torch.no_grad():
+            close(both[i], answer({name: pair[i] for name, pair in pairs.items()}))
+    close(both[0], logits(model))
 
 
 def test_a_saved_configuration_starts_a_fresh_adapter_too(case, tmp_path):
@@ -219,6 +277,8 @@ def test_unmerge_is_exact(case, dtype):
     for _ in range(2):
         model.merge_adapter(safe_merge=True)
         assert all(layer.merged_adapters == ["default"] for layer in fura_layers(model).values())
+        with pytest.raises(ValueError, match="default is merged into its weight; call unmerge_adapter"):
+            next(iter(fura_layers(model).values())).get_delta_weight("default")
         assert any(not torch.equal(layer.base_layer.weight, weights[n]) for n, layer in fura_layers(model).items())
         close(logits(model).float(), expected.float(), 1e-5 if dtype == torch.float32 else 0.05)
         model.unmerge_adapter()
@@ -307,6 +367,7 @@ def test_several_adapters(case, tmp_path):
     loaded.delete_adapter("default")
     close(logits(loaded), alone[1])
     assert not any("default" in key for key in loaded.state_dict())
+    assert not any("default" in key for layer in fura_layers(loaded).values() for key in layer._kept_blocks)
     with pytest.raises(ValueError, match="not found"):
         loaded.set_adapter("default")
 
@@ -591,6 +652,18 @@ def test_meta_device(tmp_path):
     empty.load_state_dict(state)
     empty.base_model.model.model.rotary_emb = tiny_llama().model.rotary_emb  # its buffers are in no state dict
     close(logits(empty), expected)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_conversion_to_lora(side):
+    """At full rank the same function; below it an approximation, for what takes LoRA alone."""
+    model = adapted((tiny_llama, ["q_proj", "gate_proj", "down_proj"]), train_side=side).eval()
+    expected, base = logits(model), logits(tiny_llama())
+    for rank, share in ((48, 1e-4), (12, 0.9)):
+        config, state = convert_to_lora(model, rank)
+        lora = get_peft_model(tiny_llama(), config)
+        set_peft_model_state_dict(lora, state)
+        assert (logits(lora.eval()) - expected).norm() < share * (base - expected).norm()
 
 
 def test_status_and_repr():

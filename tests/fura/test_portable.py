@@ -183,3 +183,15 @@ def test_spectrum_report(tmp_path):
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         spectrum_report(model)
+
+
+def test_spectrum_of_layers_without_one(tmp_path):
+    """A weight of zeros, as projections begin in some models, and one of rank 1."""
+    base = tiny_llama()
+    for layer, columns in zip(base.model.layers, (0, 1), strict=True):
+        layer.self_attn.q_proj.weight.data.zero_()[:, :columns] = 1.0
+    report = spectrum_report(get_peft_model(base, FuraConfig(target_modules=["q_proj"])))
+    assert all(torch.isinf(entry.condition).all() for entry in report)
+    assert [entry.guarded for entry in report] == [48, 47]
+    plot_spectrum(report, tmp_path / "spectrum.png")
+    assert (tmp_path / "spectrum.png").stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,12 @@ def test_what_a_path_means(tmp_path, monkeypatch):
     assert find_parts(str(run)) == (base, str(run / "adapter"), str(run / "processor"))
     assert find_parts(str(run / "adapter")) == (base, str(run / "adapter"), base)
     assert find_parts("llava-hf/llava-1.5-7b-hf") == ("llava-hf/llava-1.5-7b-hf", None, "llava-hf/llava-1.5-7b-hf")
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="the package is there")
+def test_a_missing_package_is_named_for_what_it_is():
+    with pytest.raises(ModelError, match="^data/tiny-llava cannot be loaded as asked, .*FlashAttention2.*sdpa"):
+        load_base(BASE, torch.float32, "flash_attention_2")
 
 
 def test_interrupted_run_and_half_a_model_say_so(tmp_path):

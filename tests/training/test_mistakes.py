@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.train import TrainingError, _choose_run, advice_on_memory
+from fura_vlm.training.train import AT_LEAST, TrainingError, _check, _choose_run, advice_on_memory
 
 
 def said(job) -> str:
@@ -61,11 +61,51 @@ def test_empty_mixture(launch):
 
 
 def test_missing_base(launch):
-    assert "There is no model at data/nowhere" in said(launch("base", model_name_or_path="data/nowhere"))
+    job = launch("base", model_name_or_path="data/nowhere", processes=2)
+    assert "There is no model at data/nowhere" in said(job)
 
 
-def test_missing_deepspeed_configuration(launch):
+def test_a_recipe_given_by_name_is_the_whole_recipe(launch):
+    """Nothing of the embedded one, whose rate is fifteen times that of the paper, gets into it."""
+    run = launch.folder / "run"
+    recipe = launch.folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_name_or_path": "data/nowhere", "output_dir": str(run)}))
+    command = ["bash", "scripts/finetune_fura.sh", "--method", "lora", "--config", str(recipe)]
+    assert subprocess.run(command, capture_output=True, env=os.environ | {"NUM_PROCESSES": "1"}).returncode == 1
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings == dataclasses.asdict(
+        TrainConfig(model_name_or_path="data/nowhere", output_dir=str(run), method="lora")
+    )
+
+
+def test_deepspeed_configuration_that_is_none(launch):
     assert "There is no DeepSpeed configuration at zero9.json" in said(launch("ds", deepspeed="zero9.json"))
+    path = launch.folder / "cut.json"
+    path.write_text('{"zero_optimization": {')
+    with pytest.raises(TrainingError, match=f"^{path} is no DeepSpeed configuration in JSON: .*line 1"):
+        _check(TrainConfig(deepspeed=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr_scheduler_type": "cosin"}, "These settings are refused: cosin is not a valid SchedulerType"),
+        ({"report_to": ["nobody"]}, "These settings are refused: nobody is not supported"),
+    ],
+)
+def test_settings_that_a_library_refuses(settings, words, launch):
+    assert words in said(launch("refused", **settings, processes=2))
+
+
+def test_numbers_that_are_none():
+    for name, least in AT_LEAST.items():
+        with pytest.raises(TrainingError, match=f"^{name} is {least - 1} and has to be at least {least}$"):
+            _check(TrainConfig(**{name: least - 1}))
+
+
+def test_a_folder_with_braces_in_its_name(tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path / "{seed}-{method}"))
+    assert _choose_run(config) == tmp_path / "{seed}-fura"
 
 
 def test_batch_that_does_not_divide(launch):
