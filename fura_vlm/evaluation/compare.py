@@ -47,6 +47,8 @@ def compare(config: CompareConfig) -> str:
             f"| {task} | {test.n} | {100 * test.first:.1f} | {100 * test.second:.1f} | {100 * test.difference:+.1f} "
             f"| {test.p_value:.2g} | {test.method} |"
         )
+    if any(task.startswith("pope") for task in tasks):
+        lines += ["", "POPE's answers count as right or wrong here: these are accuracies, where its score is an F1."]
     table = "\n".join(lines) + "\n"
     Console().print(Markdown(table))
     if config.output_path:
@@ -59,6 +61,8 @@ def _read(path: str) -> dict[str, dict[int, dict]]:
     from fura_vlm.evaluation.report import read_samples
 
     folder = Path(path)
+    if not folder.is_dir():
+        raise CompareError(f"There is no folder {path}: give two runs, or two folders of results")
     if not (folder / "results.json").is_file():
         inside = sorted(file.parent for file in folder.glob("*/results.json"))
         if len(inside) != 1:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psutil
@@ -190,7 +191,8 @@ def test_one_question_at_a_time(run, scenes):
         assert [turn.question for turn in session.turns] == ["One?"]
         await first
 
-    asyncio.run(talk())
+    with ThreadPoolExecutor() as pool:  # the driver of the browser has a loop of its own in this thread
+        pool.submit(asyncio.run, talk()).result()
     assert not session.busy and not session.running
     chat.engine.close()
 

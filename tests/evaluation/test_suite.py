@@ -157,10 +157,12 @@ def test_compare(evaluated, settings, tmp_path):
     first = [row["score"] for row in rows(evaluated, "tuned") if row["task"] == "pope"]
     second = [row["score"] for row in rows(base, "model")]
     assert f"| pope | 6 | {100 * sum(first) / 6:.1f} | {100 * sum(second) / 6:.1f} |" in table
-    assert (tmp_path / "compared.md").read_text() == table
+    assert (tmp_path / "compared.md").read_text() == table and "accuracies" in table
     (tmp_path / "run").mkdir()
     with pytest.raises(FuraVLMError, match="holds no results"):
         compare(CompareConfig(str(tmp_path / "run"), str(base)))
+    with pytest.raises(FuraVLMError, match="There is no folder"):
+        compare(CompareConfig(str(tmp_path / "nowhere"), str(base)))
 
 
 def test_compare_reads_what_was_written(evaluated, tmp_path):

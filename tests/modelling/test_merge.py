@@ -240,7 +240,7 @@ def test_a_broken_adapter_leaves_nothing(plain, tmp_path):
     last = max(name for name in weights if "fura_dR" in name)
     weights[last].fill_(float("nan"))
     save_file(weights, adapter / "adapter_model.safetensors")
-    refused(adapter, tmp_path, "merging default gives NaN or Inf; the adapter is broken")
+    refused(adapter, tmp_path, "merging default gives NaN or Inf in float32; the adapter is broken")
     (adapter / "adapter_model.safetensors").write_bytes(b"{}")
     refused(adapter, tmp_path, f"The adapter at {adapter} cannot be used")
     (adapter / "adapter_model.safetensors").unlink()

@@ -96,8 +96,14 @@ def test_adapter_is_pefts_own(uninterrupted):
 
 
 def test_closing_words_are_commands_that_work(uninterrupted, tmp_path):
-    commands = [line.split() for line in uninterrupted.output.splitlines() if line.startswith("  .venv/bin/fura-vlm")]
-    assert [command[1] for command in commands] == ["eval", "chat", "merge"]
+    words = uninterrupted.output.partition("What next:\n")[2].splitlines()
+    [first, *commands] = [line.split() for line in words if line.startswith("  ")]
+        line.split() for line in uninterrupted.output.partition("What next:\n")[2].splitlines() if line.startswith("  ")
+    ]
+    assert first == ["bash", "scripts/eval.sh", str(uninterrupted.run)]
+    assert [command[:2] for command in commands] == [[".venv/bin/fura-vlm", word] for word in ("chat", "merge")]
+    done = subprocess.run(first, env=os.environ | {"FURA_VLM_VENV": sys.prefix}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for command in commands:
         done = subprocess.run(
             [sys.executable, "-m", "fura_vlm.cli", *command[1:]],
