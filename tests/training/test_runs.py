@@ -98,8 +98,6 @@ def test_adapter_is_pefts_own(uninterrupted):
 def test_closing_words_are_commands_that_work(uninterrupted, tmp_path):
     words = uninterrupted.output.partition("What next:\n")[2].splitlines()
     [first, *commands] = [line.split() for line in words if line.startswith("  ")]
-        line.split() for line in uninterrupted.output.partition("What next:\n")[2].splitlines() if line.startswith("  ")
-    ]
     assert first == ["bash", "scripts/eval.sh", str(uninterrupted.run)]
     assert [command[:2] for command in commands] == [[".venv/bin/fura-vlm", word] for word in ("chat", "merge")]
     done = subprocess.run(first, env=os.environ | {"FURA_VLM_VENV": sys.prefix}, capture_output=True, text=True)
