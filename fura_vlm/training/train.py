@@ -587,9 +587,9 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
     full = config.method == "full"
     console.print(f"{'model  ' if full else 'adapter'}     {run / ('model' if full else 'adapter')}")
     console.print(f"loss curve  {run / 'loss.png'}")
-    console.print(
-        f"report      {run / FINISHED}, with sample answers in {run / 'samples.png'}" if held_out.questions else ""
-    )
+    if held_out.questions:
+        samples = run / "samples.png"
+        console.print(f"report      {run / FINISHED}, with sample answers in {samples}", soft_wrap=True)
     console.print("What next:")
     image = next((answer.image for answer in held_out.after if answer.image), "IMAGE")
     console.print(f"  bash scripts/eval.sh {run}", soft_wrap=True)
