@@ -458,7 +458,7 @@ def serve(config: ChatConfig) -> None:
 
 
 def as_seen(path: str, processor) -> tuple[Image.Image, str]:
-    """The picture as the model gets it, its own part framed, and a sentence about what was padded or cut off."""
+    """The picture as the model gets it, its own part framed, and a sentence about what was padded."""
     image, settings = read_image(path), processor.image_processor
     pixels = settings(images=image, return_tensors="np")["pixel_values"][0]
     mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
@@ -469,8 +469,6 @@ def as_seen(path: str, processor) -> tuple[Image.Image, str]:
         return seen, f"{size}; nothing is padded."
     where = "left and right" if width < height else "above and below"
     share = 1 - min(image.size) / max(image.size)
-    if not getattr(settings, "do_pad", False):
-        return seen, f"{size}; {share:.0%} of the picture is cut off."
     margin = round(share / 2 * seen.width)
     box = (margin, 0) if width < height else (0, margin)
     ImageDraw.Draw(seen).rectangle((*box, seen.width - 1 - box[0], seen.height - 1 - box[1]), outline="red")
@@ -507,6 +505,8 @@ def _literal(text: str) -> str:
     are: code is copied.
     """
     text = re.sub(r"<(?=[a-zA-Z/!?])|!(?=\[)", rf"\g<0>{JOINER}", re.sub(r"\r\n?", "\n", text))
+    if JOINER not in text:  # nearly always, and this is called for the whole conversation with each token
+        return text
     lines = text.split("\n")
     for block in MARKDOWN.parse(text):
         if block.type == "fence" and block.level == 0:
