@@ -118,7 +118,6 @@ def main() -> None:
     if options.model:
         llava = load_base(options.model, dtype).to("cuda" if cuda else "cpu")
         processor = load_processor(options.model)
-        processor.image_processor.do_pad = True
     elif cuda:
         processor = processor_of_336(options.tokenizer)
         llava = random_llava(processor.image_token_id)

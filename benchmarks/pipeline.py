@@ -178,17 +178,15 @@ def decoding_rate(rows: Rows, seconds: float = 3.0) -> float:
 # --------------------------------------------------------------------------------------------------------- model
 
 
-def make_processor(tiny: bool):
-    path = str(ROOT / "data/tiny-llava")
-    if not tiny:
-        return processor_of_336(path)
-    processor = load_processor(path)
-    processor.image_processor.do_pad = True
-    return processor
+EMBEDDED = str(ROOT / "data/tiny-llava")
 
 
-def make_model(tiny: bool, processor):
-    return load_base(str(ROOT / "data/tiny-llava"), torch.float32) if tiny else random_llava(processor.image_token_id)
+def processor_for(tiny: bool):
+    return load_processor(EMBEDDED) if tiny else processor_of_336(EMBEDDED)
+
+
+def model_for(tiny: bool, processor):
+    return load_base(EMBEDDED, torch.float32) if tiny else random_llava(processor.image_token_id)
 
 
 class Timed(FuraTrainer):
@@ -278,8 +276,8 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
         ),
     )
     started = time.perf_counter()
-    processor = make_processor(setting.tiny)
-    model = prepare(make_model(setting.tiny, processor), TrainConfig(method=method))
+    processor = processor_for(setting.tiny)
+    model = prepare(model_for(setting.tiny, processor), TrainConfig(method=method))
     synchronize()
     print(f"  {method}: model and adapter in {time.perf_counter() - started:.0f} s", flush=True)
     if setting.static:
@@ -406,7 +404,7 @@ def main() -> None:
             tasks = [(number, size, folder) for number in range(options.files)]
             list(pool.map(write_picture, tasks, chunksize=16))
         print(f"{options.files} pictures of {size} pixels in {time.perf_counter() - started:.0f} s", flush=True)
-        processor = make_processor(options.tiny)
+        processor = processor_for(options.tiny)
         a_core = decoding_rate(Rows(processor, Path(folder), image_tokens, setting))
         print(f"one core makes {a_core:.0f} rows with pictures a second", flush=True)
         for method in options.methods:

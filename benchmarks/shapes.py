@@ -6,6 +6,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from fura_vlm.modelling.load import load_processor
+from fura_vlm.modelling.processor import make_processor
 from fura_vlm.training.plan import named_model
 
 
@@ -24,10 +25,5 @@ def random_llava(image_token_id: int) -> LlavaForConditionalGeneration:
 
 def processor_of_336(path: str) -> LlavaProcessor:
     """The tokenizer at ``path`` and pictures of LLaVA-1.5's size: 576 tokens each."""
-    processor = load_processor(path)
     vision = named_model("7b").vision_config
-    processor.image_processor.do_pad = True
-    processor.image_processor.size = {"shortest_edge": vision.image_size}
-    processor.image_processor.crop_size = {"height": vision.image_size, "width": vision.image_size}
-    processor.patch_size = vision.patch_size
-    return processor
+    return make_processor(load_processor(path).tokenizer, vision.image_size, vision.patch_size)

@@ -31,8 +31,8 @@ def score_table(before: dict[str, float], after: dict[str, float], blind: dict[s
     return "\n".join(lines)
 
 
-def adapter_card(config: TrainConfig) -> str:
-    """The README of an adapter, with the fields that model cards on the hub have."""
+def adapter_card(config: TrainConfig, run: str) -> str:
+    """The README of the adapter of a run of this name, with the fields that model cards on the hub have."""
     name, base = config.method, config.model_name_or_path
     registers = "import fura_vlm  # registers FuRA with PEFT\n" if "fura" in name else ""
     return f"""---
@@ -44,7 +44,7 @@ tags:
 - llava
 ---
 
-# {Path(config.output_dir.replace("{method}", name)).name}
+# {run}
 
 An adapter of {base}, trained with FuRA-VLM by the method {name}. With Pillow, PEFT and transformers:
 

@@ -125,7 +125,6 @@ def train(config: TrainConfig) -> Path:
     console = Console(quiet=not state.is_main_process)
 
     processor = _alike(lambda: load_processor(config.model_name_or_path))
-    processor.image_processor.do_pad = True  # LLaVA v1.5's recipe; published processors crop the centre instead
     dataset, questions, said = _agree(lambda: _load_data(config, processor, run))
     if said:
         console.print(said, style="yellow", soft_wrap=True)
@@ -170,7 +169,7 @@ def train(config: TrainConfig) -> Path:
     if config.method == "full":
         _save(trainer, run / "model")
     else:
-        _save(trainer, run / "adapter", report.adapter_card(config))
+        _save(trainer, run / "adapter", report.adapter_card(config, run.name))
     if state.is_main_process:
         if config.method == "projector":
             _write_projector(run)
@@ -204,7 +203,7 @@ def _join() -> PartialState:
 
 
 def unlink_shared_memory() -> None:
-    """Takes the name off the 66 MB that a process shares on a CPU, once all have opened it. DeepSpeed never does: the
+    """Takes the name off the 66 MiB that a process shares on a CPU, once all have opened it. DeepSpeed never does: the
     memory would stay taken after the run, until the machine starts anew. Without a name it goes with the processes."""
     dist.barrier()
     address, port, rank = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
