@@ -194,11 +194,15 @@ def mix(x: torch.Tensor, Ds: list[torch.Tensor]) -> torch.Tensor:
 
 
 def fold_pays(x: torch.Tensor, weight: torch.Tensor, D: torch.Tensor) -> bool:
-    """Whether ``(W + W D) x`` is less work than ``W (x + D x)``: whether x ``(..., in)`` has more rows than W."""
+    """Whether ``(W + W D) x`` is less work than ``W (x + D x)``: whether x ``(..., in)`` has more rows than W.
+
+    A W with more rows than columns counts by its columns, so that all Linears of a layer decide alike: the compiler
+    makes code for each decision. What that costs, less than 1 % of a step, docs/speed.md says.
+    """
     return (
         kernels.usable(x, D.shape[-1])
         and x.dtype == weight.dtype
-        and x.numel() // x.shape[-1] > weight.shape[0]
+        and x.numel() // x.shape[-1] > min(weight.shape)
         and (not torch.is_autocast_enabled(x.device.type) or torch.get_autocast_dtype(x.device.type) == x.dtype)
     )
 

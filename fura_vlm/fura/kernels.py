@@ -26,29 +26,38 @@ logger = logging.getLogger(__name__)
 
 MAX_BLOCK = 128  # a tile of a larger block does not fit into the registers
 
+# What was fastest on an H200, for blocks up to 64 and larger ones: rows of a tile, the warps that work on it, and the
+# stages in which tiles are fetched ahead; and how many programs there are.
+MIX_FORM, MIX_PROGRAMS = ((128, 8, 3), (128, 8, 3)), 528
+BACKWARD_FORM, BACKWARD_PROGRAMS = ((128, 8, 4), (128, 8, 3)), 264
+SMALL_FORM = (128, 4, 3), (64, 8, 2)  # of chips with less room: fits into 99 KiB
+FLOAT32_FORM = (32, 4, 2), (32, 8, 1)  # likewise
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own interpreter runs the kernels on the CPU
 
 
-def _works() -> bool:
-    """Whether Triton can make kernels for this machine's GPUs: it builds its launcher with the system's C compiler.
-    AMD's GPUs lack a form of product that is used here."""
+def _shared_memory() -> int:
+    """Bytes that a program may use on the chip, of the machine's GPU that has the least. 0 where Triton cannot make
+    kernels: it builds its launcher with the system's C compiler. AMD's GPUs lack a form of product that is used here.
+    """
     if triton is None or torch.version.hip or not torch.cuda.is_available():
-        return False
+        return 0
     try:
-        return triton.runtime.driver.active is not None
+        properties = triton.runtime.driver.active.utils.get_device_properties
+        return min(properties(device)["max_shared_mem"] for device in range(torch.cuda.device_count()))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning("FuRA runs as plain operations, more slowly: Triton cannot build kernels here (%s).", reason)
-        return False
+        return 0
 
 
-WORKS = _works()  # once: the compiler takes it for a constant
+SHARED_MEMORY = _shared_memory()  # once: the compiler takes it for a constant
 
 
 def usable(x: torch.Tensor, block_size: int) -> bool:
     """Whether the kernels take this tensor."""
     return (
-        (INTERPRETED or WORKS and x.is_cuda)
+        (INTERPRETED or SHARED_MEMORY > 0 and x.is_cuda)
         and triton is not None
         and block_size <= MAX_BLOCK
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -59,20 +68,22 @@ if triton is not None:
 
     @triton.jit
     def _mix_kernel(
-        x, D, out, rows, width, D_block, D_row, D_column,
+        x, D, out, rows, width, tiles, D_block, D_row, D_column,
         b: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """A program: one block of columns of TILE rows."""
-        block, tile = tl.program_id(0), tl.program_id(1)
-        row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        """A program: one block of columns of ``tiles`` times TILE rows."""
+        block, share = tl.program_id(0), tl.program_id(1)
         c = tl.arange(0, B)
-        inside = (row[:, None] < rows) & (c[None, :] < b)
-        place = row[:, None] * width + block * b + c[None, :]
-        values = tl.load(x + place, mask=inside, other=0.0)
         square = (c[:, None] < b) & (c[None, :] < b)
         transposed = tl.load(D + block * D_block + c[None, :] * D_row + c[:, None] * D_column, mask=square, other=0.0)
-        mixed = values.to(tl.float32) + tl.dot(values, transposed.to(values.dtype), input_precision=PRECISION)
-        tl.store(out + place, mixed.to(out.dtype.element_ty), mask=inside)
+        transposed = transposed.to(x.dtype.element_ty)
+        for tile in range(tiles):
+            row = ((share * tiles + tile) * TILE + tl.arange(0, TILE)).to(tl.int64)
+            inside = (row[:, None] < rows) & (c[None, :] < b)
+            place = row[:, None] * width + block * b + c[None, :]
+            values = tl.load(x + place, mask=inside, other=0.0)
+            mixed = values.to(tl.float32) + tl.dot(values, transposed, input_precision=PRECISION)
+            tl.store(out + place, mixed.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _mix_backward_kernel(
@@ -84,6 +95,7 @@ if triton is not None:
         c = tl.arange(0, B)
         square = (c[:, None] < b) & (c[None, :] < b)
         mixing = tl.load(D + block * D_block + c[:, None] * D_row + c[None, :] * D_column, mask=square, other=0.0)
+        mixing = mixing.to(x.dtype.element_ty)
         total = tl.zeros((B, B), dtype=tl.float32)
         for tile in range(tiles):
             row = ((share * tiles + tile) * TILE + tl.arange(0, TILE)).to(tl.int64)
@@ -91,7 +103,7 @@ if triton is not None:
             place = row[:, None] * width + block * b + c[None, :]
             values = tl.load(x + place, mask=inside, other=0.0)
             g = tl.load(grad + place, mask=inside, other=0.0)
-            back = g.to(tl.float32) + tl.dot(g, mixing.to(g.dtype), input_precision=PRECISION)
+            back = g.to(tl.float32) + tl.dot(g, mixing, input_precision=PRECISION)
             tl.store(out + place, back.to(out.dtype.element_ty), mask=inside)
             total = tl.dot(tl.trans(g), values, total, input_precision=PRECISION)
         place = (share * blocks + block) * b * b + c[:, None] * b + c[None, :]
@@ -184,9 +196,13 @@ def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
-    B, tile = _tile_width(b), _tile_rows(x, rows)
-    grid = (N, triton.cdiv(rows, tile))
-    _launch(_mix_kernel, grid, x, D, out, rows, N * b, *D.stride(), b, B, tile, _precision(x), num_warps=_warps(B))
+    tile, options = _form(x, rows, b, MIX_FORM)
+    shares = _shares(N, MIX_PROGRAMS) if rows > 16 else 1
+    tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
+    _launch(
+        _mix_kernel, (N, shares), x, D, out, rows, N * b, tiles, *D.stride(),
+        b, _tile_width(b), tile, _precision(x), **options,
+    )  # fmt: skip
     return out
 
 
@@ -206,14 +222,14 @@ def mix_backward(x: torch.Tensor, D: torch.Tensor, grad: torch.Tensor) -> tuple[
     out = torch.empty_like(grad)
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
-    B, tile = _tile_width(b), _tile_rows(x, rows)
-    tiles = max(1, min(16, rows // (tile * 8)))  # of a program: enough programs to fill the GPU, few sums to add up
-    shares = triton.cdiv(rows, tile * tiles)
+    tile, options = _form(x, rows, b, BACKWARD_FORM)
+    shares = _shares(N, BACKWARD_PROGRAMS) if rows > 16 else 1
+    tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
     partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
     total = torch.empty_like(partial[0])
     _launch(
         _mix_backward_kernel, (N, shares), x, D, grad, out, partial, rows, N * b, N, tiles, *D.stride(),
-        b, B, tile, _precision(x), num_warps=_warps(B),
+        b, _tile_width(b), tile, _precision(x), **options,
     )  # fmt: skip
     _launch(_sum_kernel, (triton.cdiv(total.numel(), 1024),), partial, total, total.numel(), shares, 1024)
     return out, total
@@ -224,13 +240,17 @@ def _tile_width(b: int) -> int:
     return max(16, triton.next_power_of_2(b))
 
 
-def _tile_rows(x: torch.Tensor, rows: int) -> int:
-    """As many rows as there is room for on the chip, and for a few rows no more than needed."""
-    return 16 if rows <= 16 else 128 if x.dtype.itemsize == 2 else 32
+def _form(x: torch.Tensor, rows: int, b: int, best: tuple) -> tuple[int, dict[str, int]]:
+    """Rows of a tile, for a few rows no more than needed, and the options of the launch."""
+    forms = FLOAT32_FORM if x.dtype.itemsize == 4 else best if SHARED_MEMORY >= 227 * 1024 else SMALL_FORM
+    tile, warps, stages = forms[b > 64]
+    return 16 if rows <= 16 else tile, {"num_warps": warps, "num_stages": stages}
 
 
-def _warps(width: int) -> int:
-    return 4 if width <= 64 else 8
+def _shares(blocks: int, programs: int) -> int:
+    """Into how many the rows are divided: enough programs to fill a GPU, few sums to add up, and the same number for
+    batches of any length."""
+    return max(1, min(32, programs // blocks))
 
 
 def _precision(x: torch.Tensor) -> str:
