@@ -9,6 +9,9 @@ libraries do for memory's sake, has nothing to win here.
 - Padding is on the right (``Collator``), where a causal model never looks at it from a real token. So no mask is
   needed, and attention takes its fastest form with the same shape of graph for every batch.
 - If the vision tower trains nothing, it runs without autograd, whatever gradient checkpointing switches on.
+- Nothing is looked up on the device: transformers reads there whether pictures and their tokens are equally many and
+  whether rows hold several records each. The data path sees to both, and a GPU that is waited for twice a batch stands
+  still for several percent of the time.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import functools
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaModel, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from fura_vlm.data.conversation import IGNORE
@@ -31,17 +35,17 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
 
     Such a call takes ``input_ids`` (or ``inputs_embeds``), ``labels`` and ``attention_mask``, (rows, length), padded
     on the right; ``pixel_values``; and transformers' ``num_items_in_batch``: if given, the sum of the losses is
-    divided by it and not by the number of labels. Other calls are left as they are. What is trained must be decided
-    before.
+    divided by it and not by the number of labels; and ``supervised``, what ``supervised_positions`` made of the
+    labels: without it the call waits for the device. Other calls are left as they are. What is trained must be
+    decided before.
     """
     as_it_was = model.forward
 
     @functools.wraps(as_it_was)
-    def forward(*args, labels: torch.Tensor | None = None, num_items_in_batch=None, **inputs):
+    def forward(*args, labels: torch.Tensor | None = None, num_items_in_batch=None, supervised=None, **inputs):
         if labels is None:
             return as_it_was(*args, **inputs)
-        # The position before a label predicts it. Looked up first, while there is nothing to wait for on the device.
-        rows, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        rows, before = supervised_positions(labels) if supervised is None else supervised
         targets = labels[rows, before + 1]
         inputs.pop("attention_mask", None)
         # The language model has a switch of its own for its cache; with one, every layer would be another graph.
@@ -56,9 +60,54 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
         return LlavaCausalLMOutputWithPast(loss=total / items)
 
     model.forward = forward
+    model.model.get_placeholder_mask = functools.partial(_image_positions, model.config.image_token_id)
+    if isinstance(model.model.language_model, LlamaModel) and model.config.text_config._attn_implementation == "sdpa":
+        _decode_without_looking(model.model.language_model)
     tower = model.model.vision_tower
     if not any(parameter.requires_grad for parameter in tower.parameters()):
         tower.forward = torch.no_grad()(tower.forward)
+
+
+def _image_positions(image_token_id: int, input_ids: torch.Tensor | None, inputs_embeds, image_features):
+    """As LlavaModel's ``get_placeholder_mask``, which compares numbers, too."""
+    return (input_ids == image_token_id).unsqueeze(-1)
+
+
+def _decode_without_looking(decoder: LlamaModel) -> None:
+    """Changes the forward pass of ``decoder`` for calls without mask, positions and cache, which attend causally."""
+    as_it_was = decoder.forward
+
+    @functools.wraps(as_it_was)
+    def forward(*args, **inputs):
+        given = {name for name, value in inputs.items() if value is not None}
+        if (
+            args
+            or given & {"input_ids", "attention_mask", "position_ids", "past_key_values"}
+            or inputs.get("use_cache")
+        ):
+            return as_it_was(*args, **inputs)
+        hidden = inputs["inputs_embeds"]
+        position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+        position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
+        for layer in decoder.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                past_key_values=None,
+                use_cache=False,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden))
+
+    decoder.forward = forward
+
+
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Row and position of what predicts a label, the position before it: (2, labels that count) int64.
+
+    How many there are has to come from the device, which is waited for."""
+    return (labels[:, 1:] != IGNORE).nonzero().T
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -93,5 +93,6 @@ def compile_layers(model: LlavaForConditionalGeneration | PeftModel, activation_
     """
     torch._functorch.config.activation_memory_budget = activation_memory_budget
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.enable_input_require_grads()  # a batch without pictures would be another graph of the first layer
     for layer in base.model.language_model.layers:
         layer.compile(dynamic=True)

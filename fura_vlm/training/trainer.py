@@ -15,7 +15,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from fura_vlm.data.sampler import ModalityLengthSampler
 from fura_vlm.training.checkpoint import WrittenBy, load_buffers, mend_optimizer, remove_universal
-from fura_vlm.training.loss import train_on_labels_only
+from fura_vlm.training.loss import supervised_positions, train_on_labels_only
 from fura_vlm.training.methods import PROJECTOR
 from fura_vlm.training.throughput import Meter, Progress
 
@@ -28,6 +28,7 @@ class FuraTrainer(Trainer):
         self, *args, mm_projector_lr: float | None, group_by_modality_length: bool, universal: bool = False, **kwargs
     ):
         super().__init__(*args, **kwargs)
+        self.args.logging_nan_inf_filter = False  # it waits for the device after every batch, and hides a NaN
         self.universal = universal  # the checkpoint to go on from was written by another number of processes
         self.mm_projector_lr = mm_projector_lr
         self.group_by_modality_length = group_by_modality_length
@@ -43,11 +44,18 @@ class FuraTrainer(Trainer):
         batches, items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
             self.meter.add(batch)
+            # Here the device is waited for once a step, and not by every batch while it computes the one before.
+            batch["supervised"] = supervised_positions(batch["labels"])
         return batches, items
+
+    def floating_point_ops(self, inputs):
+        """Nothing: the Trainer's estimate counts all parameters anew for every batch, and ``Meter`` counts better."""
+        return 0
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:  # not the summary at the end
             logs |= self.meter.read(self.state.global_step, self.state.max_steps)
+        logs.pop("total_flos", None)
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):

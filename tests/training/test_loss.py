@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.conversation import IGNORE
@@ -13,8 +14,10 @@ from fura_vlm.fura import FuraConfig
 from fura_vlm.modelling.load import load_base, load_processor
 from fura_vlm.training import loss
 from fura_vlm.training.config import TARGET_MODULES
-from fura_vlm.training.loss import train_on_labels_only
+from fura_vlm.training.loss import supervised_positions, train_on_labels_only
 from fura_vlm.training.methods import compile_layers
+
+aten = torch.ops.aten
 
 
 def model_in_training():
@@ -94,6 +97,33 @@ def test_head_and_tower_do_no_more_than_they_must():
     model(**inputs).loss.backward()
     assert seen["head"] == (25, base.config.text_config.vocab_size)  # 9, 9 and 7 labels at 3 x 128 positions
     assert seen["tower"] is False
+
+
+class Looks(TorchDispatchMode):
+    """Notes what is read from the device, or cannot be allocated before the device says how large it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default):
+            self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_nothing_waits_for_the_device(pictures):
+    model = model_in_training()
+    inputs = batch(pictures=pictures)
+    with Looks() as untouched:
+        model(**inputs).loss.backward()
+    assert untouched.seen  # transformers does
+    train_on_labels_only(model.get_base_model())
+    supervised = supervised_positions(inputs["labels"])
+    with Looks() as looks:
+        model(**inputs, supervised=supervised, num_items_in_batch=torch.tensor(25)).loss.backward()
+    assert not looks.seen
 
 
 def test_calls_without_labels_are_left_alone():
