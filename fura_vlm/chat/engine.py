@@ -218,7 +218,7 @@ class Engine:
 
         Returns: the tokens, (rows) int64, on the device.
         """
-        tokens = logits.argmax(-1)
+        tokens = logits.float().argmax(-1)  # which of equal ones is taken depends on the dtype: ``generate``'s
         for index, row in enumerate(rows):
             if row.sampling.temperature > 0:
                 tokens[index] = _draw(logits[index : index + 1], row.sampling)
