@@ -4,12 +4,12 @@
     python benchmarks/method.py --size llama-7b      all 32 layers, 1 x 2048 tokens, with checkpointing (one GPU)
     python benchmarks/method.py --size small         4 layers of 512, float32 (a CPU)
 
-A step is forward, backward and AdamW on random weights and random input states; the loss is the mean square of the
-output. "frozen base" trains nothing and sends gradients to the input only: no method over a frozen base can be
-faster. PEFT's LoRA keeps its matrices in float32 unless told otherwise; it is measured so, as transformers' Trainer
-runs it (under autocast), and with all of it in bfloat16, as DeepSpeed runs it. Products of float32 may use TF32, as in
-the recipe. The compiler of each decoder layer may
-compute cheap operations again rather than keep their results (--budget below 1), for every method alike.
+A step is forward, backward and AdamW on random weights, random input states and a random gradient of the output: a
+loss would take time and memory of its own, the same for every method. "frozen base" trains nothing and sends gradients
+to the input only: no method over a frozen base can be faster. PEFT's LoRA keeps its matrices in float32 unless told
+otherwise; it is measured so, as transformers' Trainer runs it (under autocast), and with all of it in bfloat16, as
+DeepSpeed runs it. Products of float32 may use TF32, as in the recipe. The compiler of each decoder layer may compute
+cheap operations again rather than keep their results (--budget below 1), for every method alike.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Run:
         torch.manual_seed(1)
         shape = (size.batch, size.tokens, size.hidden)
         self.inputs = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+        self.gradient = torch.randn(shape, device=device, dtype=dtype) / self.inputs.numel()
 
     def _base(self, quantized: bool) -> LlamaModel:
         config = LlamaConfig(
@@ -119,7 +120,7 @@ class Run:
         started = time.perf_counter()
         with torch.autocast(self.device.type, self.dtype, enabled=self.method.endswith(AUTOCAST)):
             output = self.model(inputs_embeds=self.inputs).last_hidden_state
-        output.float().square().mean().backward()
+        output.backward(self.gradient.to(output.dtype))
         if self.optimizer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -242,20 +243,24 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--budget", type=float, default=0.9, help="the compiler's activation_memory_budget")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: as the size has it")
     parser.add_argument("--output", type=Path, help="folder for method-SIZE.md and .png")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # TF32
     compiler.activation_memory_budget = args.budget
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size = SIZES[args.size]
+    size, form = SIZES[args.size], ""
+    if args.checkpointing not in (None, size.checkpointing):
+        size.checkpointing = args.checkpointing
+        form = " --checkpointing" if args.checkpointing else " --no-checkpointing"
     rows = []
-    for form in args.forms:
+    for compiled in args.forms:
         for method in args.methods:
             try:
-                rows.append(measure(method, size, device, dtype, form == "compiled", args.steps))
+                rows.append(measure(method, size, device, dtype, compiled == "compiled", args.steps))
             except torch.OutOfMemoryError:
-                print(f"{method}, {form}: out of memory", flush=True)
+                print(f"{method}, {compiled}: out of memory", flush=True)
                 continue
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -266,12 +271,13 @@ def main() -> None:
         f"median of {args.steps} steps after 3; activation budget of the compiler {args.budget}.\n"
         f"`python benchmarks/method.py --size {args.size} --methods "
         f"{' '.join(repr(m) if ' ' in m else m for m in args.methods)} --forms {' '.join(args.forms)} "
-        f"--budget {args.budget}`\n\n"
+        f"--budget {args.budget}{form}`\n\n"
     )
     print("\n" + head + table(rows))
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        name = f"method-{args.size}" + (f"-budget-{args.budget:g}" if args.budget != 0.9 else "")
+        name = f"method-{args.size}" + form.replace(" --", "-")
+        name += f"-budget-{args.budget:g}" if args.budget != 0.9 else ""
         chart(rows, args.output / f"{name}.png")
         (args.output / f"{name}.md").write_text(head + table(rows) + f"\n\n![bars]({name}.png)\n")
 

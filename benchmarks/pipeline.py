@@ -7,9 +7,10 @@
 
 The pipeline is the trainer's own: picture files are decoded, padded to a square, resized and normalised by the data
 loader's workers; batches are grouped by modality and length, collated, copied; FuraTrainer steps, under DeepSpeed
-ZeRO-2 where it can be imported. Pictures are scenes of the embedded mixture at 336 pixels, JPEG and PNG by turns.
+where it can be imported. Pictures are scenes of the embedded mixture at 336 pixels, JPEG and PNG by turns.
 Lengths are drawn by source as in the 665k mixture: the sources and their sizes are LLaVA-1.5's (arXiv 2310.03744,
-table 7), the lengths of their texts are log-normal guesses; only ShareGPT has no pictures, and is cut at 2048.
+table 7). The lengths of their texts are log-normal guesses that add up to the published size of the file, 1.03 GB;
+only ShareGPT has no pictures, and is cut at 2048.
 
 Each method runs in a process of its own: first steps that compile and warm up, then steps that are timed; then the
 very same batches once more, already on the device, with nothing but forward, backward and optimizer. Tokens are those
@@ -53,20 +54,23 @@ from fura_vlm.training.trainer import FuraTrainer
 
 ROOT = Path(__file__).parents[1]
 MAX_LENGTH = 2048
-SYSTEM = 45  # tokens of the system prompt and the roles, with Vicuna's tokenizer
-SOURCES = {  # records, median tokens of text, spread of their logarithm, share of the text that is answers
-    "LLaVA": (157_712, 300, 0.45, 0.75),
-    "ShareGPT": (40_688, 1500, 0.9, 0.75),
-    "VQAv2": (82_783, 170, 0.25, 0.2),
-    "GQA": (72_140, 230, 0.25, 0.2),
-    "OKVQA": (8_998, 120, 0.3, 0.2),
-    "OCRVQA": (80_000, 170, 0.2, 0.4),
-    "A-OKVQA": (66_160, 140, 0.2, 0.05),
-    "TextCaps": (21_953, 90, 0.15, 0.25),
-    "RefCOCO": (48_447, 260, 0.3, 0.5),
-    "VG": (86_417, 350, 0.2, 0.5),
+SYSTEM, ROLES = 35, 9  # tokens of Vicuna's system prompt, and of the roles and the end of each question and answer
+BYTES_A_TOKEN = 4.2  # of English, with Vicuna's tokenizer
+SOURCES = {  # records, questions a record, bytes of a record's text, spread of their logarithm, share of the answers
+    "LLaVA": (157_712, 2.25, 1050, 0.45, 0.75),
+    "ShareGPT": (40_688, 3.5, None, 0.9, 0.75),  # what the others leave of the file
+    "VQAv2": (82_783, 5.4, 260, 0.25, 0.2),
+    "GQA": (72_140, 13.1, 650, 0.25, 0.2),
+    "OKVQA": (8_998, 1, 110, 0.3, 0.2),
+    "OCRVQA": (80_000, 4.8, 350, 0.2, 0.4),
+    "A-OKVQA": (66_160, 1, 250, 0.2, 0.05),
+    "TextCaps": (21_953, 1, 270, 0.15, 0.4),
+    "RefCOCO": (48_447, 5, 550, 0.3, 0.5),
+    "VG": (86_417, 10, 950, 0.2, 0.5),
 }
 RECORDS = sum(source[0] for source in SOURCES.values())
+FILE_BYTES = 1.03e9  # of llava_v1_5_mix665k.json
+JSON_BYTES = 89, 62  # of a record, and of a question and its answer, besides the text
 
 
 @dataclasses.dataclass
@@ -83,6 +87,7 @@ class Setting:
     static: bool
     checkpointing: bool
     budget: float
+    deepspeed: str
     rows: int
     files: int
 
@@ -100,11 +105,23 @@ def mixture(rows: int, image_tokens: int, max_length: int, scale: float = 1.0):
     rng = np.random.default_rng(0)
     names = list(SOURCES)
     drawn = rng.choice(len(names), rows, p=[SOURCES[name][0] / RECORDS for name in names])
-    median, spread, answers = (np.array([SOURCES[name][k] for name in names])[drawn] for k in (1, 2, 3))
+    columns = {name: (*SOURCES[name][1:2], mean_bytes(name), *SOURCES[name][3:]) for name in names}
+    questions, size, spread, answers = (np.array([columns[name][k] for name in names])[drawn] for k in range(4))
     has_image = np.array([name != "ShareGPT" for name in names])[drawn]
-    text = scale * (SYSTEM + rng.lognormal(np.log(median), spread))
+    size = rng.lognormal(np.log(size) - spread**2 / 2, spread)
+    text = scale * (SYSTEM + ROLES * questions + size / BYTES_A_TOKEN)
     lengths = np.minimum(text + has_image * image_tokens, max_length).astype(int)
     return lengths, has_image, answers
+
+
+def mean_bytes(name: str) -> float:
+    """Of the text of a source's record."""
+    records, _, size, *_ = SOURCES[name]
+    if size is not None:
+        return size
+    others = sum(source[0] * source[2] for source in SOURCES.values() if source[2] is not None)
+    json_bytes = sum(source[0] * (JSON_BYTES[0] + JSON_BYTES[1] * source[1]) for source in SOURCES.values())
+    return (FILE_BYTES - json_bytes - others) / records
 
 
 def padding(lengths: np.ndarray, has_image: np.ndarray, batch: int, accumulation: int, multiple: int) -> float:
@@ -261,7 +278,7 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
         tf32=True if cuda else None,
         use_cpu=not cuda,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
-        deepspeed=str(ROOT / "scripts/zero2.json") if deepspeed else None,
+        deepspeed=str(ROOT / setting.deepspeed) if deepspeed else None,
         dataloader_num_workers=setting.workers,
         dataloader_persistent_workers=setting.workers > 0,
         remove_unused_columns=False,
@@ -375,13 +392,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["fura", "lora"], help="of TrainConfig's methods, in bfloat16")
     parser.add_argument("--batch", type=int, default=8, help="records at once")
     parser.add_argument("--accumulation", type=int, default=16, help="batches in an optimizer step")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=4, help="steps that are timed")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--budget", type=float, default=1.0, help="the compiler's activation_memory_budget")
+    parser.add_argument("--deepspeed", default="scripts/zero1.json", help="its configuration")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--tiny", action="store_true")
@@ -423,7 +441,7 @@ def main() -> None:
     form = "no compilation" if not (options.compile or options.static) else "layers compiled"
     form += " for each length" if options.static else ""
     form += ", gradient checkpointing" if options.checkpointing else ""
-    zero = "DeepSpeed ZeRO-2" if rows and rows[0]["deepspeed"] else "without DeepSpeed"
+    zero = f"DeepSpeed with {options.deepspeed}" if rows and rows[0]["deepspeed"] else "without DeepSpeed"
     head = (
         f"# The pipeline: {'the embedded model' if options.tiny else 'LLaVA-1.5-7B shapes, random weights'}\n\n"
         f"{time.strftime('%Y-%m-%d')}, {device}, torch {torch.__version__}, Python {platform.python_version()}; "
