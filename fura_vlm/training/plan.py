@@ -41,10 +41,6 @@ CONTEXT = 1.0 * GIB  # CUDA, its libraries' work spaces, NCCL
 SLACK = 1.04  # what the allocator cannot use of what it holds
 USABLE = 0.94  # of the memory in a GPU's name: an L40S of 48 GB has 45.0 GiB
 
-# Of a token where gradient checkpointing is on: the 11 GiB by which a measured step (7B, 16 x 832 tokens, 35.7 GiB)
-# went beyond what is counted here. What they were is not known; it is safer to plan with them.
-UNEXPLAINED_BYTES = 11 * GIB / (16 * 832)
-
 # Operations a second of the passes through Llama-7B's layers, eager and with compiled layers: 4 (full: 6) * weights *
 # tokens over the step times of benchmarks/results/method-llama-4.md. One H200, 4 layers, 16 x 1024 tokens, LoRA and
 # DoRA with r = 128 in bfloat16; compiled with an activation budget of 0.9.
@@ -160,15 +156,14 @@ def memory(model: LlavaConfig, train: TrainConfig, counts: Counts, setting: Sett
     optimizer = 0 if setting.offload else OPTIMIZER_BYTES * counts.trained / n
     gradients = counts.trained * (2 / (n if setting.stage >= 2 else 1) + 4 / n * (not setting.offload))
     layer = activation_bytes(text, setting.method, setting.compiled, train.lora_dropout > 0)
-    if setting.checkpointing:
-        activations = tokens * (2 * text.hidden_size * text.num_hidden_layers + layer + UNEXPLAINED_BYTES)
-    else:
-        activations = tokens * layer * text.num_hidden_layers
+    logits = labelled * tokens * text.vocab_size * LOGIT_BYTES
+    logits += min(labelled * tokens, LOSS_ROWS) * text.vocab_size * LOSS_BYTES
+    activations = tokens * layer * text.num_hidden_layers
+    if setting.checkpointing:  # the inputs of the layers; and of one all the rest, when the logits are gone
+        activations = tokens * 2 * text.hidden_size * text.num_hidden_layers + max(tokens * layer - logits, 0)
     if train.mm_projector != "frozen":
         pixels = setting.batch * model.image_seq_length
         activations += pixels * (2 * model.vision_config.hidden_size + 6 * text.hidden_size)
-    logits = labelled * tokens * text.vocab_size * LOGIT_BYTES
-    logits += min(labelled * tokens, LOSS_ROWS) * text.vocab_size * LOSS_BYTES
     buffers = live + (2 * 2 * text.hidden_size**2 + 2 * GATHER_ELEMENTS * whole) * (n > 1)
     parts = {
         "weights": weights,
@@ -232,7 +227,8 @@ def best(plan: PlanConfig, train: TrainConfig, model, counts: Counts, gpus: int,
     """The fastest setting that fits, with its bytes by part and the hours of the run; of equals the simpler one."""
     gpu = _gpu(gigabytes)
     found = None
-    for stage, offload in ((2, False), (3, False), (2, True), (3, True)):
+    whole = 2 if train.method == "full" else 1  # dividing an adapter's gradients costs more than it saves
+    for stage, offload in ((whole, False), (3, False), (2, True), (3, True)):
         if stage == 3 and (train.method.startswith("q") or gpus == 1 and not offload):
             continue
         for checkpointing in (False, True):

@@ -80,19 +80,27 @@ def test_what_is_counted_is_what_a_model_holds(method):
 
 
 @pytest.mark.parametrize(
-    ("method", "checkpointing", "gib", "seconds"),
-    [("fura", False, 72.4, 0.726), ("lora", False, 100.4, 0.793), ("fura", True, 35.7, 1.102)],
+    ("method", "checkpointing", "gib"), [("fura", False, 81.2), ("lora", False, 116.4), ("fura", True, 21.0)]
 )
-def test_measured_steps(method, checkpointing, gib, seconds):
-    """One H200, LLaVA-1.5-7B's shapes, 16 x 832 tokens, compiled layers, logits of all tokens: GiB within 6 %, which
-    is what a CUDA context and the allocator's slack make. Seconds no longer than measured and at most 7 % shorter: the
-    steps are older than the adapter's kernels, and the rates measured with these are 4 to 6 % higher."""
-    train = TrainConfig(method=method, model_max_length=832)
-    counted = counts(method=method)
+def test_measured_memory(method, checkpointing, gib):
+    """Peaks of PyTorch's own count in training (benchmarks/pipeline.py on one H200, 2026-11-25): LLaVA-1.5-7B's shapes,
+    compiled layers, 8 records of 2048 tokens at once, three quarters of them answers. A plan is no less, and at most
+    4 % more."""
+    train = TrainConfig(method=method)
+    setting = Setting(method, 1, 1, False, checkpointing, 8, True)
+    parts = memory(named_model("7b"), train, counts(method=method), setting, 0.75)
+    assert gib < (sum(parts.values()) - parts["reserve"]) / GIB < 1.04 * gib
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "seconds"), [("fura", False, 0.726), ("lora", False, 0.793), ("fura", True, 1.102)]
+)
+def test_measured_steps(method, checkpointing, seconds):
+    """One H200, LLaVA-1.5-7B's shapes, 16 x 832 tokens, compiled layers, logits of all tokens. No longer than measured
+    and at most 7 % shorter: the steps are older than the adapter's kernels, and the rates measured with these are 4 to
+    6 % higher."""
     setting = Setting(method, 1, 2, False, checkpointing, 16, True)
-    parts = memory(named_model("7b"), train, counted, setting, 1.0)
-    assert sum(parts.values()) / GIB == pytest.approx(gib, rel=0.06)
-    assert 0.93 * seconds < step_seconds(named_model("7b"), counted, setting, 16 * 832, H200) < seconds
+    assert 0.93 * seconds < step_seconds(named_model("7b"), counts(method=method), setting, 16 * 832, H200) < seconds
 
 
 def test_zero_divides_what_it_says():

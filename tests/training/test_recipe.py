@@ -29,7 +29,7 @@ STAGE2 = {
     "group_by_modality_length": True,
     "bf16": True,
     "tf32": True,
-    "deepspeed": "scripts/zero2.json",
+    "deepspeed": "scripts/zero1.json",
     "conversation": "v1",
     "mm_projector": "adapter",
     "lora_r": 128,
@@ -78,8 +78,9 @@ def test_rates_by_method():
     assert learning_rate(recipe("llava-1.5-7b.yaml", method="full", learning_rate=1e-6)) == 1e-6
 
 
-def test_deepspeed_is_zero2():
-    assert json.loads((ROOT / "scripts/zero2.json").read_text())["zero_optimization"]["stage"] == 2
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_files_are_called_as_their_stage(stage):
+    assert json.loads((ROOT / f"scripts/zero{stage}.json").read_text())["zero_optimization"]["stage"] == stage
 
 
 @pytest.mark.parametrize("projector", ["adapter", "full", "frozen"])
