@@ -392,7 +392,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["fura", "lora"], help="of TrainConfig's methods, in bfloat16")
     parser.add_argument("--batch", type=int, default=8, help="records at once")
     parser.add_argument("--accumulation", type=int, default=16, help="batches in an optimizer step")
-    parser.add_argument("--warmup", type=int, default=4, help="steps before the clock starts")
+    parser.add_argument("--warmup", type=int, default=10, help="steps before the clock starts: new lengths take longer")
     parser.add_argument("--steps", type=int, default=4, help="steps that are timed")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
     parser.add_argument("--no-compile", dest="compile", action="store_false")
