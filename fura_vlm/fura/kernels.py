@@ -199,9 +199,7 @@ def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def mix_backward(
-    x: torch.Tensor, D: torch.Tensor, grad: torch.Tensor, overwrite: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mix_backward(x: torch.Tensor, D: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of ``mix`` with respect to x and D, in one pass over x and ``grad``.
 
     Sums over rows are made in a fixed order: the result is the same each time.
@@ -210,12 +208,11 @@ def mix_backward(
         x: ``(..., N * b)``, that of the forward.
         D: ``(N, b, b)``.
         grad: the gradient of the result, like x.
-        overwrite: write the gradient with respect to x over ``grad``.
 
     Returns: ``grad + D^T grad``, like x, and ``sum_rows grad x^T`` by block, ``(N, b, b)`` float32.
     """
     x, grad = x.contiguous(), grad.contiguous()
-    out = grad if overwrite else torch.empty_like(grad)
+    out = torch.empty_like(grad)
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
     tile, options = _form(x, rows)
@@ -285,7 +282,7 @@ class FoldedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, D = ctx.saved_tensors
-        dx, dD = mix_backward(x, D, grad @ weight, overwrite=True)
+        dx, dD = mix_backward(x, D, grad @ weight)
         return dx, None, None, dD.to(D.dtype)
 
 
