@@ -324,7 +324,8 @@ class FuraLinear(nn.Module, FuraLayer):
         inner = self._blocks(adapter_names, "input", x.dtype)
         outer = self._blocks(adapter_names, "output", x.dtype)
         layer = self.base_layer
-        if len(inner) == 1 and not (args or kwargs) and self._is_plain() and fold_pays(x, layer.weight, inner[0]):
+        folds = len(inner) == 1 and type(layer) is nn.Linear and fold_pays(x, layer.weight, inner[0])
+        if folds and not (args or kwargs) and self._is_plain():
             y = folded_linear(x, layer.weight, layer.bias, inner[0])
         else:
             y = layer(mix(x, inner), *args, **kwargs)
