@@ -31,6 +31,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from peft import PeftModel
 from rich.console import Console
 from rich.markdown import Markdown
@@ -250,6 +251,8 @@ def _choose_run(config: TrainConfig) -> Path:
     while (run / FINISHED).exists():
         number += 1
         run = first.with_name(f"{first.name}-{number}")
+    run.mkdir(parents=True, exist_ok=True)
+    _hold(run)
     settings = dataclasses.asdict(config)
     saved = run / "config.yaml"
     if saved.is_file():
@@ -263,9 +266,27 @@ def _choose_run(config: TrainConfig) -> Path:
             )
         if changed:  # it begins anew, and perhaps with another base or other questions
             (run / ANSWERS_BEFORE).unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
     write_text(saved, yaml.safe_dump(settings, sort_keys=False))
     return run
+
+
+_held: list[FileLock] = []
+
+
+def _hold(run: Path) -> None:
+    """Keeps other processes out of the folder until this one ends, however it ends, or takes another run."""
+    while _held:
+        _held.pop().release()
+    lock = FileLock(run / ".lock", timeout=10)  # workers of a run that was killed hold it a few seconds longer
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise TrainingError(
+            f"{run} is being trained by another process: wait for it, or choose another --output_dir"
+        ) from error
+    except (NotImplementedError, OSError):  # a file system without locks
+        return
+    _held.append(lock)
 
 
 def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationDataset, list[Record], str]:

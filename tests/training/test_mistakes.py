@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from PIL import Image
 
 from fura_vlm.training.config import TrainConfig
@@ -58,6 +59,15 @@ def test_empty_mixture(launch):
     path = launch.folder / "empty.json"
     path.write_text("[]")
     assert f"{path} holds no records" in said(launch("empty", data_path=str(path)))
+
+
+def test_a_run_that_is_going_on(launch):
+    run = launch.folder / "twice"
+    run.mkdir()
+    with FileLock(run / ".lock"):
+        job = launch("twice", processes=2)
+    assert f"{run} is being trained by another process: wait for it, or choose another --output_dir" in said(job)
+    assert {path.name for path in run.iterdir()} == {".lock"}
 
 
 def test_missing_base(launch):
