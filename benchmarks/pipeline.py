@@ -105,7 +105,7 @@ def mixture(rows: int, image_tokens: int, max_length: int, scale: float = 1.0):
     rng = np.random.default_rng(0)
     names = list(SOURCES)
     drawn = rng.choice(len(names), rows, p=[SOURCES[name][0] / RECORDS for name in names])
-    columns = {name: (*SOURCES[name][1:2], mean_bytes(name), *SOURCES[name][3:]) for name in names}
+    columns = {name: (SOURCES[name][1], mean_bytes(name), *SOURCES[name][3:]) for name in names}
     questions, size, spread, answers = (np.array([columns[name][k] for name in names])[drawn] for k in range(4))
     has_image = np.array([name != "ShareGPT" for name in names])[drawn]
     size = rng.lognormal(np.log(size) - spread**2 / 2, spread)

@@ -218,7 +218,8 @@ class Engine:
 
         Returns: the tokens, (rows) int64, on the device.
         """
-        tokens = logits.float().argmax(-1)  # which of equal ones is taken depends on the dtype: ``generate``'s
+        # Which of equal ones is taken depends on the dtype: ``generate`` has this one.
+        tokens = logits.float().argmax(-1)
         for index, row in enumerate(rows):
             if row.sampling.temperature > 0:
                 tokens[index] = _draw(logits[index : index + 1], row.sampling)

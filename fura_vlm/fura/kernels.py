@@ -50,7 +50,7 @@ SHARED_MEMORY = _shared_memory()  # once: the compiler takes it for a constant
 def usable(x: torch.Tensor, block_size: int) -> bool:
     """Whether the kernels take this tensor."""
     return (
-        (INTERPRETED or SHARED_MEMORY > 0 and x.is_cuda)
+        (INTERPRETED or SHARED_MEMORY >= 96 * 1024 and x.is_cuda)  # which a block of 128 takes
         and triton is not None
         and block_size <= MAX_BLOCK
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)

@@ -371,11 +371,11 @@ class FuraLinear(nn.Module, FuraLayer):
             return None
 
     def _is_plain(self) -> bool:
-        """Whether all that calling the base layer does is multiply by its frozen weight and add its frozen bias."""
+        """Whether all that calling the base layer, an nn.Linear, does is multiply by its frozen weight and add its
+        frozen bias."""
         layer = self.base_layer
         return (
-            type(layer) is nn.Linear
-            and self.quantization_backend is None
+            self.quantization_backend is None
             and not (layer.weight.requires_grad or layer.bias is not None and layer.bias.requires_grad)
             and not (layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"))
             and not is_partitioned(layer.weight)

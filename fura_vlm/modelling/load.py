@@ -46,9 +46,11 @@ def load_processor(path: str) -> LlavaProcessor:
     if config is not None:
         _check_processor(path, processor, config)
         patch = config.vision_config.patch_size
-    if getattr(processor.image_processor, "do_pad", False) and processor.num_additional_image_tokens == 1:
-        return processor
-    return make_processor(processor.tokenizer, size, patch)
+    if not getattr(processor.image_processor, "do_pad", False) or processor.num_additional_image_tokens != 1:
+        processor = make_processor(processor.tokenizer, size, patch)
+    if config is not None:
+        _check_image_tokens(path, processor, config)
+    return processor
 
 
 def _config(path: str) -> LlavaConfig | None:
@@ -74,6 +76,22 @@ def _check_processor(path: str, processor: LlavaProcessor, config: LlavaConfig) 
         raise ModelError(
             f"{path}: its processor makes pictures of {size} pixels and its vision tower sees {seen}: its files belong "
             "to different models"
+        )
+
+
+def _check_image_tokens(path: str, processor: LlavaProcessor, config: LlavaConfig) -> None:
+    """Training relies on it: it has no time to compare features and tokens in every batch."""
+    strategies = processor.vision_feature_select_strategy, config.vision_feature_select_strategy
+    sizes = processor.patch_size, config.vision_config.patch_size
+    patches = [(config.vision_config.image_size // size) ** 2 for size in sizes]
+    class_token = config.vision_config.model_type.startswith("clip")
+    tokens = patches[0] + processor.num_additional_image_tokens - (strategies[0] == "default")
+    features = patches[1] + class_token - (strategies[1] == "default")
+    if tokens != features:
+        raise ModelError(
+            f"{path}: a picture is {tokens} tokens to its processor and {features} features to its model "
+            f"(vision_feature_select_strategy {strategies[0]!r} and {strategies[1]!r}): its files belong to different "
+            "models"
         )
 
 

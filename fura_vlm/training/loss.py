@@ -10,13 +10,15 @@ libraries do for memory's sake, has nothing to win here.
   needed, and attention takes its fastest form with the same shape of graph for every batch.
 - If the vision tower trains nothing, it runs without autograd, whatever gradient checkpointing switches on.
 - Nothing is looked up on the device: transformers reads there whether pictures and their tokens are equally many and
-  whether rows hold several records each. The data path sees to both, and a GPU that is waited for twice a batch stands
-  still for several percent of the time.
+  whether rows hold several records each. The data path sees to both, and a GPU that is waited for in every batch
+  stands still for several percent of the time.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -39,7 +41,7 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
     labels: without it the call waits for the device. Other calls are left as they are. What is trained must be
     decided before.
     """
-    as_it_was = model.forward
+    as_it_was, without_looking = model.forward, _without_looking(model)
 
     @functools.wraps(as_it_was)
     def forward(*args, labels: torch.Tensor | None = None, num_items_in_batch=None, supervised=None, **inputs):
@@ -49,7 +51,8 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
         targets = labels[rows, before + 1]
         inputs.pop("attention_mask", None)
         # The language model has a switch of its own for its cache; with one, every layer would be another graph.
-        hidden = model.model(*args, **inputs | {"use_cache": False}).last_hidden_state
+        with without_looking():
+            hidden = model.model(*args, **inputs | {"use_cache": False}).last_hidden_state
         # One call of the head whatever the number of rows: under ZeRO-3 it gathers weights in step with the others.
         logits = model.lm_head(hidden[rows, before])
         total = sum(
@@ -60,32 +63,35 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
         return LlavaCausalLMOutputWithPast(loss=total / items)
 
     model.forward = forward
-    model.model.get_placeholder_mask = functools.partial(_image_positions, model.config.image_token_id)
-    if isinstance(model.model.language_model, LlamaModel) and model.config.text_config._attn_implementation == "sdpa":
-        _decode_without_looking(model.model.language_model)
     tower = model.model.vision_tower
     if not any(parameter.requires_grad for parameter in tower.parameters()):
         tower.forward = torch.no_grad()(tower.forward)
 
 
-def _image_positions(image_token_id: int, input_ids: torch.Tensor | None, inputs_embeds, image_features):
-    """As LlavaModel's ``get_placeholder_mask``, which compares numbers, too."""
-    return (input_ids == image_token_id).unsqueeze(-1)
+def _without_looking(model: LlavaForConditionalGeneration) -> Callable[[], AbstractContextManager]:
+    """Gives the two parts of ``model`` that look something up on the device a short form that does not.
 
+    Returns: makes the context in which they take it, for rows that are no longer than one record each, with as many
+        tokens for pictures as there are features. The first time all is looked at as always.
+    """
+    llava, decoder = model.model, model.model.language_model
+    find_pictures, decode = llava.get_placeholder_mask, decoder.forward
+    looked = short = False
 
-def _decode_without_looking(decoder: LlamaModel) -> None:
-    """Changes the forward pass of ``decoder`` for calls without mask, positions and cache, which attend causally."""
-    as_it_was = decoder.forward
+    @functools.wraps(find_pictures)
+    def placeholder_mask(input_ids, inputs_embeds, image_features):
+        nonlocal looked
+        if not (short and looked) or input_ids is None:
+            looked = True
+            return find_pictures(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+        return (input_ids == model.config.image_token_id).unsqueeze(-1)
 
-    @functools.wraps(as_it_was)
+    @functools.wraps(decode)
     def forward(*args, **inputs):
-        given = {name for name, value in inputs.items() if value is not None}
-        if (
-            args
-            or given & {"input_ids", "attention_mask", "position_ids", "past_key_values"}
-            or inputs.get("use_cache")
-        ):
-            return as_it_was(*args, **inputs)
+        given = {name for name, value in inputs.items() if value is not None and value is not False}
+        # Without a mask attention is causal only where PyTorch's own function computes it.
+        if not short or args or given != {"inputs_embeds"} or decoder.config._attn_implementation != "sdpa":
+            return decode(*args, **inputs)
         hidden = inputs["inputs_embeds"]
         position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
@@ -100,7 +106,19 @@ def _decode_without_looking(decoder: LlamaModel) -> None:
             )
         return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden))
 
-    decoder.forward = forward
+    @contextmanager
+    def without_looking():
+        nonlocal short
+        short = True
+        try:
+            yield
+        finally:
+            short = False
+
+    llava.get_placeholder_mask = placeholder_mask
+    if isinstance(decoder, LlamaModel):
+        decoder.forward = forward
+    return without_looking
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:

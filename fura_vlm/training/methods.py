@@ -93,6 +93,8 @@ def compile_layers(model: LlavaForConditionalGeneration | PeftModel, activation_
     """
     torch._functorch.config.activation_memory_budget = activation_memory_budget
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.enable_input_require_grads()  # a batch without pictures would be another graph of the first layer
+    if any(p.requires_grad for p in base.model.multi_modal_projector.parameters()):
+        # Only then are there gradients to the first layer's input; without pictures it would be another graph.
+        base.enable_input_require_grads()
     for layer in base.model.language_model.layers:
         layer.compile(dynamic=True)

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -246,13 +247,14 @@ def _raise(error: Exception) -> None:
 def _choose_run(config: TrainConfig) -> Path:
     """The folder to run in: a new one, or that of the same run interrupted. Numbered after a finished run."""
     first = Path(config.output_dir.replace("{method}", config.method))
-    number = 1
-    run = first
-    while (run / FINISHED).exists():
-        number += 1
-        run = first.with_name(f"{first.name}-{number}")
-    run.mkdir(parents=True, exist_ok=True)
-    _hold(run)
+    for number in itertools.count(1):
+        run = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        if (run / FINISHED).exists():
+            continue
+        run.mkdir(parents=True, exist_ok=True)
+        _hold(run)
+        if not (run / FINISHED).exists():  # nor has it been finished while this waited
+            break
     settings = dataclasses.asdict(config)
     saved = run / "config.yaml"
     if saved.is_file():

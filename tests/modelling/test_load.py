@@ -174,6 +174,10 @@ def test_processor_of_another_model_is_refused(published):
     (published / "config.json").write_text(json.dumps(config | {"image_token_index": 32_000}))
     with pytest.raises(ModelError, match="<image> is token 767 of its tokenizer and 32000 of its config.json"):
         load_processor(str(published))
+    (published / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "full"}))
+    with pytest.raises(ModelError, match="a picture is 64 tokens to its processor and 65 features to its model"):
+        load_processor(str(published))
+    (published / "config.json").write_text(json.dumps(config))
     tokenizer = json.loads((published / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<image>"]
     (published / "tokenizer.json").write_text(json.dumps(tokenizer))

@@ -120,6 +120,7 @@ def test_nothing_waits_for_the_device(pictures):
         model(**inputs).loss.backward()
     assert untouched.seen  # transformers does
     train_on_labels_only(model.get_base_model())
+    model(**inputs)  # the first batch is looked at
     supervised = supervised_positions(inputs["labels"])
     with Looks() as looks:
         model(**inputs, supervised=supervised, num_items_in_batch=torch.tensor(25)).loss.backward()
@@ -128,12 +129,34 @@ def test_nothing_waits_for_the_device(pictures):
 
 def test_calls_without_labels_are_left_alone():
     model = model_in_training()
-    inputs = batch()
-    del inputs["labels"]
+    base, inputs = model.get_base_model(), batch()
+    labels = inputs.pop("labels")
+    words = base.get_input_embeddings()(inputs["input_ids"])
+    embedded = {"inputs_embeds": words, "pixel_values": inputs["pixel_values"]}
+    calls = [inputs, embedded, inputs | {"output_hidden_states": True, "use_cache": False}]
     with torch.no_grad():
-        expected = model(**inputs).logits
-        train_on_labels_only(model.get_base_model())
-        assert torch.equal(model(**inputs).logits, expected)
+        expected = [model(**call) for call in calls]
+        loss = model(**embedded, labels=labels).loss
+        train_on_labels_only(base)
+        for call, wanted in zip(calls, expected, strict=True):
+            found = model(**call)
+            assert torch.equal(found.logits, wanted.logits)
+            assert (found.past_key_values is None) == (wanted.past_key_values is None)
+            assert (found.hidden_states is None) == (wanted.hidden_states is None)
+        assert model(**embedded, labels=labels).loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="do not match"):
+                model(**inputs | {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
+
+
+def test_another_attention_is_given_its_mask():
+    model = model_in_training()
+    inputs = batch()
+    train_on_labels_only(model.get_base_model())
+    with torch.no_grad():
+        expected = model(**inputs).loss
+        model.get_base_model().set_attn_implementation("eager")
+        assert model(**inputs).loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_compiled_layers_share_one_graph_whatever_their_number_and_the_length(monkeypatch):

@@ -94,9 +94,11 @@ def test_slurm_job_on_two_nodes_stops_in_time_and_one_process_goes_on(uninterrup
     assert not list(run.rglob("*universal*"))
 
 
-def test_two_processes_go_on_where_one_was_killed(uninterrupted, launch):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_processes_go_on_where_one_was_killed(stage, uninterrupted, launch):
     """The step stays as large as it was, though nothing says how large."""
     settings = {"save_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings["deepspeed"] = f"scripts/zero{stage}.json"
     port = free_port()
     process = launch.start("killed", env={"MASTER_PORT": str(port)}, **settings)
     checkpoint = launch.folder / "killed" / "checkpoint-3"

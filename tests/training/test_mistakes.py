@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -68,6 +69,21 @@ def test_a_run_that_is_going_on(launch):
         job = launch("twice", processes=2)
     assert f"{run} is being trained by another process: wait for it, or choose another --output_dir" in said(job)
     assert {path.name for path in run.iterdir()} == {".lock"}
+
+
+def test_a_run_that_ends_while_another_waits(tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    lock = FileLock(tmp_path / "run" / ".lock", thread_local=False)
+    lock.acquire()
+
+    def end():
+        (tmp_path / "run" / "report.md").write_text("done")
+        lock.release()
+
+    threading.Timer(1, end).start()
+    assert _choose_run(config) == tmp_path / "run-2"
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_missing_base(launch):
