@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import platform
@@ -32,7 +31,6 @@ import torch.distributed as dist
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
 from peft import PeftModel
 from rich.console import Console
 from rich.markdown import Markdown
@@ -247,14 +245,11 @@ def _raise(error: Exception) -> None:
 def _choose_run(config: TrainConfig) -> Path:
     """The folder to run in: a new one, or that of the same run interrupted. Numbered after a finished run."""
     first = Path(config.output_dir.replace("{method}", config.method))
-    for number in itertools.count(1):
-        run = first if number == 1 else first.with_name(f"{first.name}-{number}")
-        if (run / FINISHED).exists():
-            continue
-        run.mkdir(parents=True, exist_ok=True)
-        _hold(run)
-        if not (run / FINISHED).exists():  # nor has it been finished while this waited
-            break
+    number = 1
+    run = first
+    while (run / FINISHED).exists():
+        number += 1
+        run = first.with_name(f"{first.name}-{number}")
     settings = dataclasses.asdict(config)
     saved = run / "config.yaml"
     if saved.is_file():
@@ -268,27 +263,9 @@ def _choose_run(config: TrainConfig) -> Path:
             )
         if changed:  # it begins anew, and perhaps with another base or other questions
             (run / ANSWERS_BEFORE).unlink(missing_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     write_text(saved, yaml.safe_dump(settings, sort_keys=False))
     return run
-
-
-_held: list[FileLock] = []
-
-
-def _hold(run: Path) -> None:
-    """Keeps other processes out of the folder until this one ends, however it ends, or takes another run."""
-    while _held:
-        _held.pop().release()
-    lock = FileLock(run / ".lock", timeout=10)  # workers of a run that was killed hold it a few seconds longer
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise TrainingError(
-            f"{run} is being trained by another process: wait for it, or choose another --output_dir"
-        ) from error
-    except (NotImplementedError, OSError):  # a file system without locks
-        return
-    _held.append(lock)
 
 
 def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationDataset, list[Record], str]:

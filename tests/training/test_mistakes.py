@@ -9,12 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 from PIL import Image
 
 from fura_vlm.training.config import TrainConfig
@@ -60,30 +58,6 @@ def test_empty_mixture(launch):
     path = launch.folder / "empty.json"
     path.write_text("[]")
     assert f"{path} holds no records" in said(launch("empty", data_path=str(path)))
-
-
-def test_a_run_that_is_going_on(launch):
-    run = launch.folder / "twice"
-    run.mkdir()
-    with FileLock(run / ".lock"):
-        job = launch("twice", processes=2)
-    assert f"{run} is being trained by another process: wait for it, or choose another --output_dir" in said(job)
-    assert {path.name for path in run.iterdir()} == {".lock"}
-
-
-def test_a_run_that_ends_while_another_waits(tmp_path):
-    config = TrainConfig(output_dir=str(tmp_path / "run"))
-    (tmp_path / "run").mkdir()
-    lock = FileLock(tmp_path / "run" / ".lock", thread_local=False)
-    lock.acquire()
-
-    def end():
-        (tmp_path / "run" / "report.md").write_text("done")
-        lock.release()
-
-    threading.Timer(1, end).start()
-    assert _choose_run(config) == tmp_path / "run-2"
-    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_missing_base(launch):
