@@ -103,6 +103,14 @@ def test_measured_steps(method, checkpointing, seconds):
     assert 0.93 * seconds < step_seconds(named_model("7b"), counts(method=method), setting, 16 * 832, H200) < seconds
 
 
+@pytest.mark.parametrize(("method", "gib"), [("fura", 72.4), ("lora", 100.4)])
+def test_measured_memory_of_those_steps(method, gib):
+    """Within 6 %, which is what a CUDA context and the allocator's slack make."""
+    train = TrainConfig(method=method, model_max_length=832)
+    parts = memory(named_model("7b"), train, counts(method=method), Setting(method, 1, 2, False, False, 16, True), 1.0)
+    assert sum(parts.values()) / GIB == pytest.approx(gib, rel=0.06)
+
+
 def test_zero_divides_what_it_says():
     """Stage 1 the optimizer, stage 2 the gradients too, stage 3 the weights too (ZeRO, figure 1)."""
     train, counted = TrainConfig(method="full"), counts(method="full")
