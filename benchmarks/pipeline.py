@@ -281,6 +281,7 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
         deepspeed=str(ROOT / setting.deepspeed) if deepspeed else None,
         dataloader_num_workers=setting.workers,
         dataloader_persistent_workers=setting.workers > 0,
+        accelerator_config={"non_blocking": True} if cuda else None,
         remove_unused_columns=False,
         label_names=["labels"],
         logging_steps=1,

@@ -9,9 +9,10 @@ libraries do for memory's sake, has nothing to win here.
 - Padding is on the right (``Collator``), where a causal model never looks at it from a real token. So no mask is
   needed, and attention takes its fastest form with the same shape of graph for every batch.
 - If the vision tower trains nothing, it runs without autograd, whatever gradient checkpointing switches on.
-- Nothing is looked up on the device: transformers reads there whether pictures and their tokens are equally many and
-  whether rows hold several records each. The data path sees to both, and a GPU that is waited for in every batch
-  stands still for several percent of the time.
+- Nothing is looked up on the device: transformers reads there whether pictures and their tokens are equally many, where
+  these are (forward and once more backward), and whether rows hold several records each. A GPU that is waited for in
+  every batch, amid the work of launching what comes next, stands still for several percent of the time. So it is
+  asked once a step, before the first batch, where labels and pictures are (``positions``).
 """
 
 from __future__ import annotations
@@ -37,19 +38,26 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
 
     Such a call takes ``input_ids`` (or ``inputs_embeds``), ``labels`` and ``attention_mask``, (rows, length), padded
     on the right; ``pixel_values``; and transformers' ``num_items_in_batch``: if given, the sum of the losses is
-    divided by it and not by the number of labels; and ``supervised``, what ``supervised_positions`` made of the
-    labels: without it the call waits for the device. Other calls are left as they are. What is trained must be
-    decided before.
+    divided by it and not by the number of labels; and what ``positions`` makes of a batch: without it the call waits
+    for the device. Other calls are left as they are. What is trained must be decided before.
+
+    Raises:
+        ValueError: from a call whose pictures have more or fewer features than there are tokens for them.
     """
     as_it_was, without_looking = model.forward, _without_looking(model)
 
     @functools.wraps(as_it_was)
-    def forward(*args, labels: torch.Tensor | None = None, num_items_in_batch=None, supervised=None, **inputs):
+    def forward(
+        *args, labels: torch.Tensor | None = None, num_items_in_batch=None, supervised=None, pictured=None, **inputs
+    ):
         if labels is None:
             return as_it_was(*args, **inputs)
-        rows, before = supervised_positions(labels) if supervised is None else supervised
+        rows, before = _supervised(labels) if supervised is None else supervised
         targets = labels[rows, before + 1]
         inputs.pop("attention_mask", None)
+        if pictured is not None:
+            ids, pictures = inputs.pop("input_ids"), inputs.pop("pixel_values")
+            inputs["inputs_embeds"] = _embedded(model, ids, pictures, pictured)
         # The language model has a switch of its own for its cache; with one, every layer would be another graph.
         with without_looking():
             hidden = model.model(*args, **inputs | {"use_cache": False}).last_hidden_state
@@ -68,23 +76,26 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
         tower.forward = torch.no_grad()(tower.forward)
 
 
+def _embedded(
+    model: LlavaForConditionalGeneration, input_ids: torch.Tensor, pixel_values: torch.Tensor, pictured: torch.Tensor
+) -> torch.Tensor:
+    """Words, and the features of pictures in their places: (rows, length, hidden size), as ``LlavaModel`` makes it."""
+    words = model.get_input_embeddings()(input_ids)
+    features = torch.cat(list(model.model.get_image_features(pixel_values, return_dict=True).pooler_output))
+    if len(features) != pictured.shape[1]:
+        raise ValueError(
+            f"Image features and image tokens do not match, tokens: {pictured.shape[1]}, features: {len(features)}"
+        )
+    return words.index_put(tuple(pictured), features.to(words.dtype))
+
+
 def _without_looking(model: LlavaForConditionalGeneration) -> Callable[[], AbstractContextManager]:
-    """Gives the two parts of ``model`` that look something up on the device a short form that does not.
+    """Gives the language model of ``model`` a short form that does not look anything up on the device.
 
-    Returns: makes the context in which they take it, for rows that are no longer than one record each, with as many
-        tokens for pictures as there are features. The first time all is looked at as always.
+    Returns: makes the context in which it takes it, for rows that are no longer than one record each.
     """
-    llava, decoder = model.model, model.model.language_model
-    find_pictures, decode = llava.get_placeholder_mask, decoder.forward
-    looked = short = False
-
-    @functools.wraps(find_pictures)
-    def placeholder_mask(input_ids, inputs_embeds, image_features):
-        nonlocal looked
-        if not (short and looked) or input_ids is None:
-            looked = True
-            return find_pictures(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
-        return (input_ids == model.config.image_token_id).unsqueeze(-1)
+    decoder = model.model.language_model
+    decode, short = decoder.forward, False
 
     @functools.wraps(decode)
     def forward(*args, **inputs):
@@ -115,16 +126,23 @@ def _without_looking(model: LlavaForConditionalGeneration) -> Callable[[], Abstr
         finally:
             short = False
 
-    llava.get_placeholder_mask = placeholder_mask
     if isinstance(decoder, LlamaModel):
         decoder.forward = forward
     return without_looking
 
 
-def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Row and position of what predicts a label, the position before it: (2, labels that count) int64.
+def positions(batch: dict[str, torch.Tensor], image_token_id: int) -> dict[str, torch.Tensor]:
+    """What a call in training is told of its batch besides, rows and positions, (2, number) int64 each: ``supervised``,
+    of what predicts a label, the position before it; and, if there are pictures, ``pictured``, of their tokens.
 
     How many there are has to come from the device, which is waited for."""
+    found = {"supervised": _supervised(batch["labels"])}
+    if "pixel_values" in batch:
+        found["pictured"] = (batch["input_ids"] == image_token_id).nonzero().T
+    return found
+
+
+def _supervised(labels: torch.Tensor) -> torch.Tensor:
     return (labels[:, 1:] != IGNORE).nonzero().T
 
 

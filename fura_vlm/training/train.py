@@ -363,6 +363,7 @@ def _training_arguments(config: TrainConfig, run: Path, accumulation: int, unive
         eval_strategy="no",
         logging_first_step=True,
         dataloader_persistent_workers=config.dataloader_num_workers > 0,
+        accelerator_config={"non_blocking": True} if cuda else None,  # batches are copied from pinned memory
     )
 
 

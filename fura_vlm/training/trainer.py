@@ -15,7 +15,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from fura_vlm.data.sampler import ModalityLengthSampler
 from fura_vlm.training.checkpoint import WrittenBy, load_buffers, mend_optimizer, remove_universal
-from fura_vlm.training.loss import supervised_positions, train_on_labels_only
+from fura_vlm.training.loss import positions, train_on_labels_only
 from fura_vlm.training.methods import PROJECTOR
 from fura_vlm.training.throughput import Meter, Progress
 
@@ -35,6 +35,7 @@ class FuraTrainer(Trainer):
         self._staging = False
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         train_on_labels_only(model)
+        self.image_token_id = model.config.image_token_id
         self.meter = Meter(self.model, self.args.device)
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)
@@ -45,7 +46,7 @@ class FuraTrainer(Trainer):
         for batch in batches:
             self.meter.add(batch)
             # Here the device is waited for once a step, and not by every batch while it computes the one before.
-            batch["supervised"] = supervised_positions(batch["labels"])
+            batch |= positions(batch, self.image_token_id)
         return batches, items
 
     def floating_point_ops(self, inputs):
@@ -74,6 +75,8 @@ class FuraTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # resumed when all was done: the Trainer takes one step more
             self.control.should_training_stop = True
             return None
+        if self.is_deepspeed_enabled:
+            let_the_norm_decide(model)
         set_epoch(train_dataloader, epoch)
         return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
@@ -138,6 +141,19 @@ class FuraTrainer(Trainer):
             shutil.rmtree(run / "saving")
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
         PartialState().wait_for_everyone()
+
+
+def let_the_norm_decide(engine) -> None:
+    """DeepSpeed's ZeRO 1 and 2 look for NaN and Inf twice before a step: in each gradient by itself, with ten small
+    kernels for every one, and in their norm, which is finite only if all of them are. For the 448 tensors of a 7B's
+    adapter the first takes 0.1 s a step, much of what several GPUs need for the rest of it. So the norm alone decides;
+    as before, a step that it refuses is not taken.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    zero = engine.optimizer
+    if isinstance(zero, DeepSpeedZeroOptimizer) and zero.compute_grad_norm and not zero.cpu_offload:
+        zero.check_overflow = lambda **_: None
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:

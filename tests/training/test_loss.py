@@ -14,7 +14,7 @@ from fura_vlm.fura import FuraConfig
 from fura_vlm.modelling.load import load_base, load_processor
 from fura_vlm.training import loss
 from fura_vlm.training.config import TARGET_MODULES
-from fura_vlm.training.loss import supervised_positions, train_on_labels_only
+from fura_vlm.training.loss import positions, train_on_labels_only
 from fura_vlm.training.methods import compile_layers
 
 aten = torch.ops.aten
@@ -50,14 +50,16 @@ def gradients(model):
     return found
 
 
+@pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("items", [None, 40])
 @pytest.mark.parametrize("pictures", [True, False])
-def test_it_is_transformers_loss(pictures, items, monkeypatch):
+def test_it_is_transformers_loss(pictures, items, told, monkeypatch):
     monkeypatch.setattr(loss, "ROWS_AT_ONCE", 10)  # several parts
     inputs = batch(pictures=pictures) | ({} if items is None else {"num_items_in_batch": torch.tensor(items)})
     theirs, ours = model_in_training(), model_in_training()
     train_on_labels_only(ours.get_base_model())
-    expected, found = theirs(**inputs), ours(**inputs)
+    places = positions(inputs, ours.config.image_token_id) if told else {}
+    expected, found = theirs(**inputs), ours(**inputs, **places)
     assert found.logits is None
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)  # float32 in both
     expected.loss.backward()
@@ -99,6 +101,15 @@ def test_head_and_tower_do_no_more_than_they_must():
     assert seen["tower"] is False
 
 
+LOOKS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.masked_scatter_backward.default,
+}
+
+
 class Looks(TorchDispatchMode):
     """Notes what is read from the device, or cannot be allocated before the device says how large it is."""
 
@@ -107,7 +118,7 @@ class Looks(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default):
+        if func in LOOKS:
             self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
@@ -120,10 +131,9 @@ def test_nothing_waits_for_the_device(pictures):
         model(**inputs).loss.backward()
     assert untouched.seen  # transformers does
     train_on_labels_only(model.get_base_model())
-    model(**inputs)  # the first batch is looked at
-    supervised = supervised_positions(inputs["labels"])
+    told = positions(inputs, model.config.image_token_id)
     with Looks() as looks:
-        model(**inputs, supervised=supervised, num_items_in_batch=torch.tensor(25)).loss.backward()
+        model(**inputs, **told, num_items_in_batch=torch.tensor(25)).loss.backward()
     assert not looks.seen
 
 
@@ -147,6 +157,15 @@ def test_calls_without_labels_are_left_alone():
         for _ in range(2):
             with pytest.raises(ValueError, match="do not match"):
                 model(**inputs | {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
+
+
+def test_pictures_without_as_many_tokens_are_refused():
+    model, inputs = model_in_training(), batch()
+    train_on_labels_only(model.get_base_model())
+    told = positions(inputs, model.config.image_token_id)
+    for pictures in (inputs["pixel_values"].repeat(2, 1, 1, 1), inputs["pixel_values"][:1]):
+        with pytest.raises(ValueError, match="do not match"):
+            model(**inputs | told | {"pixel_values": pictures})
 
 
 def test_another_attention_is_given_its_mask():

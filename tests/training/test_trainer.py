@@ -1,5 +1,9 @@
 """What the trainer adds to transformers' own, without a run."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -81,3 +85,49 @@ def test_a_run_that_is_done_takes_no_step_more(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(through, resumed, strict=True))
     assert max(p.abs().max() for p in through) > 0
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+STEPS = """
+import sys
+import deepspeed, torch
+from fura_vlm.training.trainer import let_the_norm_decide
+
+def steps(ours):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={
+        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.5, "bf16": {"enabled": True},
+        "zero_optimization": {"stage": int(sys.argv[1]), "reduce_bucket_size": 1000},
+        "zero_allow_untested_optimizer": True,
+    })
+    if ours:
+        let_the_norm_decide(engine)
+        def looked(*_): raise AssertionError("looked at a gradient by itself")
+        zero._has_inf_or_nan = looked
+    taken = []
+    for step in range(4):
+        x = torch.full((1, 8), 1.0 + engine.local_rank, dtype=torch.bfloat16)
+        if step in (1, 3) and engine.local_rank == (step == 1):
+            x[0, step] = float("nan" if step == 1 else "inf")
+        before = [p.clone() for p in model.parameters()]
+        engine.backward(engine(x).sum())
+        engine.step()
+        taken.append(not all(map(torch.equal, before, model.parameters())))
+    return taken, [p.tolist() for p in model.parameters()]
+
+theirs, ours = steps(False), steps(True)
+assert theirs == ours and ours[0] == [True, False, True, False], (theirs, ours)
+"""
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_with_nan_in_one_process_is_taken_by_none(stage, tmp_path):
+    """As DeepSpeed by itself does, and the other steps are the same."""
+    script = tmp_path / "steps.py"
+    script.write_text(STEPS)
+    two_processes = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *two_processes, script, str(stage)]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
