@@ -118,6 +118,8 @@ def steps(ours):
 
 theirs, ours = steps(False), steps(True)
 assert theirs == ours and ours[0] == [True, False, True, False], (theirs, ours)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
