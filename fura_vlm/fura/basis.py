@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from fura_vlm.fura import kernels
 from fura_vlm.fura.errors import FuraError
@@ -207,7 +207,9 @@ def fold_pays(x: torch.Tensor, weight: torch.Tensor, D: torch.Tensor) -> bool:
     )
 
 
-def folded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, D: torch.Tensor) -> torch.Tensor:
+def folded_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, D: torch.Tensor, up: torch.Tensor | None = None
+) -> torch.Tensor:
     """``(W + W D) x + bias``, which is ``W (x + D x) + bias``; no gradients for weight and bias.
 
     ``W + W D`` is rounded to the weight's dtype as ``x + D x`` would be to x's: neither is the more exact (see
@@ -218,11 +220,13 @@ def folded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         weight: ``(out, in)``, of x's dtype.
         bias: ``(out,)`` or None.
         D: ``(N, b, b)``.
+        up: like x; if given, ``silu(x) * up`` takes the place of x, and is not kept for the backward pass.
 
     Returns: ``(..., out)``.
     """
     if torch.is_grad_enabled():
-        return kernels.FoldedLinear.apply(x, weight, bias, D)
+        return kernels.FoldedLinear.apply(x, up, weight, bias, D)
+    x = x if up is None else silu(x) * up
     return linear(x, kernels.mix(weight, D.mT), bias)
 
 

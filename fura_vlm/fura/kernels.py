@@ -80,8 +80,8 @@ if triton is not None:
 
     @triton.jit
     def _mix_backward_kernel(
-        x, D, grad, out, partial, rows, width, blocks, tiles, D_block, D_row, D_column,
-        b: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+        x, up, D, grad, out, out_up, partial, rows, width, blocks, tiles, D_block, D_row, D_column,
+        b: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """A program: one block of columns of ``tiles`` times TILE rows."""
         block, share = tl.program_id(0), tl.program_id(1)
@@ -97,6 +97,14 @@ if triton is not None:
             values = tl.load(x + place, mask=inside, other=0.0)
             g = tl.load(grad + place, mask=inside, other=0.0)
             back = g.to(tl.float32) + tl.dot(g, mixing, input_precision=PRECISION)
+            if GATED:
+                gate = values.to(tl.float32)
+                factor = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+                share_of_gate = tl.sigmoid(gate)
+                silu = gate * share_of_gate
+                tl.store(out_up + place, (back * silu).to(out.dtype.element_ty), mask=inside)
+                back *= factor * share_of_gate * (1 + gate - silu)
+                values = (silu * factor).to(x.dtype.element_ty)
             tl.store(out + place, back.to(out.dtype.element_ty), mask=inside)
             total = tl.dot(tl.trans(g), values, total, input_precision=PRECISION)
         place = (share * blocks + block) * b * b + c[:, None] * b + c[None, :]
@@ -199,8 +207,10 @@ def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def mix_backward(x: torch.Tensor, D: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of ``mix`` with respect to x and D, in one pass over x and ``grad``.
+def mix_backward(
+    x: torch.Tensor, D: torch.Tensor, grad: torch.Tensor, up: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The gradients of ``mix`` with respect to what it took and D, in one pass over all of them.
 
     Sums over rows are made in a fixed order: the result is the same each time.
 
@@ -208,11 +218,15 @@ def mix_backward(x: torch.Tensor, D: torch.Tensor, grad: torch.Tensor) -> tuple[
         x: ``(..., N * b)``, that of the forward.
         D: ``(N, b, b)``.
         grad: the gradient of the result, like x.
+        up: like x, if ``silu(x) * up`` was mixed: it is computed again, in float32 and rounded once.
 
-    Returns: ``grad + D^T grad``, like x, and ``sum_rows grad x^T`` by block, ``(N, b, b)`` float32.
+    Returns: the gradients of x and ``up`` (or None), like x: ``grad + D^T grad``, or what the gate makes of that; and
+        of D: ``sum_rows grad x^T`` by block, ``(N, b, b)`` float32.
     """
-    x, grad = x.contiguous(), grad.contiguous()
+    x, grad, gated = x.contiguous(), grad.contiguous(), up is not None
+    up = up.contiguous() if gated else x  # not looked at
     out = torch.empty_like(grad)
+    out_up = torch.empty_like(grad) if gated else out
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
     tile, options = _form(x, rows)
@@ -221,11 +235,11 @@ def mix_backward(x: torch.Tensor, D: torch.Tensor, grad: torch.Tensor) -> tuple[
     partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
     total = torch.empty_like(partial[0])
     _launch(
-        _mix_backward_kernel, (N, shares), x, D, grad, out, partial, rows, N * b, N, tiles, *D.stride(),
-        b, _tile_width(b), tile, _precision(x), **options,
+        _mix_backward_kernel, (N, shares), x, up, D, grad, out, out_up, partial, rows, N * b, N, tiles, *D.stride(),
+        b, _tile_width(b), tile, gated, _precision(x), **options,
     )  # fmt: skip
     _launch(_sum_kernel, (triton.cdiv(total.numel(), 1024),), partial, total, total.numel(), shares, 1024)
-    return out, total
+    return out, out_up if gated else None, total
 
 
 def _tile_width(b: int) -> int:
@@ -263,7 +277,7 @@ class Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, D = ctx.saved_tensors
-        dx, dD = mix_backward(x, D, grad)
+        dx, _, dD = mix_backward(x, D, grad)
         return dx, dD.to(D.dtype)
 
 
@@ -272,18 +286,22 @@ class FoldedLinear(torch.autograd.Function):
 
     ``W + W D`` is rounded to W's dtype as ``x + D x`` would be to x's, and lives only until the product is done. The
     gradients are those of the unfolded form. W and bias get none.
+
+    With ``up`` it is ``silu(x) * up`` that the layer takes. That product is not kept: the backward pass, which reads x
+    and ``up`` for their gradients anyway, makes it again on the way.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, D):
-        ctx.save_for_backward(x, weight, D)
-        return torch.nn.functional.linear(x, mix(weight, D.mT), bias)
+    def forward(ctx, x, up, weight, bias, D):
+        ctx.save_for_backward(x, up, weight, D)
+        taken = x if up is None else torch.nn.functional.silu(x) * up
+        return torch.nn.functional.linear(taken, mix(weight, D.mT), bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, D = ctx.saved_tensors
-        dx, dD = mix_backward(x, D, grad @ weight)
-        return dx, None, None, dD.to(D.dtype)
+        x, up, weight, D = ctx.saved_tensors
+        dx, dup, dD = mix_backward(x, D, grad @ weight, up)
+        return dx, dup, None, None, dD.to(D.dtype)
 
 
 class Delta(torch.autograd.Function):

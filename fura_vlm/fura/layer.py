@@ -10,6 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
+from torch.nn.functional import silu
 
 from fura_vlm.fura.basis import (
     apply_blocks,
@@ -301,13 +302,24 @@ class FuraLinear(nn.Module, FuraLayer):
                     getattr(self, part)[name] = tensor.to(now.device)
         return self
 
-    def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        *args,
+        adapter_names: list[str] | None = None,
+        up: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
         """``x (..., in)`` to ``(..., out)``; while untrained, the base layer's own result bit for bit.
 
         Args:
             adapter_names: one adapter (or ``"__base__"``) per sample of the batch, instead of the active
                 ones.
+            up: like x; if given, the layer's input is ``silu(x) * up``, and while training no copy of it is kept where
+                it can be had again at no cost.
         """
+        if up is not None and (self.disable_adapters or self.merged or adapter_names is not None):
+            x, up = silu(x) * up, None
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -318,16 +330,19 @@ class FuraLinear(nn.Module, FuraLayer):
             self.ensure_basis()
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
-        return self._forward_adapted(x, self.active_adapters, *args, **kwargs)
+        return self._forward_adapted(x, self.active_adapters, *args, up=up, **kwargs)
 
-    def _forward_adapted(self, x: torch.Tensor, adapter_names: list[str], *args, **kwargs) -> torch.Tensor:
+    def _forward_adapted(
+        self, x: torch.Tensor, adapter_names: list[str], *args, up: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
         inner = self._blocks(adapter_names, "input", x.dtype)
         outer = self._blocks(adapter_names, "output", x.dtype)
         layer = self.base_layer
         folds = len(inner) == 1 and type(layer) is nn.Linear and fold_pays(x, layer.weight, inner[0])
         if folds and not (args or kwargs) and self._is_plain():
-            y = folded_linear(x, layer.weight, layer.bias, inner[0])
+            y = folded_linear(x, layer.weight, layer.bias, inner[0], up)
         else:
+            x = x if up is None else silu(x) * up
             y = layer(mix(x, inner), *args, **kwargs)
         bias = getattr(self.get_base_layer(), "bias", None) if outer else None
         if bias is None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.errors import FuraError
+from fura_vlm.fura.gate import join_gate
 from fura_vlm.fura.layer import FuraLayer, FuraLinear, matches_pattern
 from fura_vlm.fura.weights import compare_fingerprints, dense_weight, fingerprint, gathered
 
@@ -113,6 +114,7 @@ class FuraModel(BaseTuner):
         with its projector there could not be unloaded.
         """
         setattr(parent, child_name, new_module)
+        join_gate(parent)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Give adapter parameters the base's dtype; with autocast_adapter_dtype at least float32."""
@@ -242,8 +244,10 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
         if len(layer.fura_side) > 1:
             layer.delete_adapter(adapter_name)
         else:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+            path, _, child = name.rpartition(".")
+            parent = model.get_submodule(path)
+            setattr(parent, child, layer.base_layer)
+            join_gate(parent)
 
 
 def _name_adapters(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:

@@ -1,12 +1,14 @@
 """Runs the Triton kernels in Triton's interpreter, which must be chosen before Triton is imported; prints relative
 errors against float64 as JSON, one object a line. The interpreter has no bfloat16 products; float16 stands in."""
 
+import copy
 import json
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from fura_models import tiny_llama
 from fura_reference import ExplicitFura
 from peft import get_peft_model
 from torch import nn
@@ -85,6 +87,71 @@ def layer(rows, out, dim, side, train_s):
     )
 
 
+def gated(rows, N, b, out, dtype):
+    """``(W + W D) (silu(gate) * up)`` and its gradients by their formulas, in float64."""
+    torch.manual_seed(2)
+    gate, up = torch.randn(rows, N * b).to(dtype).requires_grad_(), torch.randn(rows, N * b).to(dtype).requires_grad_()
+    weight, bias, grad = (
+        torch.randn(out, N * b).to(dtype) / b,
+        torch.randn(out).to(dtype),
+        torch.randn(rows, out).to(dtype),
+    )
+    D = (torch.randn(N, b, b) * 0.1).requires_grad_()
+    y = kernels.FoldedLinear.apply(gate, up, weight, bias, D)
+    y.backward(grad)
+    a, u, E = gate.detach().double(), up.detach().double(), torch.block_diag(*D.detach().double())
+    sigmoid = 1 / (1 + torch.exp(-a))
+    taken, back = a * sigmoid * u, grad.double() @ weight.double()
+    dE = back.T @ taken
+    back = back + back @ E
+    report(
+        f"gated {rows} x {N} x {b} -> {out} {dtype}",
+        half=dtype == torch.float16,
+        y=error(y, (taken + taken @ E.T) @ weight.double().T + bias.double()),
+        dgate=error(gate.grad, back * u * (sigmoid + a * sigmoid * (1 - sigmoid))),
+        dup=error(up.grad, back * a * sigmoid),
+        dD=error(D.grad, torch.stack([dE[n * b : (n + 1) * b, n * b : (n + 1) * b] for n in range(N)])),
+    )
+
+
+def mlp(hooked):
+    """A Llama's MLP in float32 against the same in float64, where there are no kernels, before and after unloading."""
+    torch.manual_seed(3)
+    model = tiny_llama()
+    config = FuraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], block_size=8, init_weights=False)
+    model = get_peft_model(model, config)
+    block = model.base_model.model.model.layers[0].mlp
+    exact = copy.deepcopy(block).double()
+    assert exact.forward.__self__ is exact
+    seen = []
+    if hooked:
+        block.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x = torch.randn(200, block.hidden_size)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = block(x)
+    z = exact(x.double())
+    y.sum().backward()
+    z.sum().backward()
+    trained = [(p.grad, q.grad) for p, q in zip(block.parameters(), exact.parameters(), strict=True) if p.requires_grad]
+    product = nn.functional.silu(block.gate_proj(x)) * block.up_proj(x)
+    report(
+        f"mlp{' hooked' if hooked else ''}",
+        y=error(y, z),
+        gradients=max(error(p, q) for p, q in trained),
+        number=len(trained),
+        product_kept=any(t.shape == product.shape and torch.allclose(t, product) for t in kept),
+        product_seen=len(seen) == 1 and torch.allclose(seen[0], product),
+        own="forward" in block.__dict__,
+        left="forward" in model.unload().model.layers[0].mlp.__dict__,
+    )
+
+
+for dtype in (torch.float32, torch.float16):
+    gated(100, 2, 16, 40, dtype)
+    gated(70, 3, 20, 10, dtype)
+for hooked in (False, True):
+    mlp(hooked)
 for dtype in (torch.float32, torch.float16):
     for rows, N, b in ((1, 2, 16), (5, 3, 4), (150, 2, 43), (300, 1, 128), (2100, 1, 16)):
         mixing(rows, N, b, dtype)

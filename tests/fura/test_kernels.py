@@ -37,6 +37,23 @@ def test_mixing_and_its_gradients(reported):
         assert row["same_at_zero"], name
 
 
+def test_a_gate_and_its_gradients(reported):
+    cases = {name: row for name, row in reported.items() if name.startswith("gated")}
+    assert len(cases) == 4
+    for name, row in cases.items():
+        # float16: the factors, their product and what comes back through the weight are rounded, to 11 bits
+        rounding = 2e-3 if row["half"] else 2e-6
+        assert max(row[what] for what in ("y", "dgate", "dup", "dD")) < rounding, (name, row)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_llamas_mlp_keeps_no_product_for_its_adapter(reported, hooked):
+    row = reported["mlp hooked" if hooked else "mlp"]
+    assert row["y"] < 1e-6 and row["gradients"] < 1e-5 and row["number"] == 6, row
+    assert row["product_kept"] == row["product_seen"] == hooked
+    assert row["own"] and not row["left"]
+
+
 def test_layers_are_the_explicit_factorisation(reported):
     cases = {name: row for name, row in reported.items() if name.startswith("layer")}
     assert {row["folded"] for row in cases.values()} == {True, False}
