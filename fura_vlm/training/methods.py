@@ -16,6 +16,7 @@ import torch._functorch.config
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fura_vlm.fura import FuraConfig
 from fura_vlm.training.config import TrainConfig
@@ -85,7 +86,8 @@ def prepare(model: LlavaForConditionalGeneration, config: TrainConfig) -> LlavaF
 
 
 def compile_layers(model: LlavaForConditionalGeneration | PeftModel, activation_memory_budget: float = 1.0) -> None:
-    """``torch.compile`` on each decoder layer, once for all of them and for batches of every size and length.
+    """``torch.compile`` on each layer of the language model and of the vision tower, once for all of each and for
+    batches of every size and length.
 
     Args:
         activation_memory_budget: of the compiler, for the whole process: below 1 it computes cheap results again in
@@ -96,5 +98,7 @@ def compile_layers(model: LlavaForConditionalGeneration | PeftModel, activation_
     if any(p.requires_grad for p in base.model.multi_modal_projector.parameters()):
         # Only then are there gradients to the first layer's input; without pictures it would be another graph.
         base.enable_input_require_grads()
-    for layer in base.model.language_model.layers:
-        layer.compile(dynamic=True)
+    for part in (base.model.vision_tower, base.model.language_model):
+        for layer in part.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.compile(dynamic=True)

@@ -190,7 +190,7 @@ def test_compiled_layers_share_one_graph_whatever_their_number_and_the_length(mo
     compile_layers(model)
     for lengths in ((120, 90, 77), (100, 96), (200, 150, 140, 80)):
         model(**batch(lengths)).loss.backward()
-    assert len(layers) > 1 and counters["stats"]["unique_graphs"] == 1
+    assert len(layers) > 1 and counters["stats"]["unique_graphs"] == 2  # one is the vision tower's
     torch._dynamo.reset()
 
 
