@@ -46,7 +46,7 @@ class TrainConfig:
         model_max_length: tokens a record may have, image tokens included; longer ones are cut.
         warmup_steps: steps over which the rate rises; below 1, the share of all steps.
         group_by_modality_length: batches of one modality and of similar length, as LLaVA trains.
-        compile_layers: ``torch.compile`` on each decoder layer; not under ZeRO-3.
+        compile_layers: ``torch.compile`` on each layer; not under ZeRO-3.
         activation_memory_budget: with ``compile_layers``; below 1 the compiler computes norms and the like again in the
             backward pass rather than keep them. 0.9 saves a fifth of the memory for a few percent of the time.
         bf16: train in bfloat16; ``None`` means where a GPU supports it.

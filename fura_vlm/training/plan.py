@@ -42,12 +42,13 @@ SLACK = 1.04  # what the allocator cannot use of what it holds
 USABLE = 0.94  # of the memory in a GPU's name: an L40S of 48 GB has 45.0 GiB
 
 # Operations a second of the passes through Llama-7B's layers, eager and with compiled layers: 4 (full: 6) * weights *
-# tokens over the step times of benchmarks/results/method-llama-4.md. One H200, 4 layers, 16 x 1024 tokens, LoRA and
-# DoRA with r = 128 in bfloat16; compiled with an activation budget of 0.9.
+# tokens over the step times of benchmarks/results/method-llama-4.md, and for what is compiled of the first three
+# method-llama-4-budget-1.md. One H200, 4 layers, 16 x 1024 tokens, LoRA and DoRA with r = 128 in bfloat16; DoRA and
+# full compiled with an activation budget of 0.9.
 RATES = {
-    "frozen": (413 * TERA, 528 * TERA),
-    "fura": (393 * TERA, 514 * TERA),
-    "lora": (352 * TERA, 482 * TERA),
+    "frozen": (413 * TERA, 564 * TERA),
+    "fura": (393 * TERA, 539 * TERA),
+    "lora": (352 * TERA, 487 * TERA),
     "dora": (261 * TERA, 445 * TERA),
     "full": (463 * TERA, 565 * TERA),
 }
@@ -124,18 +125,22 @@ class Counts:
         self.buffers = sum(b.nbytes for b in new if b.is_floating_point()) if adapter else 0
 
 
-def activation_bytes(text: LlamaConfig, method: str, compiled: bool, dropout: bool) -> int:
-    """What autograd keeps of one Llama layer for one token, in bfloat16, with attention that keeps no scores.
+def activation_bytes(text: LlamaConfig, method: str, compiled: bool, dropout: bool, tokens: int) -> int:
+    """What autograd keeps of one Llama layer for one of ``tokens`` tokens, in bfloat16, with attention that keeps no
+    scores.
 
     As Korthikanti et al. (arXiv 2205.05198, section 4.1) count it for GPT. With width h and MLP width i, a layer over
     frozen weights keeps: queries, keys, values and the attention's output, 8h; the two inputs of the norms, 4h (8h in
     eager mode, where they are float32); gate and up projections, 4i (6i in eager mode, with the activation). A trained
     map also needs the inputs of the Linears: of attention, of its output, of the MLP, of its output, 6h + 2i less the
     attention's output, which is kept already. LoRA with dropout keeps a dropped copy (2) and its mask (1) for each of
-    the seven instead.
+    the seven instead. FuRA over a weight that is not quantised, in batches of more tokens than h, makes the activation
+    and the input of the MLP's output again.
     """
     h, i = text.hidden_size, text.intermediate_size
     kept = 12 * h + 4 * i if compiled else 16 * h + 6 * i
+    if method == "fura" and tokens > h:
+        return kept + 4 * h - (0 if compiled else 2 * i)
     if method in ("lora", "qlora", "dora") and dropout:
         kept += 3 * (6 * h + i)
     elif method != "projector":
@@ -155,7 +160,7 @@ def memory(model: LlavaConfig, train: TrainConfig, counts: Counts, setting: Sett
     weights = counts.base_bytes / share if whole or not setting.offload else 0
     optimizer = 0 if setting.offload else OPTIMIZER_BYTES * counts.trained / n
     gradients = counts.trained * (2 / (n if setting.stage >= 2 else 1) + 4 / n * (not setting.offload))
-    layer = activation_bytes(text, setting.method, setting.compiled, train.lora_dropout > 0)
+    layer = activation_bytes(text, setting.method, setting.compiled, train.lora_dropout > 0, tokens)
     logits = labelled * tokens * text.vocab_size * LOGIT_BYTES
     logits += min(labelled * tokens, LOSS_ROWS) * text.vocab_size * LOSS_BYTES
     activations = tokens * layer * text.num_hidden_layers

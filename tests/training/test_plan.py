@@ -80,35 +80,41 @@ def test_what_is_counted_is_what_a_model_holds(method):
 
 
 @pytest.mark.parametrize(
-    ("method", "checkpointing", "gib"), [("fura", False, 81.2), ("lora", False, 116.4), ("fura", True, 21.0)]
+    ("method", "checkpointing", "batch", "gib"),
+    [("fura", False, 8, 70.5), ("fura", False, 16, 125.6), ("lora", False, 8, 116.4), ("fura", True, 8, 21.0)],
 )
-def test_measured_memory(method, checkpointing, gib):
+def test_measured_memory(method, checkpointing, batch, gib):
     """Peaks of PyTorch's own count in training (benchmarks/pipeline.py on one H200, 2026-11-25): LLaVA-1.5-7B's shapes,
-    compiled layers, 8 records of 2048 tokens at once, three quarters of them answers. A plan is no less, and at most
-    4 % more."""
+    compiled layers, 8 or 16 records of 2048 tokens at once, three quarters of them answers. A plan is no less, and at
+    most 4 % more."""
     train = TrainConfig(method=method)
-    setting = Setting(method, 1, 1, False, checkpointing, 8, True)
+    setting = Setting(method, 1, 1, False, checkpointing, batch, True)
     parts = memory(named_model("7b"), train, counts(method=method), setting, 0.75)
     assert gib < (sum(parts.values()) - parts["reserve"]) / GIB < 1.04 * gib
 
 
-@pytest.mark.parametrize(
-    ("method", "checkpointing", "seconds"), [("fura", False, 0.726), ("lora", False, 0.793), ("fura", True, 1.102)]
-)
-def test_measured_steps(method, checkpointing, seconds):
-    """One H200, LLaVA-1.5-7B's shapes, 16 x 832 tokens, compiled layers, logits of all tokens. No longer than measured
-    and at most 7 % shorter: the steps are older than the adapter's kernels, and the rates measured with these are 4 to
-    6 % higher."""
-    setting = Setting(method, 1, 2, False, checkpointing, 16, True)
-    assert 0.93 * seconds < step_seconds(named_model("7b"), counts(method=method), setting, 16 * 832, H200) < seconds
+@pytest.mark.parametrize(("method", "batch", "tokens", "rate"), [("fura", 16, 866, 20_699), ("lora", 8, 777, 16_669)])
+def test_measured_steps(method, batch, tokens, rate):
+    """Forward and backward in training, without the pipeline (benchmarks/results/pipeline.md, one H200, 2026-11-25):
+    records at once, their mean length, tokens a second. Within 4 % for FuRA; LoRA's batches, half as large, take up to
+    9 % longer than planned."""
+    setting = Setting(method, 1, 1, False, False, batch, True)
+    planned = batch * tokens / step_seconds(named_model("7b"), counts(method=method), setting, batch * tokens, H200)
+    assert 0.96 * rate < planned < {"fura": 1.04, "lora": 1.09}[method] * rate
 
 
-@pytest.mark.parametrize(("method", "gib"), [("fura", 72.4), ("lora", 100.4)])
-def test_measured_memory_of_those_steps(method, gib):
-    """Within 6 %, which is what a CUDA context and the allocator's slack make."""
-    train = TrainConfig(method=method, model_max_length=832)
-    parts = memory(named_model("7b"), train, counts(method=method), Setting(method, 1, 2, False, False, 16, True), 1.0)
-    assert sum(parts.values()) / GIB == pytest.approx(gib, rel=0.06)
+def test_measured_steps_with_checkpointing():
+    """One H200, LLaVA-1.5-7B's shapes, 16 x 832 tokens, compiled layers, logits of all tokens, 1.102 s. Planned are at
+    most 10 % less: that step is older than the adapter's kernels, and than the rates measured with these."""
+    setting = Setting("fura", 1, 2, False, True, 16, True)
+    assert 0.9 * 1.102 < step_seconds(named_model("7b"), counts(method="fura"), setting, 16 * 832, H200) < 1.102
+
+
+def test_measured_memory_of_a_step_of_loras():
+    """100.4 GiB, logits of all tokens; within 6 %, which is what a CUDA context and the allocator's slack make."""
+    train = TrainConfig(method="lora", model_max_length=832)
+    parts = memory(named_model("7b"), train, counts(method="lora"), Setting("lora", 1, 2, False, False, 16, True), 1.0)
+    assert sum(parts.values()) / GIB == pytest.approx(100.4, rel=0.06)
 
 
 def test_zero_divides_what_it_says():
