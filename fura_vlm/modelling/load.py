@@ -272,7 +272,8 @@ def use_all_parts(model: torch.nn.Module) -> None:
     size = llava.config.vision_config.image_size
 
     def blank_picture(module, args, kwargs):
-        if kwargs.get("pixel_values") is not None or not module.training:
+        embedded = kwargs.get("inputs_embeds") is not None  # by the training's loss, pictures and all
+        if embedded or kwargs.get("pixel_values") is not None or not module.training:
             return None
         embeddings = module.get_input_embeddings()(kwargs.pop("input_ids"))
         blank = torch.zeros(1, 3, size, size, device=embeddings.device, dtype=embeddings.dtype)
