@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
 from fura_vlm.fura import kernels
 from fura_vlm.fura.errors import FuraError
@@ -180,14 +180,19 @@ def apply_blocks(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     return torch.einsum("...nb,ncb->...nc", blocks, D.to(x.dtype)).flatten(-2)
 
 
-def mix(x: torch.Tensor, Ds: list[torch.Tensor]) -> torch.Tensor:
-    """``x + sum_i D_i x``, like x; each ``D_i`` block-diagonal with blocks of its own size, ``(N, b, b)``."""
-    mixed = x
+def mix(x: torch.Tensor, Ds: list[torch.Tensor], up: torch.Tensor | None = None) -> torch.Tensor:
+    """``x + sum_i D_i x``, like x; each ``D_i`` block-diagonal with blocks of its own size, ``(N, b, b)``.
+
+    With ``up``, like x, it is ``silu(x) * up`` that is mixed; the kernels do not keep it for the backward pass.
+    """
+    if up is not None and len(Ds) == 1 and torch.is_grad_enabled() and kernels.usable(x, Ds[0].shape[-1]):
+        return kernels.Mix.apply(x, up, Ds[0])
+    mixed = x = kernels.gated(x, up)
     for D in Ds:
         if mixed is not x or not kernels.usable(x, D.shape[-1]):
             mixed = mixed + apply_blocks(x, D)
         elif torch.is_grad_enabled():
-            mixed = kernels.Mix.apply(x, D)
+            mixed = kernels.Mix.apply(x, None, D)
         else:
             mixed = kernels.mix(x, D)
     return mixed
@@ -220,14 +225,13 @@ def folded_linear(
         weight: ``(out, in)``, of x's dtype.
         bias: ``(out,)`` or None.
         D: ``(N, b, b)``.
-        up: like x; if given, ``silu(x) * up`` takes the place of x, and is not kept for the backward pass.
+        up: as for ``mix``.
 
     Returns: ``(..., out)``.
     """
     if torch.is_grad_enabled():
         return kernels.FoldedLinear.apply(x, up, weight, bias, D)
-    x = x if up is None else silu(x) * up
-    return linear(x, kernels.mix(weight, D.mT), bias)
+    return linear(kernels.gated(x, up), kernels.mix(weight, D.mT), bias)
 
 
 def multiply_columns(weight: torch.Tensor, D: torch.Tensor) -> torch.Tensor:

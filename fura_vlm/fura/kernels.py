@@ -15,6 +15,7 @@ import logging
 import os
 
 import torch
+from torch.nn.functional import linear, silu
 
 try:
     import triton
@@ -102,12 +103,12 @@ if triton is not None:
                 # that of the loads, which takes a third longer.
                 gate = tl.fma(back, 0.0, values.to(tl.float32))
                 factor = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-                open_share = tl.fdiv(1.0, 1.0 + tl.exp2(gate * -1.4426950408889634))  # sigmoid; the factor is log2(e)
-                silu = gate * open_share
-                back *= open_share
+                sigmoid = tl.fdiv(1.0, 1.0 + tl.exp2(gate * -1.4426950408889634))  # the factor is log2(e)
+                passed = gate * sigmoid
+                back *= sigmoid
                 tl.store(out_up + place, (back * gate).to(out.dtype.element_ty), mask=inside)
-                back *= factor * (1 + gate - silu)
-                values = (silu * factor).to(x.dtype.element_ty)
+                back *= factor * (1 + gate - passed)
+                values = (passed * factor).to(x.dtype.element_ty)
             tl.store(out + place, back.to(out.dtype.element_ty), mask=inside)
             total = tl.dot(tl.trans(g), values, total, input_precision=PRECISION)
         place = (share * blocks + block) * b * b + c[:, None] * b + c[None, :]
@@ -226,23 +227,28 @@ def mix_backward(
     Returns: the gradients of x and ``up`` (or None), like x: ``grad + D^T grad``, or what the gate makes of that; and
         of D: ``sum_rows grad x^T`` by block, ``(N, b, b)`` float32.
     """
-    x, grad, gated = x.contiguous(), grad.contiguous(), up is not None
-    up = up.contiguous() if gated else x  # not looked at
+    x, grad, is_gated = x.contiguous(), grad.contiguous(), up is not None
+    up = up.contiguous() if is_gated else x  # not looked at
     out = torch.empty_like(grad)
-    out_up = torch.empty_like(grad) if gated else out
+    out_up = torch.empty_like(grad) if is_gated else out
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
-    tile, options = _form(x, rows, gated)
+    tile, options = _form(x, rows, is_gated)
     shares = _shares(N, rows, sums=True)
     tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
     partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
     total = torch.empty_like(partial[0])
     _launch(
         _mix_backward_kernel, (N, shares), x, up, D, grad, out, out_up, partial, rows, N * b, N, tiles, *D.stride(),
-        b, _tile_width(b), tile, gated, _precision(x), **options,
+        b, _tile_width(b), tile, is_gated, _precision(x), **options,
     )  # fmt: skip
     _launch(_sum_kernel, (triton.cdiv(total.numel(), 1024),), partial, total, total.numel(), shares, 1024)
-    return out, out_up if gated else None, total
+    return out, out_up if is_gated else None, total
+
+
+def gated(x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """``silu(x) * up``, or x."""
+    return x if up is None else silu(x) * up
 
 
 def _tile_width(b: int) -> int:
@@ -250,12 +256,12 @@ def _tile_width(b: int) -> int:
     return max(16, triton.next_power_of_2(b))
 
 
-def _form(x: torch.Tensor, rows: int, gated: bool = False) -> tuple[int, dict[str, int]]:
+def _form(x: torch.Tensor, rows: int, is_gated: bool = False) -> tuple[int, dict[str, int]]:
     """Rows of a tile, for a few rows no more than needed, and the options of the launch. What was within 2 % of the
     fastest on an H200, forward and backward, for blocks of 64 and 128; it fits into 99 KiB of a chip, too."""
     if x.dtype.itemsize == 4:  # 32 rows take 112 KiB
         return 16 if rows <= 16 or SHARED_MEMORY < 112 * 1024 else 32, {"num_warps": 8, "num_stages": 1}
-    if gated:  # more arithmetic for each number: small programs, so that a multiprocessor runs two at once
+    if is_gated:  # more arithmetic for each number: small programs, so that a multiprocessor runs two at once
         return 16, {"num_warps": 4, "num_stages": 4}
     return 16 if rows <= 16 else 64, {"num_warps": 8, "num_stages": 3}
 
@@ -275,35 +281,35 @@ def _precision(x: torch.Tensor) -> str:
 
 
 class Mix(torch.autograd.Function):
-    """``x + D x`` with its gradients. Keeps x and D."""
+    """``x + D x`` with its gradients. Keeps x and D.
+
+    With ``up`` it is ``silu(x) * up`` that is mixed. That product is not kept: the backward pass, which reads x and
+    ``up`` for their gradients anyway, makes it again on the way.
+    """
 
     @staticmethod
-    def forward(ctx, x, D):
-        ctx.save_for_backward(x, D)
-        return mix(x, D)
+    def forward(ctx, x, up, D):
+        ctx.save_for_backward(x, up, D)
+        return mix(gated(x, up), D)
 
     @staticmethod
     def backward(ctx, grad):
-        x, D = ctx.saved_tensors
-        dx, _, dD = mix_backward(x, D, grad)
-        return dx, dD.to(D.dtype)
+        x, up, D = ctx.saved_tensors
+        dx, dup, dD = mix_backward(x, D, grad, up)
+        return dx, dup, dD.to(D.dtype)
 
 
 class FoldedLinear(torch.autograd.Function):
     """``W (x + D x) + bias`` as ``(W + W D) x + bias``: one pass over W takes the place of one over x, which is longer.
 
     ``W + W D`` is rounded to W's dtype as ``x + D x`` would be to x's, and lives only until the product is done. The
-    gradients are those of the unfolded form. W and bias get none.
-
-    With ``up`` it is ``silu(x) * up`` that the layer takes. That product is not kept: the backward pass, which reads x
-    and ``up`` for their gradients anyway, makes it again on the way.
+    gradients are those of the unfolded form. W and bias get none. ``up`` as for ``Mix``.
     """
 
     @staticmethod
     def forward(ctx, x, up, weight, bias, D):
         ctx.save_for_backward(x, up, weight, D)
-        taken = x if up is None else torch.nn.functional.silu(x) * up
-        return torch.nn.functional.linear(taken, mix(weight, D.mT), bias)
+        return linear(gated(x, up), mix(weight, D.mT), bias)
 
     @staticmethod
     def backward(ctx, grad):

@@ -342,8 +342,7 @@ class FuraLinear(nn.Module, FuraLayer):
         if folds and not (args or kwargs) and self._is_plain():
             y = folded_linear(x, layer.weight, layer.bias, inner[0], up)
         else:
-            x = x if up is None else silu(x) * up
-            y = layer(mix(x, inner), *args, **kwargs)
+            y = layer(mix(x, inner, up), *args, **kwargs)
         bias = getattr(self.get_base_layer(), "bias", None) if outer else None
         if bias is None:
             return mix(y, outer)

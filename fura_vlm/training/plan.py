@@ -125,21 +125,19 @@ class Counts:
         self.buffers = sum(b.nbytes for b in new if b.is_floating_point()) if adapter else 0
 
 
-def activation_bytes(text: LlamaConfig, method: str, compiled: bool, dropout: bool, tokens: int) -> int:
-    """What autograd keeps of one Llama layer for one of ``tokens`` tokens, in bfloat16, with attention that keeps no
-    scores.
+def activation_bytes(text: LlamaConfig, method: str, compiled: bool, dropout: bool) -> int:
+    """What autograd keeps of one Llama layer for one token, in bfloat16, with attention that keeps no scores.
 
     As Korthikanti et al. (arXiv 2205.05198, section 4.1) count it for GPT. With width h and MLP width i, a layer over
     frozen weights keeps: queries, keys, values and the attention's output, 8h; the two inputs of the norms, 4h (8h in
     eager mode, where they are float32); gate and up projections, 4i (6i in eager mode, with the activation). A trained
     map also needs the inputs of the Linears: of attention, of its output, of the MLP, of its output, 6h + 2i less the
     attention's output, which is kept already. LoRA with dropout keeps a dropped copy (2) and its mask (1) for each of
-    the seven instead. FuRA over a weight that is not quantised, in batches of more tokens than h, makes the activation
-    and the input of the MLP's output again.
+    the seven instead. FuRA's kernels make the activation and the input of the MLP's output again.
     """
     h, i = text.hidden_size, text.intermediate_size
     kept = 12 * h + 4 * i if compiled else 16 * h + 6 * i
-    if method == "fura" and tokens > h:
+    if method in ("fura", "qfura"):
         return kept + 4 * h - (0 if compiled else 2 * i)
     if method in ("lora", "qlora", "dora") and dropout:
         kept += 3 * (6 * h + i)
@@ -160,7 +158,7 @@ def memory(model: LlavaConfig, train: TrainConfig, counts: Counts, setting: Sett
     weights = counts.base_bytes / share if whole or not setting.offload else 0
     optimizer = 0 if setting.offload else OPTIMIZER_BYTES * counts.trained / n
     gradients = counts.trained * (2 / (n if setting.stage >= 2 else 1) + 4 / n * (not setting.offload))
-    layer = activation_bytes(text, setting.method, setting.compiled, train.lora_dropout > 0, tokens)
+    layer = activation_bytes(text, setting.method, setting.compiled, train.lora_dropout > 0)
     logits = labelled * tokens * text.vocab_size * LOGIT_BYTES
     logits += min(labelled * tokens, LOSS_ROWS) * text.vocab_size * LOSS_BYTES
     activations = tokens * layer * text.num_hidden_layers

@@ -32,7 +32,7 @@ def mixing(rows, N, b, dtype, transposed=False):
     torch.manual_seed(0)
     x, grad, D = torch.randn(rows, N * b).to(dtype), torch.randn(rows, N * b).to(dtype), torch.randn(N, b, b) * 0.1
     leaf_x, leaf_D = x.clone().requires_grad_(), D.clone().requires_grad_()
-    out = kernels.Mix.apply(leaf_x, leaf_D.mT if transposed else leaf_D)
+    out = kernels.Mix.apply(leaf_x, None, leaf_D.mT if transposed else leaf_D)
     out.backward(grad)
     X, G, E = x.double(), grad.double(), D.double()
     y, dx, dD = X.clone(), G.clone(), torch.zeros_like(E)
@@ -114,7 +114,7 @@ def gated(rows, N, b, out, dtype):
     )
 
 
-def mlp(hooked):
+def mlp(rows, hooked):
     """A Llama's MLP in float32 against the same in float64, where there are no kernels, before and after unloading."""
     torch.manual_seed(3)
     model = tiny_llama()
@@ -126,7 +126,7 @@ def mlp(hooked):
     seen = []
     if hooked:
         block.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    x = torch.randn(200, block.hidden_size)
+    x = torch.randn(rows, block.hidden_size)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = block(x)
@@ -136,7 +136,7 @@ def mlp(hooked):
     trained = [(p.grad, q.grad) for p, q in zip(block.parameters(), exact.parameters(), strict=True) if p.requires_grad]
     product = nn.functional.silu(block.gate_proj(x)) * block.up_proj(x)
     report(
-        f"mlp{' hooked' if hooked else ''}",
+        f"mlp {rows}{' hooked' if hooked else ''}",
         y=error(y, z),
         gradients=max(error(p, q) for p, q in trained),
         number=len(trained),
@@ -150,8 +150,9 @@ def mlp(hooked):
 for dtype in (torch.float32, torch.float16):
     gated(100, 2, 16, 40, dtype)
     gated(70, 3, 20, 10, dtype)
-for hooked in (False, True):
-    mlp(hooked)
+for rows in (200, 20):  # more than the weight's and fewer
+    mlp(rows, False)
+mlp(200, True)
 for dtype in (torch.float32, torch.float16):
     for rows, N, b in ((1, 2, 16), (5, 3, 4), (150, 2, 43), (300, 1, 128), (2100, 1, 16)):
         mixing(rows, N, b, dtype)
