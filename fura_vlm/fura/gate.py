@@ -11,7 +11,7 @@ from types import MethodType
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fura_vlm.fura.layer import FuraLinear
@@ -24,7 +24,7 @@ def join_gate(mlp: nn.Module) -> None:
     (Mistral's, Qwen's and others' are), and its activation.
     """
     own = mlp.__dict__.get("forward")
-    if own is not None and getattr(own, "__func__", None) is not forward:
+    if own is not None and getattr(own, "__func__", None) not in (forward, type(mlp).forward):  # the latter: unpickled
         return  # somebody else's, who calls the class's
     if isinstance(getattr(mlp, "down_proj", None), FuraLinear) and _is_gated(mlp):
         mlp.forward = MethodType(forward, mlp)
@@ -35,12 +35,22 @@ def join_gate(mlp: nn.Module) -> None:
 def _is_gated(mlp: nn.Module) -> bool:
     code, llama = getattr(type(mlp).forward, "__code__", None), LlamaMLP.forward.__code__
     same = code and (code.co_code, code.co_names, code.co_consts) == (llama.co_code, llama.co_names, llama.co_consts)
-    return bool(same) and isinstance(mlp.act_fn, (nn.SiLU, type(ACT2FN["silu"])))
+    return bool(same) and _is_silu(mlp.act_fn)
 
 
 def forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """In the place of ``LlamaMLP.forward``. Who looks at what goes into ``down_proj`` by a hook sees the product."""
-    down = mlp.down_proj
-    if isinstance(down, FuraLinear) and not (down._forward_hooks or down._forward_pre_hooks):
+    """In the place of ``LlamaMLP.forward``. Hooks of ``act_fn`` and ``down_proj`` are given what they always are."""
+    down, act = mlp.down_proj, mlp.act_fn
+    if isinstance(down, FuraLinear) and _is_silu(act) and not (_has_hooks(down) or _has_hooks(act)):
         return down(mlp.gate_proj(x), up=mlp.up_proj(x))
-    return down(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    return down(act(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def _is_silu(act: nn.Module) -> bool:
+    return type(act) is nn.SiLU or type(act) is SiLUActivation
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

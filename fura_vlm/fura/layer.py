@@ -318,7 +318,8 @@ class FuraLinear(nn.Module, FuraLayer):
             up: like x; if given, the layer's input is ``silu(x) * up``, and while training no copy of it is kept where
                 it can be had again at no cost.
         """
-        if up is not None and (self.disable_adapters or self.merged or adapter_names is not None):
+        mixed = adapter_names is not None
+        if up is not None and (self.disable_adapters or self.merged or mixed or up.dtype != x.dtype):
             x, up = silu(x) * up, None
         if self.disable_adapters:
             if self.merged:

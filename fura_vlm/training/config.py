@@ -48,7 +48,7 @@ class TrainConfig:
         group_by_modality_length: batches of one modality and of similar length, as LLaVA trains.
         compile_layers: ``torch.compile`` on each layer; not under ZeRO-3.
         activation_memory_budget: with ``compile_layers``; below 1 the compiler computes norms and the like again in the
-            backward pass rather than keep them. 0.9 saves a fifth of the memory for a few percent of the time.
+            backward pass rather than keep them: less memory for a few percent of the time.
         bf16: train in bfloat16; ``None`` means where a GPU supports it.
         deepspeed: the DeepSpeed configuration, a JSON file.
         eval_batch_size: held-out questions answered at once, on each process.

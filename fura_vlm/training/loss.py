@@ -30,6 +30,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from fura_vlm.data.conversation import IGNORE
 
+OF_PICTURES = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 ROWS_AT_ONCE = 2048  # 32,064 logits in float32 for so many rows are 0.25 GiB
 
 
@@ -56,8 +57,8 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
         targets = labels[rows, before + 1]
         inputs.pop("attention_mask", None)
         if pictured is not None:
-            ids, pictures = inputs.pop("input_ids"), inputs.pop("pixel_values")
-            inputs["inputs_embeds"] = _embedded(model, ids, pictures, pictured)
+            of_pictures = {name: inputs.pop(name) for name in OF_PICTURES if name in inputs}
+            inputs["inputs_embeds"] = _embedded(model, inputs.pop("input_ids"), pictured, of_pictures)
         # The language model has a switch of its own for its cache; with one, every layer would be another graph.
         with without_looking():
             hidden = model.model(*args, **inputs | {"use_cache": False}).last_hidden_state
@@ -77,16 +78,16 @@ def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
 
 
 def _embedded(
-    model: LlavaForConditionalGeneration, input_ids: torch.Tensor, pixel_values: torch.Tensor, pictured: torch.Tensor
+    model: LlavaForConditionalGeneration, input_ids: torch.Tensor, pictured: torch.Tensor, of_pictures: dict
 ) -> torch.Tensor:
     """Words, and the features of pictures in their places: (rows, length, hidden size), as ``LlavaModel`` makes it."""
     words = model.get_input_embeddings()(input_ids)
-    features = torch.cat(list(model.model.get_image_features(pixel_values, return_dict=True).pooler_output))
+    features = torch.cat(list(model.model.get_image_features(**of_pictures, return_dict=True).pooler_output))
     if len(features) != pictured.shape[1]:
         raise ValueError(
             f"Image features and image tokens do not match, tokens: {pictured.shape[1]}, features: {len(features)}"
         )
-    return words.index_put(tuple(pictured), features.to(words.dtype))
+    return words.index_put(tuple(pictured), features.to(words))
 
 
 def _without_looking(model: LlavaForConditionalGeneration) -> Callable[[], AbstractContextManager]:

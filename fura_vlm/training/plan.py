@@ -21,6 +21,8 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig,
 
 from fura_vlm.data.records import write_text
 from fura_vlm.errors import FuraVLMError, first_line
+from fura_vlm.fura.kernels import MAX_BLOCK
+from fura_vlm.fura.layer import FuraLayer
 from fura_vlm.training.config import PlanConfig, TrainConfig
 from fura_vlm.training.methods import prepare
 
@@ -101,6 +103,7 @@ class Counts:
         trained: parameters with gradients.
         buffers: bytes of the adapter's buffers, which no ZeRO stage divides.
         embedding: parameters of the language model's input embedding, which multiplies nothing.
+        in_kernels: whether FuRA's kernels take its blocks.
     """
 
     def __init__(self, model_config: LlavaConfig, train: TrainConfig):
@@ -116,6 +119,8 @@ class Counts:
         own = set(dict(model.named_buffers()))
         model = prepare(model, dataclasses.replace(train, method=train.method.removeprefix("q")))
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        blocks = [b for m in model.modules() if isinstance(m, FuraLayer) for _, b in m.fura_blocks.values()]
+        self.in_kernels = 0 < max(blocks, default=0) <= MAX_BLOCK
         adapter = isinstance(model, PeftModel)
         self.base = self.total if adapter else self.total - self.trained
         self.base_bytes = 2 * self.base
@@ -125,7 +130,7 @@ class Counts:
         self.buffers = sum(b.nbytes for b in new if b.is_floating_point()) if adapter else 0
 
 
-def activation_bytes(text: LlamaConfig, method: str, compiled: bool, dropout: bool) -> int:
+def activation_bytes(text: LlamaConfig, method: str, compiled: bool, dropout: bool, remade: bool) -> int:
     """What autograd keeps of one Llama layer for one token, in bfloat16, with attention that keeps no scores.
 
     As Korthikanti et al. (arXiv 2205.05198, section 4.1) count it for GPT. With width h and MLP width i, a layer over
@@ -133,11 +138,12 @@ def activation_bytes(text: LlamaConfig, method: str, compiled: bool, dropout: bo
     eager mode, where they are float32); gate and up projections, 4i (6i in eager mode, with the activation). A trained
     map also needs the inputs of the Linears: of attention, of its output, of the MLP, of its output, 6h + 2i less the
     attention's output, which is kept already. LoRA with dropout keeps a dropped copy (2) and its mask (1) for each of
-    the seven instead. FuRA's kernels make the activation and the input of the MLP's output again.
+    the seven instead. If they are ``remade``, as FuRA's kernels do, the activation and the input of the MLP's output
+    are not kept.
     """
     h, i = text.hidden_size, text.intermediate_size
     kept = 12 * h + 4 * i if compiled else 16 * h + 6 * i
-    if method in ("fura", "qfura"):
+    if remade:
         return kept + 4 * h - (0 if compiled else 2 * i)
     if method in ("lora", "qlora", "dora") and dropout:
         kept += 3 * (6 * h + i)
@@ -158,7 +164,8 @@ def memory(model: LlavaConfig, train: TrainConfig, counts: Counts, setting: Sett
     weights = counts.base_bytes / share if whole or not setting.offload else 0
     optimizer = 0 if setting.offload else OPTIMIZER_BYTES * counts.trained / n
     gradients = counts.trained * (2 / (n if setting.stage >= 2 else 1) + 4 / n * (not setting.offload))
-    layer = activation_bytes(text, setting.method, setting.compiled, train.lora_dropout > 0)
+    remade = counts.in_kernels and whole  # ZeRO-3's hooks want to see what goes into a Linear
+    layer = activation_bytes(text, setting.method, setting.compiled, train.lora_dropout > 0, remade)
     logits = labelled * tokens * text.vocab_size * LOGIT_BYTES
     logits += min(labelled * tokens, LOSS_ROWS) * text.vocab_size * LOSS_BYTES
     activations = tokens * layer * text.num_hidden_layers

@@ -168,6 +168,17 @@ def test_pictures_without_as_many_tokens_are_refused():
             model(**inputs | told | {"pixel_values": pictures})
 
 
+def test_what_is_said_of_pictures_is_heard():
+    model = model_in_training()
+    inputs = batch() | {"vision_feature_layer": -1}
+    train_on_labels_only(model.get_base_model())
+    told = positions(inputs, model.config.image_token_id)
+    with torch.no_grad():
+        expected, found = model(**inputs).loss, model(**inputs, **told).loss
+        assert torch.equal(found, expected)
+        assert found != model(**batch(), **told).loss
+
+
 def test_another_attention_is_given_its_mask():
     model = model_in_training()
     inputs = batch()

@@ -110,6 +110,17 @@ def test_measured_steps_with_checkpointing():
     assert 0.9 * 1.102 < step_seconds(named_model("7b"), counts(method="fura"), setting, 16 * 832, H200) < 1.102
 
 
+@pytest.mark.parametrize(("stage", "block_size"), [(3, None), (1, 256)])
+def test_without_the_kernels_the_mlps_product_is_kept(stage, block_size):
+    """ZeRO-3's hooks are given it, and larger blocks are left to plain operations, which keep it."""
+    kept = []
+    for setting_stage, size in ((1, None), (stage, block_size)):
+        train = TrainConfig(method="fura", block_size=size)
+        setting = Setting("fura", 8, setting_stage, False, False, 8, False)
+        kept.append(memory(named_model("7b"), train, Counts(named_model("7b"), train), setting, 0.75)["activations"])
+    assert kept[1] - kept[0] == 8 * 2048 * 32 * 2 * 2 * 11_008  # and, not compiled, the activation
+
+
 def test_measured_memory_of_a_step_of_loras():
     """100.4 GiB, logits of all tokens; within 6 %, which is what a CUDA context and the allocator's slack make."""
     train = TrainConfig(method="lora", model_max_length=832)
