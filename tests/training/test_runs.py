@@ -267,7 +267,10 @@ def test_options_together(launch, mixture):
     )
     assert job.status == 0, job.output
     assert all(0 < loss < 20 for loss in job.losses().values())
-    assert "Recompiling" not in job.output  # neither for lengths nor for generating
+    # Neither for lengths nor for generating; but transformers may wrap the layers of tower and language model in one
+    # function, which then has a form for each: without gradients and with.
+    again = [line for line in job.output.splitlines() if "Recompiling function" in line]
+    assert len(again) <= 1 and job.output.count("grad_mode") == len(again), again
     figures = [row for row in job.metrics() if "loss" in row]
     assert all(row["tokens_per_second"] > 0 and 0 <= row["padding"] < 0.5 for row in figures)
     assert figures[-1]["seconds_left"] == 0 and "tokens/s" in job.output
