@@ -10,7 +10,6 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
-from torch.nn.functional import silu
 
 from fura_vlm.fura.basis import (
     apply_blocks,
@@ -26,6 +25,7 @@ from fura_vlm.fura.basis import (
 )
 from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.errors import FuraError
+from fura_vlm.fura.kernels import gated
 from fura_vlm.fura.weights import (
     SavedWeight,
     dense_weight,
@@ -320,7 +320,7 @@ class FuraLinear(nn.Module, FuraLayer):
         """
         mixed = adapter_names is not None
         if up is not None and (self.disable_adapters or self.merged or mixed or up.dtype != x.dtype):
-            x, up = silu(x) * up, None
+            x, up = gated(x, up), None
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()

@@ -145,7 +145,7 @@ class FuraTrainer(Trainer):
 
 def let_the_norm_decide(engine) -> None:
     """DeepSpeed's ZeRO 1 and 2 look for NaN and Inf twice before a step: in each gradient by itself, with ten small
-    kernels for every one, and in their norm, which is finite only if all of them are. For the 448 tensors of a 7B's
+    kernels for every one, and in their norm, which is finite only if all of them are. For the 452 tensors of a 7B's
     adapter the first takes 0.1 s a step, much of what several GPUs need for the rest of it. So the norm alone decides;
     as before, a step that it refuses is not taken.
     """
