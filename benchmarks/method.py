@@ -157,7 +157,7 @@ def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
         small = bnb.nn.Linear4bit(
             layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
         )
-        weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+        weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
         small.weight = weight.to(layer.weight.device)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, small)
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if not m.startswith("Q")])
     parser.add_argument("--forms", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--budget", type=float, default=0.9, help="the compiler's activation_memory_budget")
+    parser.add_argument("--budget", type=float, default=1.0, help="the compiler's activation_memory_budget")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: as the size has it")
     parser.add_argument("--output", type=Path, help="folder for method-SIZE.md and .png")
     args = parser.parse_args()
@@ -277,7 +277,7 @@ def main() -> None:
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         name = f"method-{args.size}" + form.replace(" --", "-")
-        name += f"-budget-{args.budget:g}" if args.budget != 0.9 else ""
+        name += f"-budget-{args.budget:g}" if args.budget != 1 else ""
         chart(rows, args.output / f"{name}.png")
         (args.output / f"{name}.md").write_text(head + table(rows) + f"\n\n![bars]({name}.png)\n")
 

@@ -237,12 +237,14 @@ def mix_backward(
     shares = _shares(N, rows, sums=True)
     tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
     partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
-    total = torch.empty_like(partial[0])
     _launch(
         _mix_backward_kernel, (N, shares), x, up, D, grad, out, out_up, partial, rows, N * b, N, tiles, *D.stride(),
         b, _tile_width(b), tile, is_gated, _precision(x), **options,
     )  # fmt: skip
-    _launch(_sum_kernel, (triton.cdiv(total.numel(), 1024),), partial, total, total.numel(), shares, 1024)
+    total = partial[0]
+    if shares > 1:
+        total = torch.empty_like(total)
+        _launch(_sum_kernel, (triton.cdiv(total.numel(), 1024),), partial, total, total.numel(), shares, 1024)
     return out, out_up if is_gated else None, total
 
 
@@ -267,12 +269,17 @@ def _form(x: torch.Tensor, rows: int, is_gated: bool = False) -> tuple[int, dict
 
 
 def _shares(blocks: int, rows: int, sums: bool = False) -> int:
-    """Into how many the rows are divided, the same number for batches of any length: 2 programs for each of the 132
-    multiprocessors of an H100 or H200, or, where there are sums to add up afterwards, 1 if that leaves few idle."""
+    """Into how many the rows are divided: 2 programs for each of the 132 multiprocessors of an H100 or H200 or, where
+    there are sums to add up afterwards, 1 if that leaves few idle. In a short batch, which waits for launches and not for
+    the GPU, two sums are not worth a kernel that adds them up. Other lengths make no difference: the compiler makes code
+    for each that does.
+    """
     shares = 132 // blocks
     if not sums or shares * blocks < 119:
         shares = 264 // blocks
-    return max(1, min(32, shares)) if rows > 16 else 1
+    if rows <= 16 or sums and rows <= 2048 and shares == 2:
+        return 1
+    return max(1, min(32, shares))
 
 
 def _precision(x: torch.Tensor) -> str:
