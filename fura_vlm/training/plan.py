@@ -44,15 +44,14 @@ SLACK = 1.04  # what the allocator cannot use of what it holds
 USABLE = 0.94  # of the memory in a GPU's name: an L40S of 48 GB has 45.0 GiB
 
 # Operations a second of the passes through Llama-7B's layers, eager and with compiled layers: 4 (full: 6) * weights *
-# tokens over the step times of benchmarks/results/method-llama-4.md, and for what is compiled of the first three
-# method-llama-4-budget-1.md. One H200, 4 layers, 16 x 1024 tokens, LoRA and DoRA with r = 128 in bfloat16; DoRA and
-# full compiled with an activation budget of 0.9.
+# tokens over the step times of benchmarks/results/method-llama-4.md: one H200, 4 layers, 16 x 1024 tokens, LoRA and DoRA
+# with r = 128 in bfloat16.
 RATES = {
-    "frozen": (413 * TERA, 564 * TERA),
-    "fura": (393 * TERA, 539 * TERA),
-    "lora": (352 * TERA, 487 * TERA),
-    "dora": (261 * TERA, 445 * TERA),
-    "full": (463 * TERA, 565 * TERA),
+    "frozen": (407 * TERA, 554 * TERA),
+    "fura": (391 * TERA, 528 * TERA),
+    "lora": (346 * TERA, 475 * TERA),
+    "dora": (258 * TERA, 443 * TERA),
+    "full": (456 * TERA, 568 * TERA),
 }
 MEASURED_PEAK = 989 * TERA  # dense bfloat16, H100 and H200
 

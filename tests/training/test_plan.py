@@ -93,14 +93,16 @@ def test_measured_memory(method, checkpointing, batch, gib):
     assert gib < (sum(parts.values()) - parts["reserve"]) / GIB < 1.04 * gib
 
 
-@pytest.mark.parametrize(("method", "batch", "tokens", "rate"), [("fura", 16, 866, 20_699), ("lora", 8, 777, 16_669)])
+@pytest.mark.parametrize(
+    ("method", "batch", "tokens", "rate"),
+    [("fura", 16, 866, 20_699), ("fura", 8, 804, 19_257), ("lora", 8, 804, 16_663)],
+)
 def test_measured_steps(method, batch, tokens, rate):
-    """Forward and backward in training, without the pipeline (benchmarks/results/pipeline.md, one H200, 2026-11-25):
-    records at once, their mean length, tokens a second. Within 4 % for FuRA; LoRA's batches, half as large, take up to
-    9 % longer than planned."""
+    """Forward and backward in training, without the pipeline (benchmarks/results/pipeline.md, one H200, 2026-11-25 and
+    26): records at once, their mean length, tokens a second. Within 6 %."""
     setting = Setting(method, 1, 1, False, False, batch, True)
     planned = batch * tokens / step_seconds(named_model("7b"), counts(method=method), setting, batch * tokens, H200)
-    assert 0.96 * rate < planned < {"fura": 1.04, "lora": 1.09}[method] * rate
+    assert planned == pytest.approx(rate, rel=0.06)
 
 
 def test_measured_steps_with_checkpointing():
