@@ -270,9 +270,9 @@ def _form(x: torch.Tensor, rows: int, is_gated: bool = False) -> tuple[int, dict
 
 def _shares(blocks: int, rows: int, sums: bool = False) -> int:
     """Into how many the rows are divided: 2 programs for each of the 132 multiprocessors of an H100 or H200 or, where
-    there are sums to add up afterwards, 1 if that leaves few idle. In a short batch, which waits for launches and not for
-    the GPU, two sums are not worth a kernel that adds them up. Other lengths make no difference: the compiler makes code
-    for each that does.
+    there are sums to add up afterwards, 1 if that leaves few idle. In a short batch, which waits for launches and not
+    for the GPU, two sums are not worth a kernel that adds them up. Other lengths make no difference: the compiler makes
+    code for each that does.
     """
     shares = 132 // blocks
     if not sums or shares * blocks < 119:

@@ -44,8 +44,8 @@ SLACK = 1.04  # what the allocator cannot use of what it holds
 USABLE = 0.94  # of the memory in a GPU's name: an L40S of 48 GB has 45.0 GiB
 
 # Operations a second of the passes through Llama-7B's layers, eager and with compiled layers: 4 (full: 6) * weights *
-# tokens over the step times of benchmarks/results/method-llama-4.md: one H200, 4 layers, 16 x 1024 tokens, LoRA and DoRA
-# with r = 128 in bfloat16.
+# tokens over the step times of benchmarks/results/method-llama-4.md: one H200, 4 layers, 16 x 1024 tokens, LoRA and
+# DoRA with r = 128 in bfloat16.
 RATES = {
     "frozen": (407 * TERA, 554 * TERA),
     "fura": (391 * TERA, 528 * TERA),

@@ -9,7 +9,7 @@
 <output_dir>/skipped.jsonl       records that could not be used, with the reason
 <output_dir>/answers-*.jsonl     the held-out questions with the answers before and after
 <output_dir>/report.md, *.png    for people
-<output_dir>/checkpoint-*/       DeepSpeed checkpoints; tensorboard/ the event files
+<output_dir>/checkpoint-*/       DeepSpeed checkpoints; tensorboard/ the event files; lock, held while a run goes on
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from peft import PeftModel
 from rich.console import Console
 from rich.markdown import Markdown
@@ -117,6 +118,13 @@ def train(config: TrainConfig) -> Path:
     _agree(lambda: _check(config))
     set_seed(config.seed)
     run = _agree(lambda: _choose_run(config))
+    with _alone_in(run):
+        _agree(lambda: _begin(config, run))
+        _train(config, run, state)
+    return run
+
+
+def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
     checkpoint = _agree(lambda: get_last_checkpoint(str(run)))
     accumulation = _agree(lambda: _accumulation(config, checkpoint))
     universal = checkpoint is not None and WrittenBy.of(checkpoint).processes != state.num_processes
@@ -175,7 +183,6 @@ def train(config: TrainConfig) -> Path:
             _write_projector(run)
         _finish(config, run, held_out, console)
     state.wait_for_everyone()
-    return run
 
 
 # --------------------------------------------------------------------------------------------------- preparation
@@ -250,6 +257,32 @@ def _choose_run(config: TrainConfig) -> Path:
     while (run / FINISHED).exists():
         number += 1
         run = first.with_name(f"{first.name}-{number}")
+    return run
+
+
+@contextmanager
+def _alone_in(run: Path):
+    """Makes the folder and keeps other runs out of it: two at once would write over each other's files."""
+    lock = FileLock(run / "lock")
+
+    def take() -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=10)  # the data workers of a run that was killed hold on to it for some seconds
+        except Timeout:
+            raise TrainingError(
+                f"Another run is under way in {run}: wait for its end, stop it, or choose another --output_dir"
+            ) from None
+
+    _agree(take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _begin(config: TrainConfig, run: Path) -> None:
+    """Writes ``config.yaml``, unless the folder holds a run that cannot go on so."""
     settings = dataclasses.asdict(config)
     saved = run / "config.yaml"
     if saved.is_file():
@@ -263,9 +296,7 @@ def _choose_run(config: TrainConfig) -> Path:
             )
         if changed:  # it begins anew, and perhaps with another base or other questions
             (run / ANSWERS_BEFORE).unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
     write_text(saved, yaml.safe_dump(settings, sort_keys=False))
-    return run
 
 
 def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationDataset, list[Record], str]:

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.train import AT_LEAST, TrainingError, _check, _choose_run, advice_on_memory
+from fura_vlm.training.train import AT_LEAST, TrainingError, _begin, _check, _choose_run, advice_on_memory
 
 
 def said(job) -> str:
@@ -130,7 +130,7 @@ def test_checkpoint_of_another_method(launch):
     line = said(launch("other", method="fura"))
     assert f"{run} holds an interrupted run with another method ('lora' there, 'fura' here)" in line
     assert "choose another --output_dir" in line
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-3", "config.yaml"]  # nothing is lost
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-3", "config.yaml", "lock"]  # nothing is lost
 
 
 def out_of_memory(config, run) -> str:
@@ -180,12 +180,13 @@ def test_target_modules_that_match_nothing(method, launch):
 
 
 def test_answers_of_a_run_with_other_settings_are_not_kept(tmp_path):
-    config = TrainConfig(output_dir=str(tmp_path / "run"), eval_data_path="data/embedded/eval.json")
-    answers = _choose_run(config) / "answers-before.jsonl"
+    config = TrainConfig(eval_data_path="data/embedded/eval.json")
+    answers = tmp_path / "answers-before.jsonl"
+    _begin(config, tmp_path)
     answers.write_text("")
-    _choose_run(dataclasses.replace(config, save_steps=7, gradient_checkpointing=True))
+    _begin(dataclasses.replace(config, save_steps=7, gradient_checkpointing=True), tmp_path)
     assert answers.exists()  # they are the same whatever the memory
-    _choose_run(dataclasses.replace(config, eval_data_path="other.json"))
+    _begin(dataclasses.replace(config, eval_data_path="other.json"), tmp_path)
     assert not answers.exists()
 
 

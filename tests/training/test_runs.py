@@ -165,6 +165,25 @@ def test_killed_run_resumes_to_the_same_end(uninterrupted, launch, mixture):
     assert_same_adapter(job, uninterrupted, 1e-6)
 
 
+def test_two_runs_do_not_share_a_folder(uninterrupted, launch):
+    process = launch.start("shared")
+    run = launch.folder / "shared"
+    wait_for((run / "config.yaml").exists, process)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    before = (run / "config.yaml").read_text()
+    for member in family:
+        member.suspend()
+    second = launch("shared", processes=2, learning_rate=1e-4)
+    for member in family:
+        member.resume()
+    assert second.status == 1
+    assert second.output.count(f"Another run is under way in {run}") == 1 and "--output_dir" in second.output
+    assert (run / "config.yaml").read_text() == before
+    first = launch.finish(process, "shared")
+    assert first.status == 0, first.output
+    assert_same_adapter(first, uninterrupted)
+
+
 @pytest.mark.parametrize(("number", "stage"), [(signal.SIGTERM, 2), (signal.SIGINT, 3)])
 def test_signal_saves_first(number, stage, uninterrupted, launch):
     settings = {"processes": 2, "per_device_train_batch_size": 2, "deepspeed": f"scripts/zero{stage}.json"}
