@@ -472,9 +472,16 @@ class FuraLinear(nn.Module, FuraLayer):
         """Loads as always, but refuses the tensors of an adapter with other blocks.
 
         Raises:
-            FuraError: a tensor has another shape, is missing, or is trained in one of the two only.
+            FuraError: a tensor has another shape, is missing, or is trained in one of the two only; one of the two
+                was exported for inference.
         """
         parts = ("fura_dR", "fura_ds", "fura_V", "fura_s0")
+        # PEFT gives a key an adapter's name only where that adapter has such a tensor
+        if f"{prefix}fura_D" in state_dict or f"{prefix}fura_dR" in state_dict:
+            raise FuraError(
+                f"{self.module_name}: of the saved adapter and the one here that has its name, one was exported for "
+                "inference and the other is trained; load it under another name."
+            )
         for name in self.fura_dR:
             saved = {part: state_dict.get(f"{prefix}{part}.{name}") for part in parts}
             if all(tensor is None for tensor in saved.values()):

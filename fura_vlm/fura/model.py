@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -72,10 +73,12 @@ class FuraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; see the base class. What a user may not have meant is said in one log line each."""
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        merged = _merged(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             _withdraw(model, adapter_name)
+            _merge_only(model, merged)
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
             raise
@@ -141,12 +144,11 @@ class FuraModel(BaseTuner):
                 stacklevel=2,
             )
             return
+        before = _merged(self.model)
         try:
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         except Exception:
-            for layer in layers:
-                if layer.merged:
-                    layer.unmerge()
+            _merge_only(self.model, before)
             raise
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
@@ -220,8 +222,13 @@ def _oddities(config: FuraConfig, adapter_name: str, layers: list[FuraLayer]) ->
     if guarded:
         total = sum(layer.fura_s0[adapter_name].numel() for layer in layers)
         yield f"{guarded} of {total} singular values lie below the floor of their block and are raised to it."
-    unasked = config.num_blocks is None and config.block_size is None and not config.block_size_pattern
-    single = [layer for layer in layers if layer.fura_blocks[adapter_name][0] == 1]
+    unasked = config.num_blocks is None and config.block_size is None
+    single = [
+        layer
+        for layer in layers
+        if layer.fura_blocks[adapter_name][0] == 1
+        and not any(matches_pattern(pattern, layer.module_name) for pattern in config.block_size_pattern)
+    ]
     if unasked and single:
         size = single[0].fura_blocks[adapter_name][1]
         yield (
@@ -250,6 +257,23 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             join_gate(parent)
 
 
+def _merged(model: nn.Module) -> dict[FuraLayer, list[str]]:
+    """The adapters merged into each layer."""
+    return {layer: list(layer.merged_adapters) for layer in _fura_layers(model)}
+
+
+def _merge_only(model: nn.Module, merged: dict[FuraLayer, list[str]]) -> None:
+    """Go back to an earlier result of ``_merged``."""
+    for layer in _fura_layers(model):
+        names = merged.get(layer, [])
+        if layer.merged_adapters == names:
+            continue
+        if layer.merged:
+            layer.unmerge()
+        if names:
+            layer.merge(adapter_names=names)
+
+
 def _name_adapters(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     """Forward pre-hook: pass the samples' adapter names to a layer."""
     return args, {**kwargs, "adapter_names": adapter_names}
@@ -263,6 +287,8 @@ def _check_linear(target: nn.Module, parent: nn.Module, name: str, backend: Quan
             f"{name}: FuRA adapts torch.nn.Linear, plain or quantised, and this is {type(target).__name__}; "
             "leave it out of target_modules, or name it in exclude_modules."
         )
+    if nn.utils.parametrize.is_parametrized(target, "weight"):
+        raise FuraError(f"{name}: a parametrization makes its weight, which an adapter would not follow; exclude it.")
     if isinstance(parent, nn.MultiheadAttention):
         raise FuraError(f"{name}: torch.nn.MultiheadAttention reads its weight without calling it; exclude it.")
 
@@ -293,7 +319,7 @@ def _check_vision(model: nn.Module, config: FuraConfig, matches) -> None:
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     for tower in towers:
         short = tower.rpartition(".")[2]
-        if any(short in entry for entry in targets):
+        if any(short in re.sub(r"\(\?<?!.*?\)", "", entry) for entry in targets):  # what a regex excludes is not asked
             continue
         for name, module in model.get_submodule(tower).named_modules(prefix=tower):
             if [entry.lower() for entry in targets] == ["all-linear"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -21,7 +22,7 @@ from fura_vlm.errors import first_line
 from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
 from fura_vlm.modelling.config import InspectConfig
 from fura_vlm.modelling.processor import make_processor
-from fura_vlm.modelling.shards import ModelError
+from fura_vlm.modelling.shards import ModelError, WeightFiles
 
 PROJECT = Path(__file__).parents[2]
 
@@ -40,7 +41,7 @@ def load_processor(path: str) -> LlavaProcessor:
     try:
         processor = AutoProcessor.from_pretrained(path, backend="pil")
         config = None if Path(path).is_dir() and not (Path(path) / "config.json").is_file() else _config(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:  # the last: a config.json that contradicts itself
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
     size, patch = processor.image_processor.crop_size["height"], processor.patch_size
     if config is not None:
@@ -119,18 +120,18 @@ def load_base(
 
 
 def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) -> PreTrainedModel:
-    """``cls.from_pretrained``, which fills weights that are not in the files with random numbers; here that is an
-    error.
+    """``cls.from_pretrained``, which fills weights that are not in the files, or of another shape there, with random
+    numbers; here that is an error.
 
     Args:
         what: how messages call the model.
         kwargs: for ``from_pretrained``.
 
     Raises:
-        ModelError: if files are missing or damaged, or do not hold all of the weights.
+        ModelError: if files are missing or damaged, or do not hold all of the weights in the shapes of ``config.json``.
     """
     try:
-        model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except ImportError as error:  # bitsandbytes, or what attn_implementation names
         if kwargs.get("quantization_config") is None:
             raise ModelError(
@@ -138,8 +139,14 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
                 "needs none)"
             ) from error
         raise ModelError(f"A base in 4 bits needs the extra package: pip install -e .[quant] ({error})") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        WeightFiles(path, what)  # says which file is missing, cut off or damaged, if one is
         raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"{path}: {name} is {list(found)} in its files and {list(wanted)} by its config.json: its files belong to "
+            "different models"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{path} is not a whole {what}: {len(missing)} weights are missing, first {missing[0]}")

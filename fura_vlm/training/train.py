@@ -384,7 +384,7 @@ def _training_arguments(config: TrainConfig, run: Path, accumulation: int, unive
     if not config.gradient_checkpointing:
         del shared["gradient_checkpointing"]  # newer versions of transformers warn of its coming new name
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         **shared,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         use_cpu=not cuda,
@@ -396,6 +396,13 @@ def _training_arguments(config: TrainConfig, run: Path, accumulation: int, unive
         dataloader_persistent_workers=config.dataloader_num_workers > 0,
         accelerator_config={"non_blocking": True} if cuda else None,  # batches are copied from pinned memory
     )
+    clashes = [clash.removeprefix("- ds ") for clash in arguments.hf_deepspeed_config.mismatches]
+    if clashes:
+        raise TrainingError(
+            f"{config.deepspeed} says otherwise than the recipe on {PartialState().num_processes} processes "
+            f'({"; ".join(clashes).replace(" vs hf ", " there, ")} here): put "auto" in its place, or change the recipe'
+        )
+    return arguments
 
 
 def _dtype(arguments: TrainingArguments) -> torch.dtype:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from fura_models import LANGUAGE, inputs_for, perturb, tiny_llama, tiny_llava
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fura_vlm.fura import FuraConfig, FuraError, FuraLinear
+from fura_vlm.fura import FuraConfig, FuraError, FuraLinear, export_delta
 
 
 def fura_layers(model):
@@ -41,7 +41,9 @@ def test_an_entry_that_matches_nothing_is_named(caplog):
 TOWER = r"^model\.vision_tower\..*exclude_modules=r'\.\*vision_tower\.\*'"
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.q_proj", "all-linear", None])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], r".*\.q_proj", r"(?!vision_tower).*\.q_proj", "all-linear", None]
+)
 def test_vision_tower_is_not_adapted_unasked(targets):
     refused(tiny_llava(), TOWER, target_modules=targets)
 
@@ -60,8 +62,6 @@ def test_vision_tower_left_out_or_asked_for():
 
 
 def test_an_adapter_of_the_tower_loads_again(tmp_path):
-    from peft import PeftModel
-
     targets = r".*vision_tower.*(q|v)_proj"
     model = perturb(get_peft_model(tiny_llava(), FuraConfig(target_modules=targets)))
     model.save_pretrained(tmp_path)
@@ -85,6 +85,8 @@ def test_modules_that_are_no_linear():
     refused(gpt2, r"^transformer\.h\.0\.attn\.c_attn: .*Conv1D", target_modules=["c_attn"])
     attention = nn.ModuleDict({"mha": nn.MultiheadAttention(16, 2)})
     refused(attention, r"^mha\.out_proj: ", target_modules=["out_proj"])
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)))
+    refused(normed, r"^0: a parametrization", target_modules=["0"])
     convolution = nn.Sequential(nn.Conv2d(3, 3, 3))
     refused(convolution, r"^0: .*Conv2d", target_modules=["0"])
 
@@ -137,6 +139,18 @@ def test_an_adapter_with_other_blocks_is_not_loaded_into_this_one(tmp_path):
     assert fura_layers(model)[0].fura_blocks == {"default": (6, 8), "beside": (2, 24)}
 
 
+def test_an_exported_adapter_does_not_take_the_place_of_a_trained_one(tmp_path):
+    """Nor the other way round: nothing of it would be loaded."""
+    trained = perturb(get_peft_model(tiny_llama(), FuraConfig(target_modules=["q_proj"])))
+    trained.save_pretrained(tmp_path / "trained")
+    export_delta(trained, tmp_path / "exported")
+    exported = PeftModel.from_pretrained(tiny_llama(), tmp_path / "exported")
+    for model, other in ((trained, "exported"), (exported, "trained")):
+        with pytest.raises(FuraError, match=r"^model\.layers\.0\.self_attn\.q_proj: .*load it under another name"):
+            model.load_adapter(tmp_path / other, "default")
+        model.load_adapter(tmp_path / other, "beside")
+
+
 def test_an_offloaded_base_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu",
@@ -150,9 +164,9 @@ def test_awkward_dimensions(caplog):
     refused(model, r"^odd: .*257.*66,049.*block_size_pattern=\{'odd': 257\}", target_modules=["fine", "odd"])
     allowed = get_peft_model(model, FuraConfig(target_modules=["odd"], block_size_pattern={"odd": 257}))
     assert fura_layers(allowed)[0].fura_blocks == {"default": (1, 257)}
-    small = nn.ModuleDict({"small": nn.Linear(13, 8)})
+    small = nn.ModuleDict({"small": nn.Linear(13, 8), "fine": nn.Linear(16, 8)})
     with caplog.at_level("WARNING", logger="fura_vlm"):
-        get_peft_model(small, FuraConfig(target_modules=["small"]))
+        get_peft_model(small, FuraConfig(target_modules=["small", "fine"], block_size_pattern={"fine": 4}))
     assert caplog.messages == ["FuRA: small (of 1 such) has a prime dimension, 13, and is one single block."]
     refused(nn.ModuleDict({"x": nn.Linear(12, 8)}), "^x: num_blocks=5", target_modules=["x"], num_blocks=5)
 
@@ -209,6 +223,30 @@ def test_safe_merge_of_a_broken_adapter(how):
     layers = fura_layers(model)
     assert len(layers) == 4 and not any(layer.merged for layer in layers)
     assert all(torch.equal(layer.base_layer.weight, w) for layer, w in zip(layers, weights, strict=True))
+
+
+def test_what_fails_leaves_merged_what_was_merged():
+    model = perturb(get_peft_model(tiny_llama(), FuraConfig(target_modules=["q_proj"])))
+    model.add_adapter("broken", FuraConfig(target_modules=["q_proj"]))
+    fura_layers(model)[1].fura_dR["broken"].data.fill_(float("nan"))
+    model.merge_adapter(["default"])
+    weights = [layer.base_layer.weight.clone() for layer in fura_layers(model)]
+
+    def as_it_was():
+        layers = fura_layers(model)
+        return all(layer.merged_adapters == ["default"] for layer in layers) and all(
+            torch.equal(layer.base_layer.weight, w) for layer, w in zip(layers, weights, strict=True)
+        )
+
+    with pytest.raises(FuraError, match="gives NaN"):
+        model.merge_adapter(["broken"], safe_merge=True)
+    assert as_it_was()
+    with pytest.raises(ValueError, match="q_porj"):
+        model.add_adapter("third", FuraConfig(target_modules=["q_porj"]))
+    assert as_it_was()
+    model.unmerge_adapter()
+    base = [layer.self_attn.q_proj.weight for layer in tiny_llama().model.layers]
+    assert all(torch.equal(layer.base_layer.weight, w) for layer, w in zip(fura_layers(model), base, strict=True))
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])

@@ -127,8 +127,27 @@ def test_interrupted_run_and_half_a_model_say_so(tmp_path):
     shutil.copytree(BASE, half)
     shard = sorted(half.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(ModelError, match=f"No usable LLaVA at {half}"):
+    with pytest.raises(ModelError, match=f"^{shard} is cut off or damaged: download it again"):
         load_any(str(half))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("text_config", {"vocab_size": 2048}, r"lm_head\.weight is \[768, 256\] in its files and \[2048, 256\]"),
+        ("vision_config", {"intermediate_size": 96}, r"fc1\.bias is \[768\] in its files and \[96\]"),
+        ("vision_config", {"hidden_size": 100}, r"No usable LLaVA .*100\) is not a multiple"),
+    ],
+)
+def test_weights_of_another_model(part, change, words, tmp_path):
+    path = tmp_path / "mixed"
+    shutil.copytree(BASE, path)
+    config = json.loads((path / "config.json").read_text())
+    config[part] |= change
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=words) as error:
+        load_base(str(path), torch.float32)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.fixture

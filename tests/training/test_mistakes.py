@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,14 @@ def test_numbers_that_are_none():
 def test_a_folder_with_braces_in_its_name(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path / "{seed}-{method}"))
     assert _choose_run(config) == tmp_path / "{seed}-fura"
+
+
+def test_deepspeed_configuration_for_more_gpus(launch):
+    path = launch.folder / "ds8.json"
+    path.write_text(json.dumps(json.loads(Path("scripts/zero2.json").read_text()) | {"train_batch_size": 32}))
+    line = said(launch("more", deepspeed=str(path), processes=2))
+    assert f"{path} says otherwise than the recipe on 2 processes (train_batch_size=32 there, " in line
+    assert "=8 here)" in line and '"auto"' in line
 
 
 def test_batch_that_does_not_divide(launch):
