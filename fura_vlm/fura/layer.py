@@ -104,7 +104,7 @@ class FuraLayer(BaseTunerLayer):
         dim, other = self.in_features, self.out_features
         if config.train_side == "output":
             dim, other = other, dim
-        size = _pattern_value(config.block_size_pattern, self.module_name)
+        size = pattern_value(config.block_size_pattern, self.module_name)
         if size is not None:
             N, b = block_shape(dim, None, size, self.module_name)
         else:
@@ -514,6 +514,6 @@ def matches_pattern(pattern: str, module_name: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", module_name) is not None
 
 
-def _pattern_value(patterns: dict[str, int], module_name: str) -> int | None:
+def pattern_value(patterns: dict[str, int], module_name: str) -> int | None:
     """The value of the first pattern that matches."""
     return next((value for pattern, value in patterns.items() if matches_pattern(pattern, module_name)), None)

@@ -20,7 +20,7 @@ from torch import nn
 from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.gate import join_gate
-from fura_vlm.fura.layer import FuraLayer, FuraLinear, matches_pattern
+from fura_vlm.fura.layer import FuraLayer, FuraLinear, matches_pattern, pattern_value
 from fura_vlm.fura.weights import compare_fingerprints, dense_weight, fingerprint, gathered
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class FuraModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             _withdraw(model, adapter_name)
-            _merge_only(model, merged)
+            _merge_only(merged)
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
             raise
@@ -148,7 +148,7 @@ class FuraModel(BaseTuner):
         try:
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         except Exception:
-            _merge_only(self.model, before)
+            _merge_only(before)
             raise
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
@@ -227,7 +227,7 @@ def _oddities(config: FuraConfig, adapter_name: str, layers: list[FuraLayer]) ->
         layer
         for layer in layers
         if layer.fura_blocks[adapter_name][0] == 1
-        and not any(matches_pattern(pattern, layer.module_name) for pattern in config.block_size_pattern)
+        and pattern_value(config.block_size_pattern, layer.module_name) is None
     ]
     if unasked and single:
         size = single[0].fura_blocks[adapter_name][1]
@@ -262,10 +262,9 @@ def _merged(model: nn.Module) -> dict[FuraLayer, list[str]]:
     return {layer: list(layer.merged_adapters) for layer in _fura_layers(model)}
 
 
-def _merge_only(model: nn.Module, merged: dict[FuraLayer, list[str]]) -> None:
+def _merge_only(merged: dict[FuraLayer, list[str]]) -> None:
     """Go back to an earlier result of ``_merged``."""
-    for layer in _fura_layers(model):
-        names = merged.get(layer, [])
+    for layer, names in merged.items():
         if layer.merged_adapters == names:
             continue
         if layer.merged:

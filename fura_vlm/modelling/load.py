@@ -142,7 +142,8 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         WeightFiles(path, what)  # says which file is missing, cut off or damaged, if one is
         raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
-    for name, found, wanted in sorted(info["mismatched_keys"]):
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
         raise ModelError(
             f"{path}: {name} is {list(found)} in its files and {list(wanted)} by its config.json: its files belong to "
             "different models"

@@ -396,11 +396,14 @@ def _training_arguments(config: TrainConfig, run: Path, accumulation: int, unive
         dataloader_persistent_workers=config.dataloader_num_workers > 0,
         accelerator_config={"non_blocking": True} if cuda else None,  # batches are copied from pinned memory
     )
-    clashes = [clash.removeprefix("- ds ") for clash in arguments.hf_deepspeed_config.mismatches]
+    clashes = [
+        clash.removeprefix("- ds ").replace(" vs hf ", " there, ") + " here"
+        for clash in arguments.hf_deepspeed_config.mismatches
+    ]
     if clashes:
         raise TrainingError(
             f"{config.deepspeed} says otherwise than the recipe on {PartialState().num_processes} processes "
-            f'({"; ".join(clashes).replace(" vs hf ", " there, ")} here): put "auto" in its place, or change the recipe'
+            f'({"; ".join(clashes)}): put "auto" in its place, or change the recipe'
         )
     return arguments
 
