@@ -1,0 +1,31 @@
+"""The families of models: a small file for each, and ``base`` for what they have in common."""
+
+from __future__ import annotations
+
+from fura_vlm.families.base import Encoded, EncodingError, Family, FamilyError, Parts, Patches, Rendered
+from fura_vlm.families.llava import Llava
+from fura_vlm.families.messages import Message, Part, Picture, Text
+
+FAMILIES: tuple[type[Family], ...] = (Llava,)
+
+__all__ = [
+    "FAMILIES",
+    "Encoded",
+    "EncodingError",
+    "Family",
+    "FamilyError",
+    "Llava",
+    "Message",
+    "Part",
+    "Parts",
+    "Patches",
+    "Picture",
+    "Rendered",
+    "Text",
+    "family_class",
+]
+
+
+def family_class(config) -> type[Family]:
+    """The family of a model's configuration; the general one for a kind that has no file of its own."""
+    return next((family for family in FAMILIES if config.model_type in family.model_types), Family)

@@ -1,0 +1,441 @@
+"""What training, evaluation and chat have to know of a kind of model.
+
+A family answers five questions: how a conversation becomes text with its answers marked; how many tokens a picture
+takes; how pictures become tensors; where in the model decoder, tower and projector are; and how positions go on while
+an answer is written. ``Family`` answers them through transformers' own processor and model, for any model whose
+processor has a chat template. A file beside this one holds what is different, or can be had faster, for one family.
+
+Pictures take long runs of one token. Rows keep such a run as one token and its length (``Encoded.runs``): a tokenizer
+splits a text at its special tokens, so the ids around a run are the same whatever its length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from peft import PeftModel
+from PIL import Image
+from torch import nn
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fura_vlm.errors import FuraVLMError
+from fura_vlm.families.messages import Message, Text, pictures
+
+IGNORE = -100
+"""The label of tokens without supervision."""
+
+MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\b")
+"""In a chat template: it marks the answers itself."""
+
+
+class EncodingError(FuraVLMError):
+    """A conversation that cannot become tokens. The message is the reason, fit for a list of problems."""
+
+
+class FamilyError(FuraVLMError):
+    """A model or a processor that cannot be used. The message says which, why, and what to do."""
+
+
+class Rendered(NamedTuple):
+    """A conversation as text, and the character ranges ``[start, end)`` of the answers with their end tokens."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class Encoded(NamedTuple):
+    """A conversation as tokens, in which a run of one picture token is one token.
+
+    Args:
+        ids: (n,) int64.
+        supervised: (n,) bool.
+        runs: (picture tokens in ``ids``,) int64, the length of each run.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    runs: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """Tokens with all runs spread."""
+        return len(self.ids) + int(self.runs.sum()) - len(self.runs)
+
+
+class Parts(NamedTuple):
+    """Modules of a model. ``tower`` and ``projectors`` are ``None`` and empty in a language model."""
+
+    decoder: nn.Module
+    head: nn.Module
+    tower: nn.Module | None
+    projectors: list[nn.Module]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What a picture costs in the tower: patches that a token of it stands for, and those that attend to one another."""
+
+    per_token: float
+    together: int
+
+
+class Family:
+    """A kind of model, bound to a processor.
+
+    Args:
+        processor: transformers' processor, or the tokenizer of a language model.
+        config: the model's configuration.
+        ends: the tokens that may end an answer, as text; by default the tokenizer's.
+
+    Attributes:
+        model_types: the ``config.model_type`` that a family is for.
+        projector_names: where the projector is below ``model.model``; by default what is neither tower nor decoder.
+        needs_sizes: whether a picture's tokens depend on its size, so that indexing has to look at its header.
+    """
+
+    model_types: tuple[str, ...] = ()
+    projector_names: tuple[str, ...] | None = None
+    needs_sizes = True
+
+    def __init__(self, processor, config, ends: Sequence[str] = ()):
+        self.processor, self.config = processor, config
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.ends = tuple(ends) or (self.tokenizer.eos_token,)
+        self._expansion = lru_cache(maxsize=4096)(self.expansion)
+        self._typed = re.compile("|".join(re.escape(token) for token in sorted(self.reserved(), key=len, reverse=True)))
+
+    @classmethod
+    def load_processor(cls, path: str, **kwargs):
+        """The processor at ``path``. Pillow does the image work where it can: its results depend on no chip."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(path, backend="pil", **kwargs)
+
+    # ------------------------------------------------------------------------------------------------------- text
+
+    @property
+    def placeholder(self) -> str:
+        """What a chat template writes where a picture stands."""
+        return self.processor.image_token
+
+    @property
+    def run_token(self) -> str:
+        """The token that a picture takes many of, and that the model puts its features in place of."""
+        return self.placeholder
+
+    @property
+    def run_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.run_token)
+
+    def reserved(self) -> set[str]:
+        """Tokens that nobody may type: they would be taken for pictures, or for the end of a turn."""
+        return {token for token in self.tokenizer.all_special_tokens if token.strip()} | {
+            self.placeholder,
+            self.run_token,
+        }
+
+    def template(self, messages: Sequence[Message], answer_next: bool = False) -> str:
+        """The conversation by the chat template: pictures are ``placeholder``; with ``answer_next`` up to where the
+        next answer begins."""
+        return self.processor.apply_chat_template(
+            [self._as_dict(message) for message in messages], tokenize=False, add_generation_prompt=answer_next
+        )
+
+    @staticmethod
+    def _as_dict(message: Message) -> dict:
+        parts = [
+            {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image"}
+            for part in message.parts
+        ]
+        return {"role": message.role, "content": parts}
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """The whole conversation as text.
+
+        Raises:
+            EncodingError: somebody has typed a special token, the template refuses the conversation, or its answers
+                cannot be told apart from the rest with certainty.
+        """
+        self.refuse_typed(messages)
+        try:
+            text = self.template(messages)
+            spans = self._marked(messages, text)
+        except EncodingError:
+            raise
+        except Exception as error:  # jinja2's, or what a template raises by itself
+            raise EncodingError(f"the model's chat template refuses the conversation: {error}") from error
+        return Rendered(text, spans)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """What the model is given to answer the last message, with ``placeholder`` where pictures stand."""
+        return self.template(messages, answer_next=True)
+
+    def refuse_typed(self, messages: Sequence[Message]) -> None:
+        """Raises ``EncodingError`` if a text has one of ``reserved``."""
+        for message in messages:
+            if found := self._typed.search(message.text):
+                raise EncodingError(f"the text has {found[0]}, a special token of the model: take it out")
+
+    def _marked(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        if MARKS_ANSWERS.search(self.chat_template()):
+            return [(start, self._with_end(text, end)) for start, end in self._generations(messages)]
+        spans: list[tuple[int, int]] = []
+        answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+        starts = [len(self._before(messages, number, text)) for number in answers]
+        for number, start, limit in zip(answers, starts, [*starts[1:], len(text)], strict=True):
+            said = messages[number].text.strip()
+            at = text.find(said, start, limit)
+            if at < 0:
+                raise EncodingError("the model's chat template changes answers: they cannot be marked exactly")
+            end = self._with_end(text, at + len(said))
+            spans.append((start, end))
+        return spans
+
+    def _before(self, messages: Sequence[Message], number: int, text: str) -> str:
+        before = self.template(messages[:number], answer_next=True)
+        if not text.startswith(before):
+            raise EncodingError(
+                "the model's chat template writes a conversation otherwise once it is answered, so that answers cannot "
+                "be marked exactly: take a template with {% generation %} around the answers"
+            )
+        return before
+
+    def _generations(self, messages: Sequence[Message]) -> list[tuple[int, int]]:
+        tokens = self.tokenizer.special_tokens_map
+        _, spans = render_jinja_template(
+            [[self._as_dict(message) for message in messages]],
+            chat_template=self.chat_template(),
+            return_assistant_tokens_mask=True,
+            **tokens,
+        )
+        return [tuple(span) for span in spans[0]]
+
+    def _with_end(self, text: str, end: int) -> int:
+        """``end`` moved behind the end token that follows there."""
+        if any(text[:end].endswith(token) for token in self.ends):
+            return end
+        gap = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.ends)) + ")")
+        if not (found := gap.match(text, end)):
+            raise EncodingError(
+                f"the model's chat template ends an answer with none of {', '.join(self.ends)}, so the model would not "
+                "learn to stop"
+            )
+        return found.end()
+
+    def chat_template(self) -> str:
+        """Raises ``FamilyError`` if there is none."""
+        template = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
+            raise FamilyError(
+                "The model's processor has no chat template: add the file chat_template.jinja that belongs to it, or "
+                "take --conversation vicuna or alpaca for a language model without one"
+            )
+        return template
+
+    # ----------------------------------------------------------------------------------------------------- tokens
+
+    def expansion(self, width: int, height: int) -> str:
+        """What stands in the place of ``placeholder`` for a picture of this size, in pixels.
+
+        By default the processor is asked about a blank picture, which is exact and slow. A family whose processor can
+        tell from the size alone does better.
+
+        Raises:
+            FamilyError: the processor does not say.
+        """
+        made = self.processor(
+            text=[self.placeholder],
+            images=[Image.new("RGB", (width, height))],
+            return_text_replacement_offsets=True,
+        )
+        try:
+            [[replaced]] = made["text_replacement_offsets"]
+        except (KeyError, ValueError) as error:
+            raise FamilyError(
+                f"{type(self.processor).__name__} does not say what a picture becomes in the text, so that this model "
+                "cannot be trained here"
+            ) from error
+        return replaced["replacement"]
+
+    def encode(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[tuple[int, int]]]]
+    ) -> list[Encoded | EncodingError]:
+        """Many conversations at once; where one fails, its error stands in its place.
+
+        Args:
+            conversations: messages, and (width, height) of each of their pictures, in order; of families that do not
+                need sizes any numbers will do.
+        """
+        made: list[Rendered | EncodingError] = []
+        runs: list[list[int]] = []
+        for messages, sizes in conversations:
+            try:
+                rendered, counts = self._expanded(self.render(messages), pictures(messages), sizes)
+            except EncodingError as error:
+                rendered, counts = error, []
+            made.append(rendered)
+            runs.append(counts)
+        texts = [rendered.text if isinstance(rendered, Rendered) else "" for rendered in made]
+        if not texts:
+            return []
+        encodings = self.tokenizer(texts, add_special_tokens=self.adds_special_tokens(texts)).encodings
+        return [
+            rendered if isinstance(rendered, EncodingError) else self._encoded(rendered, counts, encoding)
+            for rendered, counts, encoding in zip(made, runs, encodings, strict=True)
+        ]
+
+    def adds_special_tokens(self, texts: Sequence[str]) -> bool:
+        """Whether the tokenizer adds what begins a text: it must not where the template has written it."""
+        bos = self.tokenizer.bos_token
+        return not (bos is not None and any(text.startswith(bos) for text in texts))
+
+    def _expanded(self, rendered: Rendered, sources: Sequence[str], sizes) -> tuple[Rendered, list[int]]:
+        """The text with each placeholder in its picture's form, runs shortened to one token, and the runs' lengths."""
+        places = [found.span() for found in re.finditer(re.escape(self.placeholder), rendered.text)] if sources else []
+        if len(places) != len(sources):
+            raise EncodingError(
+                f"the model's chat template writes {len(places)} of {len(sources)} pictures: it takes fewer"
+            )
+        token, runs, pieces, shifts, last = self.run_token, [], [], [], 0
+        for (start, end), size in zip(places, sizes, strict=True):
+            text = self._expansion(*size)
+            runs += [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
+            text = re.sub(f"(?:{re.escape(token)})+", lambda _: token, text)
+            pieces += [rendered.text[last:start], text]
+            shifts.append((end, len(text) - (end - start)))
+            last = end
+        text = "".join([*pieces, rendered.text[last:]])
+
+        def moved(place: int) -> int:
+            return place + sum(shift for end, shift in shifts if end <= place)
+
+        return Rendered(text, [(moved(start), moved(end)) for start, end in rendered.spans]), runs
+
+    def _encoded(self, rendered: Rendered, runs: list[int], encoding) -> Encoded:
+        ids = np.array(encoding.ids, dtype=np.int64)
+        supervised = np.zeros(len(ids), dtype=bool)
+        for start, end in rendered.spans:
+            first = encoding.char_to_token(start)
+            if first is None:  # tokenizers that do not count the space before a word as part of its token
+                first = encoding.char_to_token(start + 1)
+            supervised[first : encoding.char_to_token(end - 1) + 1] = True
+        return Encoded(ids, supervised, np.array(runs, dtype=np.int64))
+
+    def cut(self, encoded: Encoded, max_length: int) -> Encoded:
+        """The first tokens, as many as ``max_length`` has room for with all runs spread.
+
+        Raises:
+            EncodingError: if a picture would be cut, or if no supervised token is left.
+        """
+        places = np.flatnonzero(encoded.ids == self.run_id) if len(encoded.runs) else np.empty(0, np.int64)
+        surplus = int(encoded.runs.sum()) - len(encoded.runs)
+        if len(places) and places[-1] + 1 + surplus > max_length:
+            raise EncodingError(
+                f"the image ends at token {places[-1] + 1 + surplus}, beyond the maximum length of {max_length}"
+            )
+        kept = Encoded(encoded.ids[: max_length - surplus], encoded.supervised[: max_length - surplus], encoded.runs)
+        if not kept.supervised.any():
+            first = encoded.supervised.argmax() + surplus + 1
+            raise EncodingError(f"the answer begins at token {first}, beyond the maximum length of {max_length}")
+        return kept
+
+    def spread(self, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+        """Input ids and labels, int64, with all runs at their length."""
+        copies = np.ones(len(encoded.ids), dtype=np.int64)
+        if len(encoded.runs):
+            copies[encoded.ids == self.run_id] = encoded.runs
+        labels = np.where(encoded.supervised, encoded.ids, IGNORE)
+        return np.repeat(encoded.ids, copies), np.repeat(labels, copies)
+
+    # --------------------------------------------------------------------------------------------------- pictures
+
+    token_types: str | None = None
+    """The name under which the model wants to be told which tokens are pictures' (``create_mm_token_type_ids``)."""
+
+    def pixels(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """The tensors of the pictures of one conversation, as the model takes them beside its ids."""
+        if not images:
+            return {}
+        made = self.processor(text=[self.placeholder * len(images)], images=[list(images)], return_tensors="pt")
+        return {name: value for name, value in made.items() if name not in self.of_text}
+
+    of_text = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+
+    def token_type_ids(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """What the model wants to know of the tokens ``ids`` (n,) besides: a tensor (n,) by its name, or nothing."""
+        if self.token_types is None:
+            return {}
+        [kinds] = self.processor.create_mm_token_type_ids([ids.tolist()])
+        return {self.token_types: torch.tensor(kinds)}
+
+    def join(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The pictures' tensors of several conversations in one: rows of zeros fill up what is smaller in a dimension
+        but the first, and along the first they follow one another."""
+        joined = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values = [row[name] for row in rows if name in row]
+            shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+            joined[name] = torch.cat([_filled_up(value, shape) for value in values])
+        return joined
+
+    def blank(self) -> dict[str, torch.Tensor]:
+        """The tensors of a small blank picture, for a process whose batch has none."""
+        return self.pixels([Image.new("RGB", (32, 32))])
+
+    # ------------------------------------------------------------------------------------------------------ model
+
+    def parts(self, model: nn.Module) -> Parts:
+        """The modules of a model, as it is or within a PEFT model."""
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        decoder, tower = model.get_decoder(), self.tower(model)
+        if tower is None:
+            return Parts(decoder, model.get_output_embeddings(), None, [])
+        if self.projector_names is not None:
+            projectors = [model.model.get_submodule(name) for name in self.projector_names]
+        else:
+            projectors = [part for part in model.model.children() if part is not decoder and part is not tower]
+        return Parts(decoder, model.get_output_embeddings(), tower, projectors)
+
+    def tower(self, model: nn.Module) -> nn.Module | None:
+        """The vision tower of a plain model; in some families the projector is a part of it."""
+        return model.get_encoder(modality="image")
+
+    def picture_features(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """All that the tower and the projector make of the tensors of ``pixels``."""
+        made = model.model.get_image_features(**inputs, return_dict=True)
+        return list(_tensors(made.pooler_output)) + list(_tensors(made.get("deepstack_features")))
+
+    def position_offset(self, model: nn.Module) -> int:
+        """After a prompt was read alone: how far the next token's position is from its place in the sequence. It is
+        not 0 where a picture takes fewer positions than tokens (M-RoPE)."""
+        return 0
+
+    def patches(self) -> Patches:
+        """Of the tower, for the arithmetic of a step."""
+        vision = self.config.vision_config
+        number = (vision.image_size // vision.patch_size) ** 2
+        tokens = len(re.findall(re.escape(self.run_token), self._expansion(vision.image_size, vision.image_size)))
+        return Patches(number / max(tokens, 1), number)
+
+
+def _filled_up(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    missing = [size - have for size, have in zip(shape, value.shape[1:], strict=True)]
+    if not any(missing):
+        return value
+    return nn.functional.pad(value, [width for size in reversed(missing) for width in (0, size)])
+
+
+def _tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)

@@ -1,0 +1,110 @@
+"""LLaVA 1.5 (arXiv 2310.03744): a CLIP tower, a two-layer projector, a Llama; the Vicuna v1 conversation.
+
+Tokens, labels and pixels are those of LLaVA v1.5's own scripts, point by point: docs/llava-preprocessing.md. The text
+is tokenized in one piece, by the call that a processor makes when the model answers, so that training and inference
+see the same ids.
+
+Special tokens that somebody has typed are read as LLaVA's tokenizer reads them: ``<s>`` is the token; ``<pad>``, and
+``<image>`` in a record without picture, are no tokens of Vicuna and so are text. With ``</s>`` or ``<unk>``, LLaVA's
+labels do not match its tokens and it drops all of them ("tokenization mismatch"), so such a record is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from fura_vlm.families import vicuna
+from fura_vlm.families.base import Encoded, EncodingError, Family, Patches, Rendered
+from fura_vlm.families.messages import Message, pictures
+from fura_vlm.families.vicuna import IMAGE
+
+
+class Llava(Family):
+    """LLaVA 1.5.
+
+    Args:
+        conversation: ``"v1"``, Vicuna's, or ``"plain"``, a picture and its caption.
+    """
+
+    model_types = ("llava",)
+    projector_names = ("multi_modal_projector",)
+    needs_sizes = False
+
+    def __init__(self, processor, config, ends: Sequence[str] = (), conversation: str = "v1"):
+        super().__init__(processor, config, ends)
+        self.conversation = conversation
+        self._kinds = {"v1": vicuna.render, "plain": vicuna.render_plain}
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        return self._kinds[self.conversation](messages, self.tokenizer.eos_token)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        return vicuna.prompt(messages, self.tokenizer.eos_token)
+
+    def adds_special_tokens(self, texts: Sequence[str]) -> bool:
+        return True
+
+    def expansion(self, width: int, height: int) -> str:
+        """As many tokens as the tower's picture has patches, whatever the size."""
+        return IMAGE * self.image_tokens
+
+    @property
+    def image_tokens(self) -> int:
+        size, patch = self.processor.image_processor.crop_size, self.processor.patch_size
+        dropped = self.processor.vision_feature_select_strategy == "default"  # the tower's class token
+        patches = (size["height"] // patch) * (size["width"] // patch)
+        return patches + self.processor.num_additional_image_tokens - dropped
+
+    def encode(self, conversations) -> list[Encoded | EncodingError]:
+        """As ``Family.encode``; what is typed is text or refused, as above.
+
+        Raises:
+            EncodingError: if the tokenizer itself will not do.
+        """
+        if not self.tokenizer.is_fast:
+            raise EncodingError("the tokenizer cannot tell where its tokens are: use a fast one")
+        if self.tokenizer.encode("x")[:1] != [self.tokenizer.bos_token_id]:
+            raise EncodingError(
+                f"the tokenizer adds no {self.tokenizer.bos_token}: load it with add_bos_token=True"
+            )
+        made = super().encode(conversations)
+        for number, (messages, _) in enumerate(conversations):
+            if not isinstance(made[number], EncodingError) and (typed := self._typed_in(messages)):
+                made[number] = self._as_text(messages, typed)
+        return made
+
+    def _typed_in(self, messages: Sequence[Message]) -> set[str]:
+        special = {*self.tokenizer.all_special_tokens, IMAGE}
+        return {token for token in special if any(token in message.text for message in messages)}
+
+    def _as_text(self, messages: Sequence[Message], typed: set[str]) -> Encoded | EncodingError:
+        tokenizer = self.tokenizer
+        vicunas = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+        unlabelled = typed & vicunas - {tokenizer.bos_token}
+        if unlabelled and self.conversation == "v1":
+            return EncodingError(f"the text has {min(unlabelled)}: LLaVA v1.5 gives it no labels either")
+        sources = pictures(messages)
+        if IMAGE in typed and sources:
+            return EncodingError(f"the text has {IMAGE} beside its pictures: take it out")
+        rendered, runs = self._expanded(self.render(messages), sources, [(0, 0)] * len(sources))
+        if as_text := typed - vicunas:
+            return self._encoded(rendered, runs, _without(tokenizer, as_text).encode(rendered.text))
+        return self._encoded(rendered, runs, tokenizer(rendered.text).encodings[0])
+
+    def patches(self) -> Patches:
+        vision = self.config.vision_config
+        number = (vision.image_size // vision.patch_size) ** 2
+        return Patches((number + 1) / number, number + 1)  # with the class token
+
+
+def _without(tokenizer, tokens: set[str]) -> Tokenizer:
+    """A tokenizer that reads ``tokens`` as text. They keep their ids under names that no text has: the ids of
+    added tokens follow from their number."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        if token["content"] in tokens:
+            token["content"] = "\0" + token["content"]
+    return Tokenizer.from_str(json.dumps(state))
