@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from fura_vlm.families.base import Encoded, EncodingError, Family, FamilyError, Parts, Patches, Rendered
+from fura_vlm.families.gemma3 import Gemma3
+from fura_vlm.families.internvl import InternVL
 from fura_vlm.families.llava import Llava
+from fura_vlm.families.llava_next import LlavaNext
 from fura_vlm.families.messages import Message, Part, Picture, Text
+from fura_vlm.families.qwen_vl import QwenVL
+from fura_vlm.families.smolvlm import SmolVLM
+from fura_vlm.families.text import Language
 
-FAMILIES: tuple[type[Family], ...] = (Llava,)
+FAMILIES: tuple[type[Family], ...] = (Llava, LlavaNext, QwenVL, SmolVLM, Gemma3, InternVL)
 
 __all__ = [
     "FAMILIES",
@@ -14,13 +20,19 @@ __all__ = [
     "EncodingError",
     "Family",
     "FamilyError",
+    "Gemma3",
+    "InternVL",
+    "Language",
     "Llava",
+    "LlavaNext",
     "Message",
     "Part",
     "Parts",
     "Patches",
     "Picture",
+    "QwenVL",
     "Rendered",
+    "SmolVLM",
     "Text",
     "family_class",
 ]

@@ -22,6 +22,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from torch import nn
+from transformers import AutoImageProcessor, AutoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fura_vlm.errors import FuraVLMError
@@ -112,10 +113,11 @@ class Family:
 
     @classmethod
     def load_processor(cls, path: str, **kwargs):
-        """The processor at ``path``. Pillow does the image work where it can: its results depend on no chip."""
-        from transformers import AutoProcessor
-
-        return AutoProcessor.from_pretrained(path, backend="pil", **kwargs)
+        """The processor at ``path``. Pillow does its image work: what it makes depends on no chip and no version of
+        torchvision."""
+        processor = AutoProcessor.from_pretrained(path, **kwargs)  # its part for videos knows no Pillow
+        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        return processor
 
     # ------------------------------------------------------------------------------------------------------- text
 
@@ -135,10 +137,8 @@ class Family:
 
     def reserved(self) -> set[str]:
         """Tokens that nobody may type: they would be taken for pictures, or for the end of a turn."""
-        return {token for token in self.tokenizer.all_special_tokens if token.strip()} | {
-            self.placeholder,
-            self.run_token,
-        }
+        tokens = {*self.tokenizer.all_special_tokens, self.placeholder, self.run_token}
+        return {token for token in tokens if token.strip()}
 
     def template(self, messages: Sequence[Message], answer_next: bool = False) -> str:
         """The conversation by the chat template: pictures are ``placeholder``; with ``answer_next`` up to where the
@@ -418,12 +418,30 @@ class Family:
         not 0 where a picture takes fewer positions than tokens (M-RoPE)."""
         return 0
 
+    def embed(self, model: nn.Module, input_ids: torch.Tensor, places: torch.Tensor, of_pictures: dict):
+        """Words with the features of pictures in their places, (rows, length, hidden size), without looking anything
+        up on the device; ``None`` where only the model itself can put them together.
+
+        Args:
+            input_ids: (rows, length) int64.
+            places: rows and positions of the pictures' tokens, (2, number) int64.
+            of_pictures: the tensors of ``pixels``.
+        """
+        return None
+
     def patches(self) -> Patches:
-        """Of the tower, for the arithmetic of a step."""
+        """Of the tower, for the arithmetic of a step: of a square picture of twice the size that the tower takes."""
         vision = self.config.vision_config
-        number = (vision.image_size // vision.patch_size) ** 2
-        tokens = len(re.findall(re.escape(self.run_token), self._expansion(vision.image_size, vision.image_size)))
-        return Patches(number / max(tokens, 1), number)
+        size, patch = (_edge(getattr(vision, name, 0)) for name in ("image_size", "patch_size"))
+        edge = 2 * (size or 448)
+        elements = self.pixels([Image.new("RGB", (edge, edge))])["pixel_values"].numel()
+        number = elements / (3 * patch**2 * getattr(vision, "temporal_patch_size", 1))
+        tokens = len(re.findall(re.escape(self.run_token), self._expansion(edge, edge)))
+        return Patches(number / tokens, (size // patch) ** 2 or int(number))
+
+
+def _edge(size) -> int:
+    return size[0] if isinstance(size, (list, tuple)) else size
 
 
 def _filled_up(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+import torch
 from tokenizers import Tokenizer
 
 from fura_vlm.families import vicuna
@@ -93,6 +94,20 @@ class Llava(Family):
         if as_text := typed - vicunas:
             return self._encoded(rendered, runs, _without(tokenizer, as_text).encode(rendered.text))
         return self._encoded(rendered, runs, tokenizer(rendered.text).encodings[0])
+
+    def embed(self, model, input_ids, places, of_pictures) -> torch.Tensor:
+        """As ``LlavaModel`` makes it.
+
+        Raises:
+            ValueError: the pictures have more or fewer features than there are tokens for them.
+        """
+        words = model.get_input_embeddings()(input_ids)
+        features = torch.cat(self.picture_features(model, of_pictures))
+        if len(features) != places.shape[1]:
+            raise ValueError(
+                f"Image features and image tokens do not match, tokens: {places.shape[1]}, features: {len(features)}"
+            )
+        return words.index_put(tuple(places), features.to(words))
 
     def patches(self) -> Patches:
         vision = self.config.vision_config

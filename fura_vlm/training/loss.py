@@ -2,17 +2,19 @@
 
 Of the tokens of an instruction record most are the picture's and the question's, and no loss is on them. transformers
 multiplies all of them with the language model's head, 32 thousand logits a token in float32 and as much again for
-their gradients; here the head sees the supervised positions only. The loss is transformers' own, number for number.
-With a third of 7,200 tokens supervised, the head is 0.7 % of a 7B's arithmetic: fusing it with the loss, as other
-libraries do for memory's sake, has nothing to win here.
+their gradients; here the head sees the supervised positions only: a hook picks them out of what goes into it. What a
+model does with its logits afterwards (to cap or to scale them) it does as always. The loss is transformers' own,
+number for number. With a third of 7,200 tokens supervised, the head is 0.7 % of a 7B's arithmetic: fusing it with the
+loss, as other libraries do for memory's sake, has nothing to win here.
 
 - Padding is on the right (``Collator``), where a causal model never looks at it from a real token. So no mask is
   needed, and attention takes its fastest form with the same shape of graph for every batch.
 - If the vision tower trains nothing, it runs without autograd, whatever gradient checkpointing switches on.
-- Nothing is looked up on the device: transformers reads there whether pictures and their tokens are equally many, where
-  these are (forward and once more backward), and whether rows hold several records each. A GPU that is waited for in
-  every batch, amid the work of launching what comes next, stands still for several percent of the time. So it is
-  asked once a step, before the first batch, where labels and pictures are (``positions``).
+- Where the family can do it, nothing is looked up on the device: transformers reads there whether pictures and their
+  tokens are equally many, where these are (forward and once more backward), and whether rows hold several records
+  each. A GPU that is waited for in every batch, amid the work of launching what comes next, stands still for several
+  percent of the time. So it is asked once a step, before the first batch, where labels and pictures are
+  (``positions``).
 """
 
 from __future__ import annotations
@@ -22,80 +24,79 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaModel, LlavaForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers import LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from fura_vlm.data.conversation import IGNORE
+from fura_vlm.families import Family
+from fura_vlm.families.base import IGNORE
 
-OF_PICTURES = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+OF_TEXT = ("input_ids", "inputs_embeds", "position_ids", "use_cache")
 ROWS_AT_ONCE = 2048  # 32,064 logits in float32 for so many rows are 0.25 GiB
 
 
-def train_on_labels_only(model: LlavaForConditionalGeneration) -> None:
+def train_on_labels_only(model: nn.Module, family: Family) -> None:
     """Changes the forward pass of ``model`` for calls with ``labels``: they return a loss and no logits.
 
     Such a call takes ``input_ids`` (or ``inputs_embeds``), ``labels`` and ``attention_mask``, (rows, length), padded
-    on the right; ``pixel_values``; and transformers' ``num_items_in_batch``: if given, the sum of the losses is
-    divided by it and not by the number of labels; and what ``positions`` makes of a batch: without it the call waits
-    for the device. Other calls are left as they are. What is trained must be decided before.
+    on the right; the family's tensors of pictures; and transformers' ``num_items_in_batch``: if given, the sum of the
+    losses is divided by it and not by the number of labels; and what ``positions`` makes of a batch: without it the
+    call waits for the device. Other calls are left as they are. What is trained must be decided before.
 
     Raises:
         ValueError: from a call whose pictures have more or fewer features than there are tokens for them.
     """
-    as_it_was, without_looking = model.forward, _without_looking(model)
+    parts = family.parts(model)
+    as_it_was, without_looking = model.forward, _without_looking(parts.decoder)
+    wanted = None  # rows and positions that the head is to see
+
+    def choose(head, args):
+        return None if wanted is None else (args[0][tuple(wanted)][None], *args[1:])
+
+    parts.head.register_forward_pre_hook(choose)
 
     @functools.wraps(as_it_was)
     def forward(
         *args, labels: torch.Tensor | None = None, num_items_in_batch=None, supervised=None, pictured=None, **inputs
     ):
+        nonlocal wanted
         if labels is None:
             return as_it_was(*args, **inputs)
         rows, before = _supervised(labels) if supervised is None else supervised
         targets = labels[rows, before + 1]
         inputs.pop("attention_mask", None)
         if pictured is not None:
-            of_pictures = {name: inputs.pop(name) for name in OF_PICTURES if name in inputs}
-            inputs["inputs_embeds"] = _embedded(model, inputs.pop("input_ids"), pictured, of_pictures)
-        # The language model has a switch of its own for its cache; with one, every layer would be another graph.
-        with without_looking():
-            hidden = model.model(*args, **inputs | {"use_cache": False}).last_hidden_state
-        # One call of the head whatever the number of rows: under ZeRO-3 it gathers weights in step with the others.
-        logits = model.lm_head(hidden[rows, before])
+            of_pictures = {name: value for name, value in inputs.items() if name not in OF_TEXT}
+            embedded = family.embed(model, inputs["input_ids"], pictured, of_pictures)
+            if embedded is not None:
+                inputs = {name: inputs[name] for name in OF_TEXT if name in inputs} | {"inputs_embeds": embedded}
+                del inputs["input_ids"]
+        wanted = torch.stack([rows, before])
+        try:
+            # The language model has a switch of its own for its cache; with one, every layer would be another graph.
+            with without_looking():
+                logits = as_it_was(*args, **inputs | {"use_cache": False}).logits[0]
+        finally:
+            wanted = None
         total = sum(
             checkpoint(_summed, *part, use_reentrant=False)
             for part in zip(logits.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
         )
         items = len(targets) if num_items_in_batch is None else num_items_in_batch
-        return LlavaCausalLMOutputWithPast(loss=total / items)
+        return CausalLMOutputWithPast(loss=total / items)
 
     model.forward = forward
-    tower = model.model.vision_tower
-    if not any(parameter.requires_grad for parameter in tower.parameters()):
-        tower.forward = torch.no_grad()(tower.forward)
+    if parts.tower is not None and not any(parameter.requires_grad for parameter in parts.tower.parameters()):
+        parts.tower.forward = torch.no_grad()(parts.tower.forward)
 
 
-def _embedded(
-    model: LlavaForConditionalGeneration, input_ids: torch.Tensor, pictured: torch.Tensor, of_pictures: dict
-) -> torch.Tensor:
-    """Words, and the features of pictures in their places: (rows, length, hidden size), as ``LlavaModel`` makes it."""
-    words = model.get_input_embeddings()(input_ids)
-    features = torch.cat(list(model.model.get_image_features(**of_pictures, return_dict=True).pooler_output))
-    if len(features) != pictured.shape[1]:
-        raise ValueError(
-            f"Image features and image tokens do not match, tokens: {pictured.shape[1]}, features: {len(features)}"
-        )
-    return words.index_put(tuple(pictured), features.to(words))
-
-
-def _without_looking(model: LlavaForConditionalGeneration) -> Callable[[], AbstractContextManager]:
-    """Gives the language model of ``model`` a short form that does not look anything up on the device.
+def _without_looking(decoder: nn.Module) -> Callable[[], AbstractContextManager]:
+    """Gives a language model a short form that does not look anything up on the device.
 
     Returns: makes the context in which it takes it, for rows that are no longer than one record each.
     """
-    decoder = model.model.language_model
     decode, short = decoder.forward, False
 
     @functools.wraps(decode)
@@ -132,14 +133,45 @@ def _without_looking(model: LlavaForConditionalGeneration) -> Callable[[], Abstr
     return without_looking
 
 
-def positions(batch: dict[str, torch.Tensor], image_token_id: int) -> dict[str, torch.Tensor]:
+def use_all_parts(model: nn.Module, family: Family) -> None:
+    """Makes a text-only batch pass through vision tower and projector too, with no effect on the result.
+
+    With several processes every one of them must use the same parameters in a step: ZeRO reduces gradients, and
+    ZeRO-3 gathers weights, in step with the others. A process whose batch has no picture would leave out the
+    projector. It therefore sees a blank picture, whose features enter the sum multiplied by zero.
+    """
+    if family.parts(model).tower is None:
+        return
+    blank = family.blank()
+
+    def see_blank(module, args, kwargs):
+        # Embeddings that are given have their pictures in place already.
+        if kwargs.get("inputs_embeds") is not None or kwargs.get("pixel_values") is not None or not module.training:
+            return None
+        input_ids, *args = args if args else [kwargs.pop("input_ids")]
+        embeddings = model.get_input_embeddings()(input_ids)
+        inputs = {
+            name: value.to(embeddings.device, embeddings.dtype if value.is_floating_point() else value.dtype)
+            for name, value in blank.items()
+        }
+        features = family.picture_features(model, inputs)
+        kwargs["inputs_embeds"] = embeddings + 0 * sum(each.sum() for each in features)
+        # Told, since some models would go on from the positions of the pictures that they saw last.
+        length = embeddings.shape[1]
+        kwargs["position_ids"] = torch.arange(length, device=embeddings.device).expand(len(embeddings), length)
+        return (None, *args) if args else (), kwargs
+
+    model.model.register_forward_pre_hook(see_blank, with_kwargs=True)
+
+
+def positions(batch: dict[str, torch.Tensor], run_id: int) -> dict[str, torch.Tensor]:
     """What a call in training is told of its batch besides, rows and positions, (2, number) int64 each: ``supervised``,
     of what predicts a label, the position before it; and, if there are pictures, ``pictured``, of their tokens.
 
     How many there are has to come from the device, which is waited for."""
     found = {"supervised": _supervised(batch["labels"])}
     if "pixel_values" in batch:
-        found["pictured"] = (batch["input_ids"] == image_token_id).nonzero().T
+        found["pictured"] = (batch["input_ids"] == run_id).nonzero().T
     return found
 
 

@@ -1,0 +1,22 @@
+"""Gemma 3 (arXiv 2503.19786): 256 tokens a picture, which see one another in both directions."""
+
+from __future__ import annotations
+
+from fura_vlm.families.base import Family
+
+
+class Gemma3(Family):
+    """Gemma 3 with pictures. A placeholder is ``<start_of_image>``; the run between the two ends is of another token."""
+
+    model_types = ("gemma3",)
+    projector_names = ("multi_modal_projector",)
+    token_types = "token_type_ids"
+
+    @property
+    def run_token(self) -> str:
+        return self.tokenizer.image_token
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Only crops of long pictures ("pan and scan") make a difference."""
+        return bool(getattr(self.processor.image_processor, "do_pan_and_scan", False))

@@ -1,0 +1,33 @@
+"""Qwen2-VL, Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL: pictures of their own size, 3-D positions (M-RoPE).
+
+A picture of h x w patches takes h w / 4 tokens, but only max(h, w) / 2 positions: while an answer is written, the next
+position lies before the token's place in the sequence.
+"""
+
+from __future__ import annotations
+
+from fura_vlm.families.base import EncodingError, Family, Parts
+
+
+class QwenVL(Family):
+    """Qwen2-VL, 2.5 and 3, also with experts."""
+
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    token_types = "mm_token_type_ids"
+
+    def expansion(self, width: int, height: int) -> str:
+        images = self.processor.image_processor
+        try:
+            patches = images.get_number_of_image_patches(height, width)
+        except ValueError as error:
+            raise EncodingError(f"the model takes no picture of {width} x {height} pixels: {error}") from error
+        return self.run_token * (patches // images.merge_size**2)
+
+    def parts(self, model) -> Parts:
+        """The projector is the last part of the tower, and of Qwen3-VL's one in front of each deep layer, too."""
+        found = super().parts(model)
+        deep = list(getattr(found.tower, "deepstack_merger_list", ()))
+        return found._replace(projectors=[found.tower.merger, *deep])
+
+    def position_offset(self, model) -> int:
+        return int(model.model.rope_deltas[0])

@@ -1,0 +1,12 @@
+"""SmolVLM (arXiv 2504.05299) and Idefics3: a large picture is cut into tiles, each with tokens for its row and column."""
+
+from __future__ import annotations
+
+from fura_vlm.families.base import Family
+
+
+class SmolVLM(Family):
+    """SmolVLM, SmolVLM2, Idefics3."""
+
+    model_types = ("smolvlm", "idefics3")
+    projector_names = ("connector",)

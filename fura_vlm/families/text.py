@@ -1,0 +1,63 @@
+"""Language models: any causal one with a chat template, and Vicuna's and Alpaca's forms for those without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import AutoTokenizer
+
+from fura_vlm.families import alpaca, vicuna
+from fura_vlm.families.base import EncodingError, Family, Patches, Rendered
+from fura_vlm.families.messages import Message, pictures
+
+FORMS = {"vicuna": vicuna, "alpaca": alpaca}
+
+
+class Language(Family):
+    """A language model.
+
+    Args:
+        processor: its fast tokenizer.
+        conversation: ``"template"``, the tokenizer's own, ``"vicuna"`` or ``"alpaca"``.
+    """
+
+    needs_sizes = False
+
+    def __init__(self, processor, config, ends: Sequence[str] = (), conversation: str = "template"):
+        self._form = FORMS.get(conversation)
+        super().__init__(processor, config, ends)
+
+    @classmethod
+    def load_processor(cls, path: str, **kwargs):
+        return AutoTokenizer.from_pretrained(path, **kwargs)
+
+    placeholder = run_token = ""
+
+    @property
+    def run_id(self) -> int:
+        return -1
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        if pictures(messages):
+            raise EncodingError("a picture, and the model takes text alone: leave the record out, or take another model")
+        if self._form is None:
+            return super().render(messages)
+        self.refuse_typed(messages)
+        return self._form.render(messages, self.tokenizer.eos_token)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        return super().prompt(messages) if self._form is None else self._form.prompt(messages, self.tokenizer.eos_token)
+
+    @staticmethod
+    def _as_dict(message: Message) -> dict:
+        return {"role": message.role, "content": message.text}
+
+    def adds_special_tokens(self, texts: Sequence[str]) -> bool:
+        return self._form is not None  # a template writes them itself
+
+    def tower(self, model: nn.Module) -> None:
+        return None
+
+    def patches(self) -> Patches:
+        return Patches(0, 0)
