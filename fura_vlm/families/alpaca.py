@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from fura_vlm.families.base import EncodingError, Rendered
 from fura_vlm.families.messages import Message
 
-INTRODUCTION = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+INTRODUCTION = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
 
 
 def render(messages: Sequence[Message], eos: str) -> Rendered:

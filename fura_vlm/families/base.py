@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from PIL import Image
 from torch import nn
@@ -26,7 +27,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fura_vlm.errors import FuraVLMError
-from fura_vlm.families.messages import Message, Text, pictures
+from fura_vlm.families.messages import Message, Picture, Text, pictures
 
 IGNORE = -100
 """The label of tokens without supervision."""
@@ -108,6 +109,8 @@ class Family:
         self.processor, self.config = processor, config
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.ends = tuple(ends) or (self.tokenizer.eos_token,)
+        if self.token_types is None and getattr(processor, "return_mm_token_type_ids", False):
+            self.token_types = "mm_token_type_ids"
         self._expansion = lru_cache(maxsize=4096)(self.expansion)
         self._typed = re.compile("|".join(re.escape(token) for token in sorted(self.reserved(), key=len, reverse=True)))
 
@@ -118,6 +121,47 @@ class Family:
         processor = AutoProcessor.from_pretrained(path, **kwargs)  # its part for videos knows no Pillow
         processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         return processor
+
+    def check(self) -> None:
+        """Compares, on a small conversation with two pictures, tokens and tensors with the processor's own.
+
+        Raises:
+            FamilyError: they differ, so that training would see something else than the model is asked with later; or
+                answers cannot be marked.
+        """
+        images = [Image.new("RGB", (61, 33), "red"), Image.new("RGB", (30, 95), "blue")]
+        turns = [
+            Message("user", (Picture(""), Text("What is this?"))),
+            Message("assistant", (Text("A cat."),)),
+            Message("user", (Text("And this?"), Picture(""))),
+            Message("assistant", (Text("A dog."),)),
+        ]
+        [encoded] = self.encode([(turns, [image.size for image in images])])
+        if isinstance(encoded, EncodingError):
+            raise FamilyError(f"{self._name} cannot be trained here: {encoded}")
+        ids, _ = self.spread(encoded)
+        text = self.template(turns)
+        made = self.processor(
+            text=[text], images=[images], add_special_tokens=self.adds_special_tokens([text]), return_tensors="pt"
+        )
+        ours = {"input_ids": torch.from_numpy(ids)[None], "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        ours |= {name: kinds[None] for name, kinds in self.token_type_ids(ids).items()} | self.pixels(images)
+        theirs = dict(made)
+        differ = sorted(
+            name
+            for name in {*ours, *theirs}
+            if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+        )
+        if differ:
+            raise FamilyError(
+                f"{self._name} cannot be trained here: its processor makes other {' and '.join(differ)} of a "
+                "conversation with two pictures than fura_vlm.families.Family; such a model needs a file of its own "
+                "there"
+            )
+
+    @property
+    def _name(self) -> str:
+        return f"A model of the type {self.config.model_type}"
 
     # ------------------------------------------------------------------------------------------------------- text
 
@@ -161,14 +205,14 @@ class Family:
         Raises:
             EncodingError: somebody has typed a special token, the template refuses the conversation, or its answers
                 cannot be told apart from the rest with certainty.
+            FamilyError: there is no template.
         """
+        self.chat_template()
         self.refuse_typed(messages)
         try:
             text = self.template(messages)
             spans = self._marked(messages, text)
-        except EncodingError:
-            raise
-        except Exception as error:  # jinja2's, or what a template raises by itself
+        except (TemplateError, TypeError, ValueError) as error:  # a template may raise what it likes, with its reason
             raise EncodingError(f"the model's chat template refuses the conversation: {error}") from error
         return Rendered(text, spans)
 
@@ -416,7 +460,8 @@ class Family:
     def position_offset(self, model: nn.Module) -> int:
         """After a prompt was read alone: how far the next token's position is from its place in the sequence. It is
         not 0 where a picture takes fewer positions than tokens (M-RoPE)."""
-        return 0
+        deltas = getattr(model.model, "rope_deltas", None)
+        return 0 if deltas is None else int(deltas.flatten()[0])
 
     def embed(self, model: nn.Module, input_ids: torch.Tensor, places: torch.Tensor, of_pictures: dict):
         """Words with the features of pictures in their places, (rows, length, hidden size), without looking anything

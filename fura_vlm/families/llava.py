@@ -68,9 +68,7 @@ class Llava(Family):
         if not self.tokenizer.is_fast:
             raise EncodingError("the tokenizer cannot tell where its tokens are: use a fast one")
         if self.tokenizer.encode("x")[:1] != [self.tokenizer.bos_token_id]:
-            raise EncodingError(
-                f"the tokenizer adds no {self.tokenizer.bos_token}: load it with add_bos_token=True"
-            )
+            raise EncodingError(f"the tokenizer adds no {self.tokenizer.bos_token}: load it with add_bos_token=True")
         made = super().encode(conversations)
         for number, (messages, _) in enumerate(conversations):
             if not isinstance(made[number], EncodingError) and (typed := self._typed_in(messages)):

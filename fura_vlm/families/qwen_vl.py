@@ -13,7 +13,6 @@ class QwenVL(Family):
     """Qwen2-VL, 2.5 and 3, also with experts."""
 
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-    token_types = "mm_token_type_ids"
 
     def expansion(self, width: int, height: int) -> str:
         images = self.processor.image_processor
@@ -28,6 +27,3 @@ class QwenVL(Family):
         found = super().parts(model)
         deep = list(getattr(found.tower, "deepstack_merger_list", ()))
         return found._replace(projectors=[found.tower.merger, *deep])
-
-    def position_offset(self, model) -> int:
-        return int(model.model.rope_deltas[0])

@@ -40,7 +40,9 @@ class Language(Family):
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         if pictures(messages):
-            raise EncodingError("a picture, and the model takes text alone: leave the record out, or take another model")
+            raise EncodingError(
+                "a picture, and the model takes text alone: leave the record out, or take another model"
+            )
         if self._form is None:
             return super().render(messages)
         self.refuse_typed(messages)

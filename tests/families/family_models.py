@@ -254,8 +254,7 @@ def text(folder: Path) -> None:
 
 
 BUILDERS = {
-    builder.__name__: builder
-    for builder in (llava, llava_next, qwen2_5_vl, qwen3_vl, smolvlm, gemma3, internvl, text)
+    builder.__name__: builder for builder in (llava, llava_next, qwen2_5_vl, qwen3_vl, smolvlm, gemma3, internvl, text)
 }
 
 
