@@ -81,7 +81,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Patches:
-    """What a picture costs in the tower: patches that a token of it stands for, and those that attend to one another."""
+    """What a picture costs in the tower: patches for each of its tokens, and how many attend to one another."""
 
     per_token: float
     together: int

@@ -6,7 +6,7 @@ from fura_vlm.families.base import Family
 
 
 class Gemma3(Family):
-    """Gemma 3 with pictures. A placeholder is ``<start_of_image>``; the run between the two ends is of another token."""
+    """Gemma 3 with pictures. The placeholder is ``<start_of_image>``; the run between the two ends is of another."""
 
     model_types = ("gemma3",)
     projector_names = ("multi_modal_projector",)

@@ -1,4 +1,4 @@
-"""SmolVLM (arXiv 2504.05299) and Idefics3: a large picture is cut into tiles, each with tokens for its row and column."""
+"""SmolVLM (arXiv 2504.05299) and Idefics3: a large picture is cut into tiles, each told by its row and column."""
 
 from __future__ import annotations
 

@@ -18,18 +18,18 @@ WORDS = (
     "system user assistant User Assistant : You help people model thank you"
 )
 
-CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['content'] is string \
-%}{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ IMAGE }}\
+CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['content'] is \
+string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ IMAGE }}\
 {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-SMOL = """<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{% if message['content'][0]['type'] \
-== 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}{% for part in message['content'] %}{% if part['type'] == 'image' \
+SMOL = """<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{% if \
+message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}{% for part in message['content'] %}{% if part['type'] == 'image' \
 %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\\n{% endfor %}\
 {% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 
-GEMMA = """{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' \
-else 'user') + '\\n' }}{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for part in \
+GEMMA = """{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == \
+'assistant' else 'user') + '\\n' }}{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for part in \
 message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ part['text'] | trim }}\
 {% endif %}{% endfor %}{% endif %}{{ '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}\
 {{ '<start_of_turn>model\\n' }}{% endif %}"""
@@ -264,7 +264,7 @@ def _save(folder: Path, model_class, config, processor, tokenizer) -> None:
     for part in (config, config.get_text_config()):
         part.update(ids | {"bos_token_id": tokenizer.bos_token_id})
     model = model_class(config)
-    for name, parameter in model.named_parameters():  # larger than usual, so that answers differ
+    for parameter in model.parameters():  # larger than usual, so that answers differ
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     model.generation_config = transformers.GenerationConfig(**ids)

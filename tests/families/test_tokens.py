@@ -102,8 +102,8 @@ def test_pictures_and_places_have_to_agree(family, name):
 def test_a_template_that_marks_answers_is_heeded(folder_of):
     family = language(folder_of)
     family.processor.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>{% generation %}{{ m['content'] }}<|im_end|>"
-        "{% endgeneration %}{% else %}{{ m['content'] }} ? {% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>{% generation %}{{ m['content'] }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }} ? {% endif %}{% endfor %}"
     )
     ids, labels = encode(family, TEXT_ONLY)
     assert family.tokenizer.decode(ids[labels != -100]) == "three<|im_end|>"
