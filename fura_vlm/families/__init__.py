@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fura_vlm.families.base import Encoded, EncodingError, Family, FamilyError, Parts, Patches, Rendered
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from fura_vlm.errors import ModelError
+from fura_vlm.families.base import Encoded, EncodingError, Family, Parts, Patches, Rendered
 from fura_vlm.families.gemma3 import Gemma3
 from fura_vlm.families.internvl import InternVL
 from fura_vlm.families.llava import Llava
@@ -19,7 +22,6 @@ __all__ = [
     "Encoded",
     "EncodingError",
     "Family",
-    "FamilyError",
     "Gemma3",
     "InternVL",
     "Language",
@@ -35,9 +37,27 @@ __all__ = [
     "SmolVLM",
     "Text",
     "family_class",
+    "model_class",
 ]
 
 
 def family_class(config) -> type[Family]:
     """The family of a model's configuration; the general one for a kind that has no file of its own."""
+    if model_class(config) is AutoModelForCausalLM:
+        return Language
     return next((family for family in FAMILIES if config.model_type in family.model_types), Family)
+
+
+def model_class(config) -> type[AutoModelForImageTextToText | AutoModelForCausalLM]:
+    """transformers' class that makes a model of a configuration.
+
+    Raises:
+        ModelError: there is none, so that the model neither sees nor writes.
+    """
+    for cls in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        if type(config) in cls._model_mapping:
+            return cls
+    raise ModelError(
+        f"A model of the type {config.model_type} is neither a language model nor one that sees and writes: take one "
+        "that transformers' AutoModelForImageTextToText or AutoModelForCausalLM loads"
+    )

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from fura_vlm.errors import FuraVLMError
+from fura_vlm.errors import FuraVLMError, ModelError
 from fura_vlm.families.messages import Message, Picture, Text, pictures
 
 IGNORE = -100
@@ -38,10 +38,6 @@ MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\b")
 
 class EncodingError(FuraVLMError):
     """A conversation that cannot become tokens. The message is the reason, fit for a list of problems."""
-
-
-class FamilyError(FuraVLMError):
-    """A model or a processor that cannot be used. The message says which, why, and what to do."""
 
 
 class Rendered(NamedTuple):
@@ -94,6 +90,7 @@ class Family:
         processor: transformers' processor, or the tokenizer of a language model.
         config: the model's configuration.
         ends: the tokens that may end an answer, as text; by default the tokenizer's.
+        conversation: one of ``conversations``.
 
     Attributes:
         model_types: the ``config.model_type`` that a family is for.
@@ -102,11 +99,19 @@ class Family:
     """
 
     model_types: tuple[str, ...] = ()
+    conversations: tuple[str, ...] = ("template",)
+    """The forms of a conversation that it has; the first is its own."""
     projector_names: tuple[str, ...] | None = None
     needs_sizes = True
 
-    def __init__(self, processor, config, ends: Sequence[str] = ()):
+    def __init__(self, processor, config, ends: Sequence[str] = (), conversation: str | None = None):
         self.processor, self.config = processor, config
+        self.conversation = conversation or self.conversations[0]
+        if self.conversation not in self.conversations:
+            raise ModelError(
+                f"conversation is {conversation}, and a model of the type {getattr(config, 'model_type', None)} has "
+                f"{' and '.join(self.conversations)}: leave it out, or take one of them"
+            )
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.ends = tuple(ends) or (self.tokenizer.eos_token,)
         if self.token_types is None and getattr(processor, "return_mm_token_type_ids", False):
@@ -115,10 +120,15 @@ class Family:
         self._typed = re.compile("|".join(re.escape(token) for token in sorted(self.reserved(), key=len, reverse=True)))
 
     @classmethod
-    def load_processor(cls, path: str, **kwargs):
-        """The processor at ``path``. Pillow does its image work: what it makes depends on no chip and no version of
-        torchvision."""
-        processor = AutoProcessor.from_pretrained(path, **kwargs)  # its part for videos knows no Pillow
+    def load_processor(cls, path: str, config):
+        """The processor at ``path`` of a model with this configuration. Pillow does its image work: what it makes
+        depends on no chip and no version of torchvision.
+
+        Raises:
+            ModelError: it does not belong to the model.
+            OSError, ValueError: as transformers.
+        """
+        processor = AutoProcessor.from_pretrained(path)  # its part for videos knows no Pillow
         processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         return processor
 
@@ -126,7 +136,7 @@ class Family:
         """Compares, on a small conversation with two pictures, tokens and tensors with the processor's own.
 
         Raises:
-            FamilyError: they differ, so that training would see something else than the model is asked with later; or
+            ModelError: they differ, so that training would see something else than the model is asked with later; or
                 answers cannot be marked.
         """
         images = [Image.new("RGB", (61, 33), "red"), Image.new("RGB", (30, 95), "blue")]
@@ -138,7 +148,7 @@ class Family:
         ]
         [encoded] = self.encode([(turns, [image.size for image in images])])
         if isinstance(encoded, EncodingError):
-            raise FamilyError(f"{self._name} cannot be trained here: {encoded}")
+            raise ModelError(f"{self._name} cannot be trained here: {encoded}")
         ids, _ = self.spread(encoded)
         text = self.template(turns)
         made = self.processor(
@@ -153,7 +163,7 @@ class Family:
             if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
         )
         if differ:
-            raise FamilyError(
+            raise ModelError(
                 f"{self._name} cannot be trained here: its processor makes other {' and '.join(differ)} of a "
                 "conversation with two pictures than fura_vlm.families.Family; such a model needs a file of its own "
                 "there"
@@ -205,7 +215,7 @@ class Family:
         Raises:
             EncodingError: somebody has typed a special token, the template refuses the conversation, or its answers
                 cannot be told apart from the rest with certainty.
-            FamilyError: there is no template.
+            ModelError: there is no template.
         """
         self.chat_template()
         self.refuse_typed(messages)
@@ -273,12 +283,12 @@ class Family:
         return found.end()
 
     def chat_template(self) -> str:
-        """Raises ``FamilyError`` if there is none."""
+        """Raises ``ModelError`` if there is none."""
         template = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
         if isinstance(template, dict):
             template = template.get("default")
         if not template:
-            raise FamilyError(
+            raise ModelError(
                 "The model's processor has no chat template: add the file chat_template.jinja that belongs to it, or "
                 "take --conversation vicuna or alpaca for a language model without one"
             )
@@ -293,7 +303,7 @@ class Family:
         tell from the size alone does better.
 
         Raises:
-            FamilyError: the processor does not say.
+            ModelError: the processor does not say.
         """
         made = self.processor(
             text=[self.placeholder],
@@ -303,7 +313,7 @@ class Family:
         try:
             [[replaced]] = made["text_replacement_offsets"]
         except (KeyError, ValueError) as error:
-            raise FamilyError(
+            raise ModelError(
                 f"{type(self.processor).__name__} does not say what a picture becomes in the text, so that this model "
                 "cannot be trained here"
             ) from error

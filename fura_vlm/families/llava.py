@@ -16,7 +16,10 @@ from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerBase
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from fura_vlm.errors import ModelError
 from fura_vlm.families import vicuna
 from fura_vlm.families.base import Encoded, EncodingError, Family, Patches, Rendered
 from fura_vlm.families.messages import Message, pictures
@@ -26,21 +29,33 @@ from fura_vlm.families.vicuna import IMAGE
 class Llava(Family):
     """LLaVA 1.5.
 
-    Args:
-        conversation: ``"v1"``, Vicuna's, or ``"plain"``, a picture and its caption.
+    Its conversations are ``"v1"``, Vicuna's, and ``"plain"``, a picture and its caption.
     """
 
     model_types = ("llava",)
+    conversations = ("v1", "plain")
     projector_names = ("multi_modal_projector",)
     needs_sizes = False
 
-    def __init__(self, processor, config, ends: Sequence[str] = (), conversation: str = "v1"):
-        super().__init__(processor, config, ends)
-        self.conversation = conversation
-        self._kinds = {"v1": vicuna.render, "plain": vicuna.render_plain}
+    @classmethod
+    def load_processor(cls, path: str, config) -> LlavaProcessor:
+        """The processor as LLaVA v1.5 trains and evaluates; Pillow does the image work, as in its own code.
+
+        Published llava-hf checkpoints come with another one, which crops the centre of a picture instead of padding
+        it, does not know of the tower's class token, and renders conversations without the system sentence. Of such a
+        one the tokenizer and the sizes are taken.
+        """
+        processor = AutoProcessor.from_pretrained(path, backend="pil")
+        _check_sizes(path, processor, config)
+        images = processor.image_processor
+        if not getattr(images, "do_pad", False) or processor.num_additional_image_tokens != 1:
+            processor = make_processor(processor.tokenizer, images.crop_size["height"], config.vision_config.patch_size)
+        _check_image_tokens(path, processor, config)
+        return processor
 
     def render(self, messages: Sequence[Message]) -> Rendered:
-        return self._kinds[self.conversation](messages, self.tokenizer.eos_token)
+        render = vicuna.render if self.conversation == "v1" else vicuna.render_plain
+        return render(messages, self.tokenizer.eos_token)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         return vicuna.prompt(messages, self.tokenizer.eos_token)
@@ -111,6 +126,65 @@ class Llava(Family):
         vision = self.config.vision_config
         number = (vision.image_size // vision.patch_size) ** 2
         return Patches((number + 1) / number, number + 1)  # with the class token
+
+
+def make_processor(tokenizer: PreTrainedTokenizerBase, image_size: int, patch_size: int) -> LlavaProcessor:
+    """Images padded to a square with CLIP's mean colour and resized by Pillow; the Vicuna v1 conversation.
+
+    Args:
+        tokenizer: with ``<image>`` among its tokens.
+        image_size: edge of the square that the vision tower sees, in pixels.
+        patch_size: edge of one of its patches, in pixels.
+    """
+    return LlavaProcessor(
+        image_processor=LlavaImageProcessorPil(
+            do_pad=True,
+            size={"shortest_edge": image_size},
+            crop_size={"height": image_size, "width": image_size},
+        ),
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which "default" drops again
+        chat_template=vicuna.CHAT_TEMPLATE,
+    )
+
+
+def _check_sizes(path: str, processor: LlavaProcessor, config) -> None:
+    tokenizer, token = processor.tokenizer, processor.image_token
+    if token not in tokenizer.get_vocab():
+        raise ModelError(
+            f"{path}: its tokenizer has no token {token}: take the tokenizer that was published with the model, or put "
+            "the model together with fura-vlm assemble"
+        )
+    known = tokenizer.convert_tokens_to_ids(token)
+    if known != config.image_token_id:
+        raise ModelError(
+            f"{path}: {token} is token {known} of its tokenizer and {config.image_token_id} of its config.json: its "
+            "files belong to different models"
+        )
+    size, seen = processor.image_processor.crop_size["height"], config.vision_config.image_size
+    if size != seen:
+        raise ModelError(
+            f"{path}: its processor makes pictures of {size} pixels and its vision tower sees {seen}: its files belong "
+            "to different models"
+        )
+
+
+def _check_image_tokens(path: str, processor: LlavaProcessor, config) -> None:
+    """Training relies on it: it has no time to compare features and tokens in every batch."""
+    strategies = processor.vision_feature_select_strategy, config.vision_feature_select_strategy
+    sizes = processor.patch_size, config.vision_config.patch_size
+    patches = [(config.vision_config.image_size // size) ** 2 for size in sizes]
+    class_token = config.vision_config.model_type.startswith("clip")
+    tokens = patches[0] + processor.num_additional_image_tokens - (strategies[0] == "default")
+    features = patches[1] + class_token - (strategies[1] == "default")
+    if tokens != features:
+        raise ModelError(
+            f"{path}: a picture is {tokens} tokens to its processor and {features} features to its model "
+            f"(vision_feature_select_strategy {strategies[0]!r} and {strategies[1]!r}): its files belong to different "
+            "models"
+        )
 
 
 def _without(tokenizer, tokens: set[str]) -> Tokenizer:

@@ -17,20 +17,15 @@ FORMS = {"vicuna": vicuna, "alpaca": alpaca}
 class Language(Family):
     """A language model.
 
-    Args:
-        processor: its fast tokenizer.
-        conversation: ``"template"``, the tokenizer's own, ``"vicuna"`` or ``"alpaca"``.
+    Its processor is a fast tokenizer. Its conversations are the tokenizer's own template, Vicuna's and Alpaca's form.
     """
 
+    conversations = ("template", *FORMS)
     needs_sizes = False
 
-    def __init__(self, processor, config, ends: Sequence[str] = (), conversation: str = "template"):
-        self._form = FORMS.get(conversation)
-        super().__init__(processor, config, ends)
-
     @classmethod
-    def load_processor(cls, path: str, **kwargs):
-        return AutoTokenizer.from_pretrained(path, **kwargs)
+    def load_processor(cls, path: str, config):
+        return AutoTokenizer.from_pretrained(path)
 
     placeholder = run_token = ""
 
@@ -43,20 +38,22 @@ class Language(Family):
             raise EncodingError(
                 "a picture, and the model takes text alone: leave the record out, or take another model"
             )
-        if self._form is None:
+        if self.conversation == "template":
             return super().render(messages)
         self.refuse_typed(messages)
-        return self._form.render(messages, self.tokenizer.eos_token)
+        return FORMS[self.conversation].render(messages, self.tokenizer.eos_token)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        return super().prompt(messages) if self._form is None else self._form.prompt(messages, self.tokenizer.eos_token)
+        if self.conversation == "template":
+            return super().prompt(messages)
+        return FORMS[self.conversation].prompt(messages, self.tokenizer.eos_token)
 
     @staticmethod
     def _as_dict(message: Message) -> dict:
         return {"role": message.role, "content": message.text}
 
     def adds_special_tokens(self, texts: Sequence[str]) -> bool:
-        return self._form is not None  # a template writes them itself
+        return self.conversation != "template"  # a template writes them itself
 
     def tower(self, model: nn.Module) -> None:
         return None

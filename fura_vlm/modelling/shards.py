@@ -19,15 +19,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.hub import cached_file
 
-from fura_vlm.errors import FuraVLMError, first_line
+from fura_vlm.errors import ModelError, first_line
 
 # The names under which transformers looks for weights, in its order.
 SINGLE, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
 MAX_SHARD_SIZE = "5GB"
-
-
-class ModelError(FuraVLMError):
-    """A model or adapter that cannot be used; the message says which and what to do."""
 
 
 class WeightFiles:

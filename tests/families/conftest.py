@@ -6,7 +6,7 @@ from family_models import BUILDERS
 from PIL import Image
 from transformers import AutoConfig
 
-from fura_vlm.families import Family, Language, Message, Picture, Text, family_class
+from fura_vlm.families import Family, Message, Picture, Text, family_class
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +35,8 @@ def folder(name, folder_of):
 @pytest.fixture
 def family(name, folder) -> Family:
     config = AutoConfig.from_pretrained(folder)
-    cls = Language if name == "text" else family_class(config)
-    return cls(cls.load_processor(str(folder)), config)
+    cls = family_class(config)
+    return cls(cls.load_processor(str(folder), config), config)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

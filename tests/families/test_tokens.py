@@ -3,7 +3,8 @@
 import pytest
 from conftest import ONE, PICTURES, TEXT_ONLY, TWO, assistant, conversations, encode, images, user
 
-from fura_vlm.families import EncodingError, FamilyError, Language
+from fura_vlm.errors import ModelError
+from fura_vlm.families import EncodingError, Language
 
 
 def own_ids(family, messages) -> list[int]:
@@ -144,7 +145,7 @@ def test_history_may_be_written_otherwise(folder_of):
 def test_without_a_template_there_is_a_way(folder_of):
     family = language(folder_of)
     family.processor.chat_template = None
-    with pytest.raises(FamilyError, match="--conversation vicuna or alpaca"):
+    with pytest.raises(ModelError, match="--conversation vicuna or alpaca"):
         family.encode([(TEXT_ONLY, [])])
     for form in ("vicuna", "alpaca"):
         other = Language(family.processor, family.config, conversation=form)
@@ -160,4 +161,4 @@ def test_a_language_model_takes_no_pictures(folder_of):
 
 def language(folder_of) -> Language:
     folder = folder_of("text")
-    return Language(Language.load_processor(str(folder)), None)
+    return Language(Language.load_processor(str(folder), None), None)
