@@ -1,4 +1,4 @@
-"""Loading a LLaVA, its processor and an adapter."""
+"""Loading a model, its processor and an adapter."""
 
 from __future__ import annotations
 
@@ -8,92 +8,75 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from fura_vlm.errors import first_line
+from fura_vlm.errors import ModelError, first_line
+from fura_vlm.families import Family, Language, family_class, model_class
 from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
 from fura_vlm.modelling.config import InspectConfig
-from fura_vlm.modelling.processor import make_processor
-from fura_vlm.modelling.shards import ModelError, WeightFiles
+from fura_vlm.modelling.shards import WeightFiles
 
 PROJECT = Path(__file__).parents[2]
 
 
-def load_processor(path: str) -> LlavaProcessor:
-    """The processor of a LLaVA as LLaVA v1.5 trains and evaluates; Pillow does the image work, as in its own code.
+def load_family(path: str, base: str | None = None, conversation: str | None = None) -> Family:
+    """The family of a model, with the processor at ``path``.
 
-    Published llava-hf checkpoints come with another one, which crops the centre of a picture instead of padding it,
-    does not know of the tower's class token, and renders conversations without the system sentence. Of such a one
-    the tokenizer and the sizes are taken.
+    Args:
+        path: a model, or the folder of a processor alone, such as a run has.
+        base: the model, where ``path`` is a processor alone.
+        conversation: the form of a conversation, as in the family's ``conversations``; by default its own.
 
     Raises:
-        ModelError: if there is none at ``path``, or it does not belong to the model there.
+        ModelError: if there is none, or it does not belong to the model, or cannot be used here.
+    """
+    check_folder(path)
+    config = read_config(base or path)
+    cls = family_class(config)
+    try:
+        processor = cls.load_processor(path, config)
+    except ImportError as error:
+        raise ModelError(f"The processor at {path} needs a package that is not installed: {_first_line(error)}") from error
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+        # What a processor raises whose files are missing, damaged, or those of another class.
+        raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
+    if processor is None or not hasattr(processor, "tokenizer") and cls is not Language:
+        raise ModelError(f"No usable processor at {path}: it has no tokenizer")
+    family = cls(processor, config, _ends(base or path, config, processor), conversation)
+    if cls is Family:  # nobody has looked at this kind of model before
+        family.check()
+    return family
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """The configuration of a model of transformers' own.
+
+    Raises:
+        ModelError: there is none, it contradicts itself, or it is of a kind that transformers does not have.
     """
     check_folder(path)
     try:
-        processor = AutoProcessor.from_pretrained(path, backend="pil")
-        config = None if Path(path).is_dir() and not (Path(path) / "config.json").is_file() else _config(path)
-    except (OSError, ValueError, StrictDataclassError) as error:  # the last: a config.json that contradicts itself
-        raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
-    size, patch = processor.image_processor.crop_size["height"], processor.patch_size
-    if config is not None:
-        _check_processor(path, processor, config)
-        patch = config.vision_config.patch_size
-    if not getattr(processor.image_processor, "do_pad", False) or processor.num_additional_image_tokens != 1:
-        processor = make_processor(processor.tokenizer, size, patch)
-    if config is not None:
-        _check_image_tokens(path, processor, config)
-    return processor
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{path} asks for code of its own, which is never run here: take the form of the model that "
+                "transformers knows by itself (its name often ends in -hf)"
+            ) from error
+        raise ModelError(f"No model at {path}: {_first_line(error)}") from error
 
 
-def _config(path: str) -> LlavaConfig | None:
-    config = AutoConfig.from_pretrained(path)
-    return config if isinstance(config, LlavaConfig) else None
-
-
-def _check_processor(path: str, processor: LlavaProcessor, config: LlavaConfig) -> None:
-    tokenizer, token = processor.tokenizer, processor.image_token
-    if token not in tokenizer.get_vocab():
-        raise ModelError(
-            f"{path}: its tokenizer has no token {token}: take the tokenizer that was published with the model, or put "
-            "the model together with fura-vlm assemble"
-        )
-    known = tokenizer.convert_tokens_to_ids(token)
-    if known != config.image_token_id:
-        raise ModelError(
-            f"{path}: {token} is token {known} of its tokenizer and {config.image_token_id} of its config.json: its "
-            "files belong to different models"
-        )
-    size, seen = processor.image_processor.crop_size["height"], config.vision_config.image_size
-    if size != seen:
-        raise ModelError(
-            f"{path}: its processor makes pictures of {size} pixels and its vision tower sees {seen}: its files belong "
-            "to different models"
-        )
-
-
-def _check_image_tokens(path: str, processor: LlavaProcessor, config: LlavaConfig) -> None:
-    """Training relies on it: it has no time to compare features and tokens in every batch."""
-    strategies = processor.vision_feature_select_strategy, config.vision_feature_select_strategy
-    sizes = processor.patch_size, config.vision_config.patch_size
-    patches = [(config.vision_config.image_size // size) ** 2 for size in sizes]
-    class_token = config.vision_config.model_type.startswith("clip")
-    tokens = patches[0] + processor.num_additional_image_tokens - (strategies[0] == "default")
-    features = patches[1] + class_token - (strategies[1] == "default")
-    if tokens != features:
-        raise ModelError(
-            f"{path}: a picture is {tokens} tokens to its processor and {features} features to its model "
-            f"(vision_feature_select_strategy {strategies[0]!r} and {strategies[1]!r}): its files belong to different "
-            "models"
-        )
+def _ends(path: str, config: PretrainedConfig, processor) -> list[str]:
+    """The tokens that may end an answer: those of generation_config.json, config.json and the tokenizer."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids = [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
+    try:
+        ids.append(GenerationConfig.from_pretrained(path).eos_token_id)
+    except OSError:  # it has none
+        pass
+    flat = [number for each in ids for number in (each if isinstance(each, list) else [each]) if number is not None]
+    known = dict.fromkeys(number for number in flat if number < len(tokenizer))
+    return tokenizer.convert_ids_to_tokens(list(known))
 
 
 def load_base(
@@ -101,17 +84,16 @@ def load_base(
     dtype: torch.dtype,
     attn_implementation: str = "sdpa",
     quantization_config: BitsAndBytesConfig | None = None,
-) -> LlavaForConditionalGeneration:
+) -> PreTrainedModel:
     """The base model, all parameters frozen: on the CPU, or wherever ZeRO-3 puts its parts or the quantiser wants it.
 
     Raises:
-        ModelError: if ``path`` holds no LLaVA or its files are damaged.
+        ModelError: if ``path`` holds no model or its files are damaged.
     """
-    check_folder(path)
     model = load_pretrained(
-        LlavaForConditionalGeneration,
+        model_class(read_config(path)),
         path,
-        "LLaVA",
+        "model",
         dtype=dtype,
         attn_implementation=attn_implementation,
         quantization_config=quantization_config,
@@ -154,7 +136,7 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
     return model
 
 
-def load_adapter(model: LlavaForConditionalGeneration, path: str, **kwargs) -> PeftModel:
+def load_adapter(model: PreTrainedModel, path: str, **kwargs) -> PeftModel:
     """``model`` with the adapter at ``path`` (any PEFT method), for inference. ``kwargs`` are for PEFT.
 
     Raises:
@@ -200,7 +182,7 @@ def find_parts(path: str) -> tuple[str, str | None, str]:
     """What a user means by a path.
 
     Args:
-        path: a run folder, an adapter's folder, or a LLaVA (folder or name on the hub).
+        path: a run folder, an adapter's folder, or a model (folder or name on the hub).
 
     Returns:
         The base, the adapter or None, and the processor; each is a folder or a name on the hub.
@@ -230,22 +212,25 @@ def find_parts(path: str) -> tuple[str, str | None, str]:
     return base, adapter, str(processor) if processor.is_dir() else base
 
 
-def load_any(path: str) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
-    """What a user means by a path, ready to answer on the GPU if there is one: model and processor.
+def load_any(path: str) -> tuple[PreTrainedModel | PeftModel, Family]:
+    """What a user means by a path, ready to answer on the GPU if there is one: model and family.
 
     Args:
-        path: a run folder, an adapter's folder, or a LLaVA (folder or name on the hub).
+        path: a run folder, an adapter's folder, or a model (folder or name on the hub).
 
     Raises:
         ModelError: if it is none of these, or a part of it is missing.
     """
     base, adapter, processor = find_parts(path)
-    cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
-    processor, model = load_processor(processor), load_base(base, dtype)
+    family, model = load_family(processor, base), load_base(base, default_dtype())
     if adapter is not None:
         model = load_adapter(model, adapter)
-    return model.to("cuda" if cuda else "cpu").eval(), processor
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), family
+
+
+def default_dtype() -> torch.dtype:
+    """In which a model is loaded unless somebody says otherwise: bfloat16 where the GPU has it, else float32."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def inspect(config: InspectConfig) -> None:
@@ -267,29 +252,6 @@ def inspect(config: InspectConfig) -> None:
     plot_spectrum(spectra, building)
     building.replace(picture)
     print(f"\ndrawn in {picture}")
-
-
-def use_all_parts(model: torch.nn.Module) -> None:
-    """Makes a text-only batch pass through vision tower and projector too, with no effect on the result.
-
-    With several processes every one of them must use the same parameters in a step: ZeRO reduces gradients, and
-    ZeRO-3 gathers weights, in step with the others. A process whose batch has no picture would leave out the
-    projector. It therefore sees a blank picture, whose features enter the sum multiplied by zero.
-    """
-    llava = next(module for module in model.modules() if hasattr(module, "multi_modal_projector"))
-    size = llava.config.vision_config.image_size
-
-    def blank_picture(module, args, kwargs):
-        embedded = kwargs.get("inputs_embeds") is not None  # by the training's loss, pictures and all
-        if embedded or kwargs.get("pixel_values") is not None or not module.training:
-            return None
-        embeddings = module.get_input_embeddings()(kwargs.pop("input_ids"))
-        blank = torch.zeros(1, 3, size, size, device=embeddings.device, dtype=embeddings.dtype)
-        features = module.get_image_features(pixel_values=blank, return_dict=True).pooler_output
-        kwargs["inputs_embeds"] = embeddings + 0 * torch.cat(features).sum()
-        return args, kwargs
-
-    llava.register_forward_pre_hook(blank_picture, with_kwargs=True)
 
 
 def check_folder(path: str) -> None:

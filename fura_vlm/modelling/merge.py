@@ -8,11 +8,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import GenerationConfig, PretrainedConfig
 
 from fura_vlm.fura.weights import compare_fingerprints, fingerprint
+from fura_vlm.families import model_class
 from fura_vlm.modelling.config import MergeConfig
-from fura_vlm.modelling.load import find_parts, load_adapter, load_processor, read_adapter_config
+from fura_vlm.modelling.load import find_parts, load_adapter, load_family, read_adapter_config, read_config
 from fura_vlm.modelling.shards import (
     ModelError,
     WeightFiles,
@@ -25,7 +26,7 @@ from fura_vlm.modelling.shards import (
 
 
 def merge(config: MergeConfig) -> None:
-    """Writes base and adapter merged into one plain LLaVA with its processor; the names are those of the base's files.
+    """Writes base and adapter merged into one plain model with its processor; the names are those of the base's files.
 
     The base is read from its files, never as a whole, and not quantised: an adapter trained over a base in 4 bits is
     merged into the base as it was before. What is adapted is computed in float32 and rounded once.
@@ -40,8 +41,8 @@ def merge(config: MergeConfig) -> None:
         raise ModelError(f"There is no run and no adapter at {config.model}: give the folder of one")
     if adapter is None:
         raise ModelError(f"{config.model} is a model without an adapter: there is nothing to merge")
-    processor = load_processor(processor)
-    files = WeightFiles(base, "LLaVA")
+    family = load_family(processor, base)
+    files = WeightFiles(base, "model")
     merging = Merging(base, adapter, files)
     tensors = files.tensors
     if config.dtype != "auto":
@@ -51,7 +52,7 @@ def merge(config: MergeConfig) -> None:
         write_sharded(folder, tensors, merging.read, config.max_shard_size)
         merging.config.save_pretrained(folder)
         _generation_config(base, merging.config).save_pretrained(folder)
-        processor.save_pretrained(folder)
+        family.processor.save_pretrained(folder)
     print(f"The merged model is in {config.output_dir}")
 
 
@@ -67,11 +68,11 @@ class Merging:
 
     def __init__(self, base: str, adapter: str, files: WeightFiles):
         self.files, self.adapter = files, adapter
-        self.config = LlavaConfig.from_pretrained(base)
+        self.config = read_config(base)
         if getattr(self.config, "quantization_config", None):
             raise ModelError(f"{base} is stored quantised and cannot be merged into: name the model it was made from")
         with torch.device("meta"):
-            model = LlavaForConditionalGeneration(self.config)
+            model = model_class(self.config).from_config(self.config)
         self._name = parameter_names(model, files)
         self._parameter = {name: parameter for parameter, name in self._name.items()}
         peft_config = read_adapter_config(adapter)
@@ -149,8 +150,8 @@ def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
 
 
-def _generation_config(base: str, config: LlavaConfig) -> GenerationConfig:
+def _generation_config(base: str, config: PretrainedConfig) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(base)
     except OSError:  # it has none
-        return GenerationConfig.from_model_config(config.text_config)
+        return GenerationConfig.from_model_config(config.get_text_config())
