@@ -33,7 +33,7 @@ from fura_vlm.data.images import find_image
 from fura_vlm.data.locate import image_hint, source_of
 from fura_vlm.data.records import DECODE_UP_TO, DataError, Problem, Turn, Verify, check_paths, iter_records, write_text
 
-VERSION = 2
+VERSION = 3
 """Raised when the same settings give other rows."""
 
 PART = 20_000

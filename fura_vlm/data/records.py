@@ -25,7 +25,9 @@ import codecs
 import itertools
 import json
 import os
+import re
 import secrets
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -34,7 +36,9 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
+from fura_vlm.data.encodings import guess_encoding, wide_encoding
 from fura_vlm.data.images import MAX_PIXELS, ImageError, check_image
+from fura_vlm.data.media import unused_mark, unused_media
 from fura_vlm.errors import FuraVLMError
 
 IMAGE = "<image>"
@@ -189,12 +193,16 @@ _CHUNK = 1 << 20  # bytes
 def _chunks(path: Path, progress: bool) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = held = 0
+    last = b""
     try:
         with (
             path.open("rb") as file,
             tqdm.wrapattr(file, "read", total=path.stat().st_size, desc=path.name, disable=not progress) as counted,
         ):
             while data := counted.read(_CHUNK):
+                if done == 0 and (encoding := wide_encoding(data)):
+                    raise DataError(f"{path} is {encoding}, not UTF-8: convert it, {_iconv(path, encoding)}")
+                last = data
                 held = len(decoder.getstate()[0])  # the start of a character that the last chunk has cut
                 text = decoder.decode(data)
                 yield text.removeprefix("\ufeff") if done == 0 else text
@@ -202,12 +210,19 @@ def _chunks(path: Path, progress: bool) -> Iterator[str]:
             held = len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
+        at = done - held + error.start
+        encoding, language = guess_encoding(last)
         raise DataError(
-            f"{path} is not UTF-8 at byte {done - held + error.start}: convert it, for example with "
-            "iconv -f LATIN1 -t UTF-8, if it is Latin-1"
+            f"{path} is not UTF-8 at byte {at}; it looks like {encoding} ({language}): convert it, "
+            f"{_iconv(path, encoding)}"
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check data_path") from error
+
+
+def _iconv(path: Path, encoding: str) -> str:
+    new = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    return f"for example with iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(new))}"
 
 
 def _list_items(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, Any]]:
@@ -319,7 +334,9 @@ def _parse(item: Any, identity: str, place: str, path: Path, folder: Path) -> tu
     if not isinstance(item, dict):
         raise InvalidRecord(f"a record is an object with conversations, this is {_kind(item)}")
     image, image_path = _image(item.get("image"), folder)
+    _refuse_unused_media(item, image)
     turns, note = _turns(item.get("conversations"))
+    _refuse_unused_marks(turns)
     if image is None:
         if any(_begins_or_ends_with_image(turn) for turn in turns):
             raise InvalidRecord(f"{IMAGE} in the conversation but no image: name the image, or take {IMAGE} out")
@@ -333,6 +350,33 @@ def _parse(item: Any, identity: str, place: str, path: Path, folder: Path) -> tu
             raise InvalidRecord(f"{count} times {IMAGE} for one image: keep the first")
     extra = {key: value for key, value in item.items() if key not in ("id", "image", "conversations")}
     return Record(identity, image, image_path, turns, str(path), place, extra), note
+
+
+def _refuse_unused_media(item: dict[str, Any], image: str | None) -> None:
+    """A picture under a key that is not read would make a record that looks like text alone."""
+    turns = item.get("conversations")
+    rest = {key: value for key, value in item.items() if key not in ("image", "conversations", "id")}
+    places = [(rest, "")]
+    for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
+        if isinstance(turn, dict):
+            value = turn.get("value")
+            places.append(({k: v for k, v in turn.items() if k not in ("from", "value")}, f" of turn {number}"))
+            places.append(({"value": value} if isinstance(value, (dict, list)) else {}, f" of turn {number}"))
+    for place, where in places:
+        if found := unused_media(place, [image] if image else []):
+            raise InvalidRecord(
+                f"{found}{where}, which is not read: a picture is the path of its file under image, videos and sound "
+                "are not used; move it there, or take it out"
+            )
+
+
+def _refuse_unused_marks(turns: Sequence[Turn]) -> None:
+    for number, (question, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+        if mark := unused_mark(question.value, answer.value):
+            raise InvalidRecord(
+                f"{mark} in question {number + 1} is no place for a picture here: write {IMAGE} for a picture under "
+                "image, and leave records with videos or sound out"
+            )
 
 
 def _begins_or_ends_with_image(turn: Turn) -> bool:
@@ -349,17 +393,29 @@ def _image(image: Any, folder: Path) -> tuple[str | None, str | None]:
 
 
 def image_path(image: str, folder: str | os.PathLike) -> str:
-    """The file that a record's ``image`` names.
+    """The file that a record's ``image`` names. It may begin with ``file://``. ``\\`` is read as ``/`` where no file
+    has it in its name.
 
     Raises:
-        InvalidRecord: if it leads out of the image folder, or has half of a surrogate pair.
+        InvalidRecord: if it leads out of the image folder, is an address, or has half of a surrogate pair.
     """
-    joined = os.path.normpath(os.path.join(folder, image))
+    path = image.removeprefix("file://")
+    if "://" in path or path.startswith("data:"):
+        raise InvalidRecord(f"the image {_short(image)} is an address: fetch it, and name the file")
+    if "\\" in path and not os.path.isfile(os.path.join(folder, path)):
+        path = path.replace("\\", "/")  # as Windows writes it
+    if re.match("[A-Za-z]:/", path):
+        raise InvalidRecord(f"the image path {image!r} begins at a drive of Windows: write it from the image folder on")
+    joined = os.path.normpath(os.path.join(folder, path))
     # By name only: links within the image folder may lead elsewhere, as COCO often does.
     if not Path(os.path.abspath(joined)).is_relative_to(os.path.abspath(folder)):
         raise InvalidRecord(f"the image path {image!r} leads out of the image folder {folder}")
     _refuse_surrogates(image, f"the image path {image!r}")
     return joined
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 100 else repr(text[:97] + "...")
 
 
 def _refuse_surrogates(text: str, what: str) -> None:

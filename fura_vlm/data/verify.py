@@ -165,12 +165,23 @@ def _images_of(data_path: str | os.PathLike, folder: Path, progress: bool) -> li
     """The different images that a mixture names, also in records that are wrong otherwise, as paths from ``folder``."""
     items = (item for _, item in iter_items(data_path, progress))
     images = (item.get("image") for item in items if isinstance(item, dict))
-    paths = (os.path.normpath(image) for image in images if image and isinstance(image, str))
-    odd = (os.sep, os.pardir)  # beginnings of a path that perhaps does lead into the folder
-    names = list(dict.fromkeys(os.path.relpath(folder / p, folder) if p.startswith(odd) else p for p in paths))
+    names = list(dict.fromkeys(_name(image, folder) for image in images if image and isinstance(image, str)))
     if not names:
         raise DataError(f"{data_path} names no images: there is nothing to verify")
     return names
+
+
+def _name(image: str, folder: Path) -> str:
+    """The path from ``folder``; what is no path of this machine stays as it is, for the report."""
+    path = os.path.normpath(image)
+    if not any(odd in image for odd in ":\\") and not path.startswith((os.sep, os.pardir)):
+        return path  # nearly all, and this is quick
+    try:
+        path = image_path(image, folder)
+    except InvalidRecord:
+        if ":" in image:
+            return image
+    return os.path.relpath(folder / path, folder)
 
 
 def _read_good(path: Path) -> dict[str, tuple[int, int]]:

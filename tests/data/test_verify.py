@@ -123,6 +123,16 @@ def test_what_training_leaves_out_is_not_good(mixture, tmp_path):
     assert len(records) == 4 and len(problems) == 3
 
 
+def test_paths_of_windows_and_addresses(mixture, tmp_path):
+    (tmp_path / "coco").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "coco/1.png")
+    names = ["coco\\1.png", "coco\\2.png", "https://x.org/a.png", "C:\\coco\\1.png"]
+    found = verify_images(mixture([{"image": n} for n in names]), tmp_path, tmp_path / "report", 1, progress=False)
+    assert found == {"coco": Counts(2, 1, 1), "https:": Counts(1, 0, 0, 1), ".": Counts(1, 0, 0, 1)}
+    rows = [json.loads(line) for line in (tmp_path / "report/images.jsonl").read_text().splitlines()]
+    assert {row["image"] for row in rows} == {"coco/2.png", *names[2:]}
+
+
 def test_at_least_one_process(mix):
     with pytest.raises(DataError, match="workers is 0: it takes at least one process"):
         verify(VerifyConfig(str(mix), workers=0))
