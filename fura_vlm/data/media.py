@@ -20,14 +20,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from fura_vlm.data.messages import Picture
+
 _PICTURES = (
     "image images img imgs picture pictures pic pics photo photos screenshot screenshots thumbnail pixel pixels".split()
 )
 _PICTURES += "jpg jpeg png gif webp bmp tif tiff heic avif".split()
 _FILMS = "video videos vid vids movie movies audio audios mp4 webm mkv mov avi m4v mp3 wav flac ogg m4a".split()
 _POINTERS = """path paths file files filename filenames filepath filepaths name names url urls uri uris link links src
-    id ids key keys data bytes base64 b64 list ref refs location locations dir folder token tokens values feature features
-    embedding embeddings""".split()
+    id ids key keys data bytes base64 b64 list ref refs location locations dir folder token tokens values feature
+    features embedding embeddings""".split()
 
 _WORD = re.compile(r"mp[34]|m4[av]|[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _FILE = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|avif|mp4|webm|mkv|mov|avi|m4v|mp3|wav|flac|ogg|m4a)$", re.I)
@@ -102,14 +104,14 @@ def _leaves(value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
         keys, value = stack.pop()
         if isinstance(value, dict):
             stack += [((*keys, str(key)), inner) for key, inner in reversed(value.items())]
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple)) and not isinstance(value, Picture):
             stack += [(keys, inner) for inner in reversed(value)]
         elif value or type(value) is int and keys and keys[-1].lower().endswith("id"):  # an id may be 0
             yield keys, value
 
 
 def _is_media(key: str, value: Any, named: str | None, stems: set[str]) -> bool:
-    if isinstance(value, (bytes, bytearray)):
+    if isinstance(value, (bytes, bytearray, Picture)):
         return True
     if isinstance(value, str):
         if _INLINE.match(value):
@@ -150,5 +152,7 @@ def _stem(path: str) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, (bytes, bytearray)):
         return f"{len(value):,} bytes"
+    if isinstance(value, Picture):
+        return "a picture"
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

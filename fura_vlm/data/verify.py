@@ -26,9 +26,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 from fura_vlm.data.config import VerifyConfig
+from fura_vlm.data.formats import InvalidRecord, image_path, named_pictures
 from fura_vlm.data.images import ImageError, check_image, find_image
 from fura_vlm.data.locate import image_hint, source_of
-from fura_vlm.data.records import DataError, InvalidRecord, image_path, iter_items, write_text
+from fura_vlm.data.messages import DataError
+from fura_vlm.data.records import iter_elements
+from fura_vlm.files import write_text
 
 _AT_ONCE = 64  # images that a process gets
 
@@ -163,9 +166,8 @@ def verify_images(
 
 def _images_of(data_path: str | os.PathLike, folder: Path, progress: bool) -> list[str]:
     """The different images that a mixture names, also in records that are wrong otherwise, as paths from ``folder``."""
-    items = (item for _, item in iter_items(data_path, progress))
-    images = (item.get("image") for item in items if isinstance(item, dict))
-    names = list(dict.fromkeys(_name(image, folder) for image in images if image and isinstance(image, str)))
+    images = (image for _, item in iter_elements(data_path, progress) for image in named_pictures(item))
+    names = list(dict.fromkeys(_name(image, folder) for image in images if isinstance(image, str)))
     if not names:
         raise DataError(f"{data_path} names no images: there is nothing to verify")
     return names

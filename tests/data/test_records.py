@@ -7,18 +7,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fura_vlm.data import records as module
+from fura_vlm.data import image_checks, json_items
 from fura_vlm.data.conversation import render
-from fura_vlm.data.records import (
-    DataError,
-    Problem,
-    Turn,
-    check_images,
-    iter_items,
-    read_records,
-    report_problems,
-    write_text,
-)
+from fura_vlm.data.image_checks import check_images
+from fura_vlm.data.json_items import iter_items
+from fura_vlm.data.messages import DataError, Picture, Problem, Turn
+from fura_vlm.data.records import read_records, report_problems
+from fura_vlm.files import write_text
 
 HUMAN = {"from": "human", "value": "What is this?"}
 SHOWN = {"from": "human", "value": "<image>\nWhat is this?"}
@@ -44,8 +39,8 @@ def test_a_record_with_an_image(mixture, tmp_path):
     [record], problems = read_records(path)
     assert not problems
     assert record.conversations == tuple(Turn(turn["from"], turn["value"]) for turn in conversations)
-    assert (record.id, record.image, record.place) == ("a", "images/1.png", "record 1")
-    assert record.image_path == str(tmp_path / "images/1.png")
+    assert (record.id, record.place) == ("a", "record 1")
+    assert record.pictures[0] == str(tmp_path / "images/1.png")
     assert record.extra == {"family": "gqa"}
 
 
@@ -71,7 +66,7 @@ def test_image_folder(mixture, tmp_path):
     (tmp_path / "pictures").mkdir()
     path = mixture([{"id": "a", "image": "1.png", "conversations": [SHOWN, GPT]}])
     [record], _ = read_records(path, tmp_path / "pictures")
-    assert record.image_path == str(tmp_path / "pictures/1.png")
+    assert record.pictures[0] == str(tmp_path / "pictures/1.png")
     with pytest.raises(DataError, match="nowhere does not exist"):
         read_records(path, tmp_path / "nowhere")
 
@@ -100,6 +95,18 @@ def test_several_images_in_a_question_are_one(mixture):
     assert not problems
 
 
+@pytest.mark.parametrize("inside", ["Look: <image> What?", "<image>\n<image>\nWhat?", " What? <image> \n", "<image>"])
+def test_the_text_around_an_image_is_kept(mixture, tmp_path, inside):
+    [record], _ = read_records(mixture([{"image": "1.png", "conversations": [{**HUMAN, "value": inside}, GPT]}]))
+    question = record.messages[0]
+    assert question.text == inside.replace("<image>", "")
+    assert question.pictures == record.pictures == [str(tmp_path / "1.png")]
+    before = inside.partition("<image>")[0]
+    assert question.parts[bool(before)] == Picture(str(tmp_path / "1.png")) and (
+        not before or question.parts[0] == (before,)
+    )
+
+
 def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
     turns = [{"from": "human", "value": "Parse <image>a.png</image>"}, {"from": "gpt", "value": "<image> is a tag."}]
     [record], problems = read_records(mixture([{"id": "svg", "conversations": turns}]))
@@ -119,9 +126,11 @@ def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
         ({"conversations": [GPT]}, "without a question"),
         ({"conversations": ["Hello"]}, "turn 1 should be an object"),
         (
-            {"conversations": [{"from": "system", "value": "Be brief."}, HUMAN, GPT]},
-            "turn 1 is from 'system'",
+            {"conversations": [HUMAN, GPT, {"from": "system", "value": "Be brief."}, HUMAN, GPT]},
+            "turn 3 is from system",
         ),
+        ({"conversations": [{"from": "system", "value": " "}, HUMAN, GPT]}, "turn 1 is empty"),
+        ({"conversations": [{"from": "tool", "value": "x"}, HUMAN, GPT]}, "turn 1 is from 'tool'"),
         ({"conversations": [{"value": "Hello"}, GPT]}, "turn 1 is from None"),
         ({"conversations": [HUMAN, HUMAN, GPT]}, "turns 1 and 2 are both from human"),
         ({"conversations": [HUMAN, GPT, GPT]}, "turns 2 and 3 are both from gpt"),
@@ -145,7 +154,11 @@ def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
             "<image> in an answer",
         ),
         ({"image": "", "conversations": [SHOWN, GPT]}, "image should be a path, it is empty"),
-        ({"image": ["1.png"], "conversations": [SHOWN, GPT]}, "image should be a path, it is a list"),
+        ({"image": 3, "conversations": [SHOWN, GPT]}, "image should be a path, it is a number"),
+        ({"image": [["1.png"]], "conversations": [SHOWN, GPT]}, "image should be a path, it is a list"),
+        ({"image": ["1.png", "2.png"], "conversations": [SHOWN, GPT]}, "2 pictures and 1 times <image>"),
+        ({"image": ["1.png"], "conversations": [SHOWN, GPT, SHOWN, GPT]}, "1 picture and 2 times <image>"),
+        ({"images": ["1.png", "2.png"], "conversations": [HUMAN, GPT]}, "2 pictures but no <image>"),
         ({"image": "\ud83d.png", "conversations": [SHOWN, GPT]}, "has half of a surrogate pair"),
         ({"image": "../1.png", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
         ({"image": "a/../../1.png", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
@@ -159,18 +172,18 @@ def test_bad_record(mixture, bad, reason):
 
 
 MEDIA = [
-    *({key: "1.png"} for key in "images Image IMAGE img image_path imagePath picture photo file_name path".split()),
-    *({key: ["a.png", "b.png"]} for key in ("images", "image_files", "left_images", "whatever")),
+    *({key: "1.png"} for key in "pictures Image IMAGE img image_path imagePath picture photo file_name path".split()),
+    *({key: ["a.png", "b.png"]} for key in ("Images", "image_files", "left_images", "whatever")),
     *({key: "clip"} for key in ("video", "videos", "video_id", "audio", "Video", "media")),
     {"image_id": 0},
     {"has_image": True},
     {"num_images": 2},
     {"pixel_values": [[0.5, 0.25]]},
-    {"images": [{"bytes": None, "path": "1"}]},
-    {"images": [{"url": "https://example.com/a"}]},
+    {"photos": [{"bytes": None, "path": "1"}]},
+    {"photos": [{"url": "https://example.com/a"}]},
     {"url": "https://example.com/a.jpg?size=large"},
     {"data": "data:image/png;base64,iVBORw0KGgo"},
-    {"content": "/9j/" + "4AAQSkZJRg" * 20},
+    {"body": "/9j/" + "4AAQSkZJRg" * 20},
     {"meta": {"deep": [{"inside": ["x.mp4"]}]}},
     {"type": "image_url"},
 ]
@@ -205,7 +218,7 @@ def test_media_beside_the_image(mixture, media):
 )
 def test_keys_that_are_no_sign_of_media(mixture, extra):
     [record], problems = read_records(mixture([{**TEXT, **extra}]))
-    assert not problems and record.extra == extra
+    assert not problems and record.extra == {key: value for key, value in extra.items() if key != "images"}
 
 
 def test_what_says_more_about_the_image_is_no_sign_of_media(mixture):
@@ -265,7 +278,7 @@ def test_code_in_questions_is_no_place_for_media(mixture, question, answer):
     [
         ("https://example.com/a.jpg", "is an address: fetch it, and name the file"),
         ("s3://bucket/a.jpg", "is an address"),
-        ("data:image/png;base64,iVBORw0KGgo", "is an address"),
+        ("data:image/png;base64,iVBORw0KGgo", "is written into the record: save it to a file"),
         ("C:\\data\\a.jpg", "begins at a drive of Windows: write it from the image folder on"),
         ("D:/data/a.jpg", "begins at a drive of Windows"),
         ("..\\a.jpg", "leads out of the image folder"),
@@ -281,7 +294,7 @@ def test_paths_as_windows_and_as_addresses_of_files(mixture, tmp_path):
     names = ["sub\\x.jpg", f"file://{tmp_path}/sub/x.jpg", "odd\\name.jpg"]
     records, problems = read_records(mixture([{"image": name, "conversations": [SHOWN, GPT]} for name in names]))
     expected = [tmp_path / "sub/x.jpg", tmp_path / "sub/x.jpg", tmp_path / "odd\\name.jpg"]
-    assert not problems and [record.image_path for record in records] == [str(path) for path in expected]
+    assert not problems and [record.pictures[0] for record in records] == [str(path) for path in expected]
 
 
 def test_something_that_is_no_record(mixture):
@@ -291,7 +304,7 @@ def test_something_that_is_no_record(mixture):
 def test_absolute_paths_within_the_image_folder(mixture, tmp_path):
     path = mixture([{"image": str(tmp_path / "1.png"), "conversations": [SHOWN, GPT]}])
     [record], _ = read_records(path)
-    assert record.image_path == str(tmp_path / "1.png")
+    assert record.pictures[0] == str(tmp_path / "1.png")
 
 
 def test_a_bad_line(mixture):
@@ -340,7 +353,7 @@ def test_bad_file(mixture, content, reason):
 @pytest.fixture(params=[1, 2, 3, 7, 64])
 def small_chunks(request, monkeypatch):
     """Files are read a few bytes at a time, so that everything is cut everywhere."""
-    monkeypatch.setattr(module, "_CHUNK", request.param)
+    monkeypatch.setattr(json_items, "_CHUNK", request.param)
 
 
 ITEMS = [
@@ -428,13 +441,13 @@ def test_no_check(shown):
 
 
 def test_large_mixtures_have_headers_read(shown, monkeypatch):
-    monkeypatch.setattr(module, "DECODE_UP_TO", 3)  # there are four files
+    monkeypatch.setattr(image_checks, "DECODE_UP_TO", 3)  # there are four files
     assert "cut" in ids(check_images(shown)[0])
 
 
 def test_each_file_is_checked_once(shown, monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "check_image", lambda path, *options: seen.append(Path(path).name))
+    monkeypatch.setattr(image_checks, "check_image", lambda path, *options: seen.append(Path(path).name))
     check_images(shown)
     assert sorted(seen) == ["cut.png", "empty.png", "good.png", "missing.png"]
 
@@ -502,7 +515,7 @@ def test_real_mixture():
     good, broken = check_images(records)
     assert not problems and not broken
     assert [record.id for record in good] == ["ironing-1", "ironing-2", "pier-1", "pier-2", "text-1"]
-    assert good[-1].image is None and len(good[0].conversations) == 6
+    assert not good[-1].pictures and len(good[0].messages) == 6
 
 
 def test_reading_takes_no_torch():

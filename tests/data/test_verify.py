@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from fura_vlm.data.config import VerifyConfig
-from fura_vlm.data.records import DataError, read_records
+from fura_vlm.data.messages import DataError
+from fura_vlm.data.records import read_records
 from fura_vlm.data.verify import Counts, verify, verify_images
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
