@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -35,21 +35,29 @@ _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(
 # ----------------------------------------------------------------------------------------------------- pictures
 
 
-def stored_in(source: str) -> str | None:
-    """The Arrow file that holds a picture, or ``None`` if ``source`` is a path."""
+class Address(NamedTuple):
+    """Where a picture is stored."""
+
+    file: str
+    row: int
+    column: str
+    number: int
+
+
+def address(source: str) -> Address | None:
+    """Where a picture is stored, or ``None`` if ``source`` is the path of its file."""
     found = _ADDRESS.fullmatch(source) if "::" in source else None
-    return found["file"] if found else None
+    return found and Address(found["file"], int(found["row"]), found["column"], int(found["number"]))
 
 
-def stored_picture(source: str) -> bytes:
+def stored_picture(address: Address) -> bytes:
     """The file content of a picture that is stored in a column.
 
     Raises:
         FileNotFoundError: if its Arrow file is missing.
         ValueError: if there is no such picture in it.
     """
-    found = _ADDRESS.fullmatch(source)
-    file, row, column, number = found["file"], int(found["row"]), found["column"], int(found["number"])
+    file, row, column, number = address
     if not os.path.isfile(file):
         raise FileNotFoundError(file)
     try:
@@ -160,16 +168,21 @@ def _pictures(array: pa.Array) -> list[Any]:
 
 
 def state(path: str | os.PathLike) -> dict[str, Any]:
-    """What tells a mixture in columns from what it was before: its path or name, and size and time of its files.
+    """What tells a mixture in columns from what it was before: its path or name, size and time of its files, and where
+    its rows are.
 
     Raises:
         DataError: if it cannot be read.
     """
     name = os.fspath(path)
-    files = [name] if os.path.isfile(name) else arrow_files(name)
-    stats = [os.stat(file) for file in files]
-    size, changed = sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
-    return {"path": os.path.abspath(name) if os.path.exists(name) else name, "size": size, "changed": changed}
+    files = arrow_files(name)  # also where it is one file: the cache may be another one now
+    stats = [os.stat(file) for file in ([name] if os.path.isfile(name) else files)]
+    return {
+        "path": os.path.abspath(name) if os.path.exists(name) else name,
+        "size": sum(stat.st_size for stat in stats),
+        "changed": max((stat.st_mtime_ns for stat in stats), default=0),
+        "rows": files[0] if files else "",
+    }
 
 
 def arrow_files(path: str | os.PathLike) -> list[str]:
@@ -209,8 +222,8 @@ def _load(path: str) -> datasets.Dataset:
         return found
     split = split or ("train" if "train" in found or len(found) != 1 else next(iter(found)))
     if split not in found:
-        ask = (
-            f"name one of them as {path}/{next(iter(found))}" if os.path.isdir(path) else f"ask for one as {path}@split"
+        other = f"{path}/" if os.path.isdir(path) else f"{path.partition('@')[0]}@"
+        raise DataError(
+            f"{path} has no split {split}, it has {', '.join(found)}: name {other}{next(iter(found))}, for example"
         )
-        raise DataError(f"{path} has no split {split}, it has {', '.join(found)}: {ask}, for example")
     return found[split]

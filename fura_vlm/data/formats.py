@@ -97,7 +97,7 @@ def parse(item: Any, folder: str | os.PathLike) -> Parsed:
         raise InvalidRecord(f"a record is an object with conversations or messages, this is {_kind(item)}")
     format = next((format for format in FORMATS if all(item.get(key) is not None for key in format.keys)), None)
     if format is None:
-        _refuse_unused(item, "", [])
+        _refuse_unused({key: value for key, value in item.items() if key not in ("image", "images")}, "", [])
         raise InvalidRecord(
             "no conversations: a record has conversations (LLaVA, ShareGPT), messages, prompt and completion, or "
             "instruction and output (Alpaca)"

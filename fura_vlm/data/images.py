@@ -22,7 +22,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from fura_vlm.data.columns import stored_in, stored_picture
+from fura_vlm.data.columns import address, stored_picture
 from fura_vlm.errors import FuraVLMError
 
 MAX_PIXELS = 100_000_000
@@ -54,8 +54,8 @@ class ImageError(FuraVLMError):
 def find_image(path: str | os.PathLike) -> str | None:
     """``path`` if there is such a file; the file that stands for it if ``path`` is a ``.jpg`` that another format's
     name replaces; or else ``None``."""
-    if file := stored_in(os.fspath(path)):
-        return os.fspath(path) if os.path.isfile(file) else None
+    if stored := address(os.fspath(path)):
+        return os.fspath(path) if os.path.isfile(stored.file) else None
     stem, suffix = os.path.splitext(os.fspath(path))
     names = [path, *(stem + other for other in STAND_INS if suffix == ".jpg")]
     return next((os.fspath(name) for name in names if os.path.isfile(name)), None)
@@ -135,8 +135,8 @@ def _open(path: str | os.PathLike, max_pixels: int) -> Image.Image:
 
 def _file(path: str | os.PathLike) -> str | os.PathLike | io.BytesIO:
     """The file that holds a picture; the content of one that is stored in a column."""
-    if stored_in(os.fspath(path)):
-        return io.BytesIO(stored_picture(os.fspath(path)))
+    if stored := address(os.fspath(path)):
+        return io.BytesIO(stored_picture(stored))
     return path if os.path.exists(path) else find_image(path) or path
 
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from fura_vlm.data.columns import names_columns, state
+from fura_vlm.data.columns import address, names_columns, state
 from fura_vlm.data.conversation import RENDER
 from fura_vlm.data.dataset import BATCH, ConversationDataset, count_image_tokens, encode_rows, read_table, row_schema
 from fura_vlm.data.image_checks import DECODE_UP_TO, Verify, check_paths
@@ -110,7 +110,7 @@ class Index:
             return ""
         images, missing = defaultdict(int), defaultdict(list)
         for path in paths:
-            name = os.path.relpath(path, self.image_folder)
+            name = path if address(path) else os.path.relpath(path, self.image_folder)
             images[source_of(name)] += 1
             if path in broken and find_image(path) is None:
                 missing[source_of(name)].append(name)

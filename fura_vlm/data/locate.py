@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
+from fura_vlm.data.columns import address
+
 _LOOKED_AT = 200  # folders
 
 
@@ -43,7 +45,10 @@ def image_hint(folder: str | os.PathLike, missing: Sequence[str]) -> str:
 
 
 def source_of(image: str) -> str:
-    """The data set that an image belongs to: the first folder of its path in the mixture; "." without one."""
+    """The data set that an image belongs to: the first folder of its path in the mixture; "." without one. Of an image
+    that is stored in a column it is the column."""
+    if stored := address(image):
+        return stored.column
     head, _, rest = image.partition("/")
     return head if rest else "."
 
