@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from fura_vlm.data.records import IMAGE, Record, Turn
+from fura_vlm.data.messages import IMAGE, Record, Turn
 from fura_vlm.errors import FuraVLMError
 
 SYSTEM_PROMPT = (
@@ -129,12 +129,21 @@ def prompt(record: Record | Sequence[Turn], eos: str = "</s>") -> str:
 
 
 def _turns(record: Record | Sequence[Turn]) -> Sequence[Turn]:
-    return record.conversations if isinstance(record, Record) else record
+    if not isinstance(record, Record):
+        return record
+    if any(message.role == "system" for message in record.messages):
+        raise EncodingError("it has a system turn, and LLaVA-1.5's conversation has a system sentence of its own")
+    pictures = record.pictures
+    if len(pictures) > 1:
+        raise EncodingError(f"it has {len(pictures)} pictures, and LLaVA-1.5 takes one")
+    if pictures and any(IMAGE in message.text for message in record.messages):
+        raise EncodingError(f"{IMAGE} stands in its text, beside a picture that has its own place: take it out")
+    return record.conversations
 
 
 def _is_text_only(record: Record | Sequence[Turn]) -> bool:
     """In a record without image, ``<image>`` is text that somebody has typed. Turns alone do not tell."""
-    return isinstance(record, Record) and record.image is None
+    return isinstance(record, Record) and not record.pictures
 
 
 def _image_first(question: str) -> str:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fura_vlm.data.conversation import EncodingError, Tokens, cut, spread, tokenize
 from fura_vlm.data.images import ImageError, load_image
-from fura_vlm.data.records import DataError, Problem, Record
+from fura_vlm.data.messages import DataError, Problem, Record
 
 BATCH = 1000
 """Records that are tokenized at once."""
@@ -80,7 +80,7 @@ def encode_rows(
     starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
     ids = np.concatenate([row.ids for row in rows]) if rows else []
     supervised = np.concatenate([row.supervised for row in rows]) if rows else []
-    lengths += np.array([record.image is not None for record in good], np.int32) * (image_tokens - 1)
+    lengths += np.array([bool(record.pictures) for record in good], np.int32) * (image_tokens - 1)
     schema = row_schema(processor)
     columns = {
         "input_ids": pa.ListArray.from_arrays(starts, pa.array(ids, schema.field("input_ids").type.value_type)),

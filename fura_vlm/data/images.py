@@ -15,12 +15,14 @@ what the authors' renamed file holds.
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from fura_vlm.data.columns import address, stored_picture
 from fura_vlm.errors import FuraVLMError
 
 MAX_PIXELS = 100_000_000
@@ -52,6 +54,8 @@ class ImageError(FuraVLMError):
 def find_image(path: str | os.PathLike) -> str | None:
     """``path`` if there is such a file; the file that stands for it if ``path`` is a ``.jpg`` that another format's
     name replaces; or else ``None``."""
+    if stored := address(os.fspath(path)):
+        return os.fspath(path) if os.path.isfile(stored.file) else None
     stem, suffix = os.path.splitext(os.fspath(path))
     names = [path, *(stem + other for other in STAND_INS if suffix == ".jpg")]
     return next((os.fspath(name) for name in names if os.path.isfile(name)), None)
@@ -65,7 +69,8 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.I
     is applied.
 
     Args:
-        path: a file in a format that Pillow reads; a missing ``.jpg`` as in ``find_image``.
+        path: a file in a format that Pillow reads; a missing ``.jpg`` as in ``find_image``; or the address of a picture
+            in a column, as in ``fura_vlm.data.columns``.
         max_pixels: images of this many pixels or more are refused before they are decoded. Pillow itself
             refuses twice ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million), whatever is given here.
 
@@ -103,11 +108,10 @@ def _open(path: str | os.PathLike, max_pixels: int) -> Image.Image:
     """The image with its header read and its size checked, nothing decoded."""
     too_large = f"{path} has {{}} pixels, {max_pixels:,} or more are refused: make it smaller"
     try:
-        if not os.path.exists(path):
-            path = find_image(path) or path
-        if os.path.getsize(path) == 0:
+        file = _file(path)
+        if not (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)):
             raise ImageError(f"{path} is empty (0 bytes): fetch it again or remove it")
-        image = Image.open(path)
+        image = Image.open(file)
     except FileNotFoundError as error:
         raise ImageError(f"{path} does not exist: check the path, or the image folder of the mixture") from error
     except IsADirectoryError as error:
@@ -127,6 +131,13 @@ def _open(path: str | os.PathLike, max_pixels: int) -> Image.Image:
         image.close()
         raise ImageError(too_large.format(f"{width} x {height}"))
     return image
+
+
+def _file(path: str | os.PathLike) -> str | os.PathLike | io.BytesIO:
+    """The file that holds a picture; the content of one that is stored in a column."""
+    if stored := address(os.fspath(path)):
+        return io.BytesIO(stored_picture(stored))
+    return path if os.path.exists(path) else find_image(path) or path
 
 
 def _upright(image: Image.Image) -> Image.Image:

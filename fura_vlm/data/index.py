@@ -27,13 +27,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
+from fura_vlm.data.columns import address, names_columns, state
 from fura_vlm.data.conversation import RENDER
 from fura_vlm.data.dataset import BATCH, ConversationDataset, count_image_tokens, encode_rows, read_table, row_schema
+from fura_vlm.data.image_checks import DECODE_UP_TO, Verify, check_paths
 from fura_vlm.data.images import find_image
 from fura_vlm.data.locate import image_hint, source_of
-from fura_vlm.data.records import DECODE_UP_TO, DataError, Problem, Turn, Verify, check_paths, iter_records, write_text
+from fura_vlm.data.messages import DataError, Problem, Turn
+from fura_vlm.data.records import default_image_folder, iter_records
+from fura_vlm.files import write_text
 
-VERSION = 2
+VERSION = 3
 """Raised when the same settings give other rows."""
 
 PART = 20_000
@@ -48,7 +52,7 @@ class Index:
 
     Args:
         folder: where it is.
-        mixture: the file it was made from.
+        mixture: what it was made from: a path, or a name on the hub.
         image_folder: where the image paths of the mixture start.
         files: the Arrow files, in the order of the mixture.
         problems: records that are left out and those that are cut.
@@ -56,7 +60,7 @@ class Index:
     """
 
     folder: Path
-    mixture: Path
+    mixture: str | Path
     image_folder: Path
     files: list[str]
     problems: list[Problem]
@@ -106,7 +110,7 @@ class Index:
             return ""
         images, missing = defaultdict(int), defaultdict(list)
         for path in paths:
-            name = os.path.relpath(path, self.image_folder)
+            name = path if address(path) else os.path.relpath(path, self.image_folder)
             images[source_of(name)] += 1
             if path in broken and find_image(path) is None:
                 missing[source_of(name)].append(name)
@@ -138,8 +142,8 @@ def open_index(
     parts are used.
 
     Args:
-        data_path: the mixture, as in ``iter_items``.
-        image_folder: where its image paths start; by default the folder of ``data_path``.
+        data_path: the mixture, as in ``iter_records``.
+        image_folder: where its image paths start; by default as in ``iter_records``.
         processor: a ``LlavaProcessor`` with a fast tokenizer.
         max_length: tokens of a row, image tokens included.
         fallback: a folder for the index where none can be written beside the mixture, and for what is found out about
@@ -151,13 +155,11 @@ def open_index(
         DataError: if the mixture or the image folder cannot be used.
         EncodingError: if the tokenizer will not do.
     """
-    data_path = Path(os.path.abspath(data_path))  # rows hold paths; a later run may start elsewhere
-    image_folder = Path(os.path.abspath(image_folder)) if image_folder is not None else data_path.parent
-    try:
-        state = data_path.stat()
-    except OSError as error:
-        raise DataError(f"{data_path} cannot be read ({error.strerror}): check data_path") from error
-    mixture = {"path": str(data_path), "size": state.st_size, "changed": state.st_mtime_ns}
+    on_hub = names_columns(data_path) and not os.path.exists(data_path)
+    image_folder = Path(os.path.abspath(default_image_folder(data_path) if image_folder is None else image_folder))
+    if not on_hub:
+        data_path = Path(os.path.abspath(data_path))  # rows hold paths; a later run may start elsewhere
+    mixture = _state(data_path)
     settings = {
         "version": VERSION,
         "mixture": mixture,
@@ -169,7 +171,8 @@ def open_index(
         "max_length": max_length,
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    beside, fallback = data_path.with_name(data_path.name + ".index"), Path(fallback)
+    fallback = Path(fallback)
+    beside = fallback if on_hub else data_path.with_name(data_path.name + ".index")
     for folder in (beside / key, fallback / key):
         if (folder / "index.json").is_file():
             break
@@ -180,6 +183,16 @@ def open_index(
     lines = (line for file in files for line in _problem_file(Path(file)).read_text("utf-8").splitlines())
     problems = [Problem(**json.loads(line)) for line in lines]
     return Index(folder, data_path, image_folder, files, problems, fallback)
+
+
+def _state(data_path: str | os.PathLike) -> dict:
+    if names_columns(data_path):
+        return state(data_path)
+    try:
+        found = os.stat(data_path)
+    except OSError as error:
+        raise DataError(f"{data_path} cannot be read ({error.strerror}): check data_path") from error
+    return {"path": str(data_path), "size": found.st_size, "changed": found.st_mtime_ns}
 
 
 def _fingerprint(tokenizer) -> str:
@@ -214,11 +227,11 @@ def _remove_outdated(home: Path, mixture: dict) -> None:
             shutil.rmtree(described.parent)
 
 
-def _make(folder: Path, settings: dict, data_path: Path, image_folder: Path, processor, progress: bool) -> None:
+def _make(folder: Path, settings: dict, data_path: str | Path, image_folder: Path, processor, progress: bool) -> None:
     building = folder.with_name(folder.name + ".tmp")
     building.mkdir(exist_ok=True)
     write_text(building / "making.json", json.dumps(settings, indent=1))
-    progress = progress and data_path.stat().st_size >= _BAR_FROM
+    progress = progress and settings["mixture"]["size"] >= _BAR_FROM
     found = iter_records(data_path, image_folder, progress)
     for number in itertools.count():
         part = itertools.islice(found, PART)

@@ -6,6 +6,9 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
+
+from fura_vlm.data.columns import address
 
 _LOOKED_AT = 200  # folders
 
@@ -17,7 +20,7 @@ def image_hint(folder: str | os.PathLike, missing: Sequence[str]) -> str:
 
     Args:
         folder: the image folder.
-        missing: image paths as the mixture has them, at least one.
+        missing: paths from the folder, at least one, with ``/`` in them.
 
     Returns:
         The end of a sentence: the ``--image_folder`` to pass, or the link to make, or what to look for.
@@ -27,7 +30,7 @@ def image_hint(folder: str | os.PathLike, missing: Sequence[str]) -> str:
     bases = [folder.parent, folder.parent.parent, *_folders_in(folder)]
     for base in bases:
         if all((base / name).is_file() for name in names):
-            return f"{names[0]} is in {base}: pass --image_folder {base}"
+            return f"{names[0]} is in {base}: pass --image_folder {quote(str(base))}"
     parts = Path(names[0]).parts
     for base, dropped in itertools.product([folder, *bases], range(1, len(parts))):
         if not all(base.joinpath(*Path(name).parts[dropped:]).is_file() for name in names):
@@ -35,13 +38,17 @@ def image_hint(folder: str | os.PathLike, missing: Sequence[str]) -> str:
         # The first folder that the shortened name still has is to be seen under the full name.
         link = folder.joinpath(*parts[: min(dropped + 1, len(parts) - 1)])
         target = base / parts[dropped] if dropped < len(parts) - 1 else base
-        make = "" if link.parent.is_dir() else f"mkdir -p {link.parent} && "
-        return f"{names[0]} is there as {base.joinpath(*parts[dropped:])}: {make}ln -s {target} {link}"
+        make = "" if link.parent.is_dir() else f"mkdir -p {quote(str(link.parent))} && "
+        link_it = f"{make}ln -s {quote(str(target))} {quote(str(link))}"
+        return f"{names[0]} is there as {base.joinpath(*parts[dropped:])}: {link_it}"
     return f"pass the folder that holds {names[0]} as --image_folder"
 
 
 def source_of(image: str) -> str:
-    """The data set that an image belongs to: the first folder of its path in the mixture; "." without one."""
+    """The data set that an image belongs to: the first folder of its path in the mixture; "." without one. Of an image
+    that is stored in a column it is the column."""
+    if stored := address(image):
+        return stored.column
     head, _, rest = image.partition("/")
     return head if rest else "."
 

@@ -25,10 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from fura_vlm.data.columns import address
 from fura_vlm.data.config import VerifyConfig
+from fura_vlm.data.formats import InvalidRecord, image_path, named_pictures
 from fura_vlm.data.images import ImageError, check_image, find_image
 from fura_vlm.data.locate import image_hint, source_of
-from fura_vlm.data.records import DataError, InvalidRecord, image_path, iter_items, write_text
+from fura_vlm.data.messages import DataError, Picture
+from fura_vlm.data.records import default_image_folder, iter_elements
+from fura_vlm.files import write_text
 
 _AT_ONCE = 64  # images that a process gets
 
@@ -61,8 +65,9 @@ def verify(config: VerifyConfig) -> None:
         SystemExit: 130 after Ctrl-C or SIGTERM; the same command goes on.
     """
     data_path = Path(config.data_path)
-    folder = Path(config.image_folder) if config.image_folder is not None else data_path.parent
-    report = Path(config.report_dir) if config.report_dir else data_path.with_name(data_path.name + ".images")
+    folder = default_image_folder(data_path) if config.image_folder is None else Path(config.image_folder)
+    beside = data_path if data_path.exists() else Path(data_path.name)  # of a name on the hub: here
+    report = Path(config.report_dir) if config.report_dir else beside.with_name(beside.name + ".images")
     workers = len(os.sched_getaffinity(0)) if config.workers is None else config.workers
     if workers < 1:
         raise DataError(f"workers is {workers}: it takes at least one process to decode")
@@ -114,7 +119,7 @@ def verify_images(
     """Decodes the images of a mixture in parallel processes and writes the report.
 
     Args:
-        data_path: the mixture, as in ``iter_items``.
+        data_path: the mixture, as in ``iter_records``.
         image_folder: where its image paths start.
         report_dir: the folder for ``images.jsonl`` and ``good.txt``.
         workers: processes.
@@ -150,7 +155,8 @@ def verify_images(
             of.good += 1
             if known.get(seen.name) != seen.state:
                 good.write(f"{seen.state[0]} {seen.state[1]} {seen.name}\n")
-    for name in _extra(folder, [source for source in counts if source != os.pardir], present):
+    sources = {source_of(seen) for seen in names if not address(seen)} - {os.pardir}
+    for name in _extra(folder, sources, present):
         counts[source_of(name)].extra += 1
         bad.append((name, "extra", "the mixture does not name it"))
     rows = (
@@ -163,14 +169,24 @@ def verify_images(
 
 def _images_of(data_path: str | os.PathLike, folder: Path, progress: bool) -> list[str]:
     """The different images that a mixture names, also in records that are wrong otherwise, as paths from ``folder``."""
-    items = (item for _, item in iter_items(data_path, progress))
-    images = (item.get("image") for item in items if isinstance(item, dict))
-    paths = (os.path.normpath(image) for image in images if image and isinstance(image, str))
-    odd = (os.sep, os.pardir)  # beginnings of a path that perhaps does lead into the folder
-    names = list(dict.fromkeys(os.path.relpath(folder / p, folder) if p.startswith(odd) else p for p in paths))
+    images = (image for _, item in iter_elements(data_path, progress) for image in named_pictures(item))
+    names = list(dict.fromkeys(i.source if isinstance(i, Picture) else _name(i, folder) for i in images))
     if not names:
         raise DataError(f"{data_path} names no images: there is nothing to verify")
     return names
+
+
+def _name(image: str, folder: Path) -> str:
+    """The path from ``folder``; what is no path of this machine stays as it is, for the report."""
+    path = os.path.normpath(image)
+    if not any(odd in image for odd in ":\\") and not path.startswith((os.sep, os.pardir)):
+        return path  # nearly all, and this is quick
+    try:
+        path = image_path(image, folder)
+    except InvalidRecord:
+        if ":" in image:
+            return image
+    return os.path.relpath(folder / path, folder)
 
 
 def _read_good(path: Path) -> dict[str, tuple[int, int]]:
@@ -216,14 +232,15 @@ def _look(folder: str, names: list[str], known: list[tuple[int, int] | None]) ->
     seen = []
     for name, before in zip(names, known, strict=True):
         try:
-            path = find_image(image_path(name, folder))
+            path = find_image(name if address(name) else image_path(name, folder))
         except InvalidRecord as reason:
             seen.append(_Seen(name, "", (0, 0), str(reason)))
             continue
         if path is None:
             seen.append(_Seen(name, None, (0, 0), None))
             continue
-        status = os.stat(path)
+        stored = address(path)
+        status = os.stat(stored.file if stored else path)
         state, reason = (status.st_size, status.st_mtime_ns), None
         if state != before:
             try:
@@ -234,7 +251,7 @@ def _look(folder: str, names: list[str], known: list[tuple[int, int] | None]) ->
     return seen
 
 
-def _extra(folder: Path, sources: list[str], present: set[str]) -> Iterator[str]:
+def _extra(folder: Path, sources: set[str], present: set[str]) -> Iterator[str]:
     """Image files in the folders of the sources that are none of ``present``."""
     suffixes, been = set(Image.registered_extensions()), set()
     for source in sources:

@@ -4,6 +4,7 @@ import copy
 import re
 
 import pytest
+from made_records import llava_record
 
 from fura_vlm.data.conversation import (
     CHAT_TEMPLATE,
@@ -15,7 +16,7 @@ from fura_vlm.data.conversation import (
     render,
     tokenize,
 )
-from fura_vlm.data.records import Record, Turn
+from fura_vlm.data.messages import Turn
 
 SYSTEM = [
     *("<s> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant.").split(),
@@ -70,7 +71,7 @@ def test_render_writes_what_llava_writes():
 
 
 def test_render_takes_records():
-    record = Record("1", None, None, tuple(turns("What is this?", "A cat.")))
+    record = llava_record("1", ["What is this?", "A cat."])
     assert render(record) == render(record.conversations)
 
 
@@ -205,7 +206,7 @@ def test_other_tokens_typed_into_a_text_are_text(tokenizer):
     shown = encoded(turns("<image>\nWhat is <pad>", "A <pad>"), tokenizer, num_image_tokens=1)
     assert shown[2] == "<image>" and "<pad>" not in shown and "[<pad>]" not in shown
     assert said(shown[3:]) == "\nWhat is <pad> ASSISTANT: A <pad></s>"
-    record = Record("1", None, None, tuple(turns("What is <image> here?", "An <image>")))
+    record = llava_record("1", ["What is <image> here?", "An <image>"])
     shown = encoded(record, tokenizer)
     assert "<image>" not in shown and "[<image>]" not in shown
     assert said(shown) == " USER: What is <image> here? ASSISTANT: An <image></s>"

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_records import llava_record
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -11,14 +12,14 @@ from fura_vlm.data.collator import Collator
 from fura_vlm.data.conversation import encode, render
 from fura_vlm.data.dataset import ConversationDataset, count_image_tokens
 from fura_vlm.data.images import load_image
-from fura_vlm.data.records import DataError, Record, Turn, read_records
+from fura_vlm.data.messages import DataError
+from fura_vlm.data.records import read_records
 
 REAL = Path(__file__).parents[3] / "shared/real/real_mixture.json"
 
 
 def make_record(name, *values, image=None):
-    turns = tuple(Turn(("human", "gpt")[n % 2], value) for n, value in enumerate(values))
-    return Record(name, image and image.name, image and str(image), turns, "m.json", f"record {name}")
+    return llava_record(name, values, image and str(image))
 
 
 @pytest.fixture
@@ -71,12 +72,12 @@ def test_rows(processor, records):
         assert row["labels"].tolist() == expected["labels"]
         assert row["input_ids"].dtype == row["labels"].dtype == torch.int64
         assert len(row["input_ids"]) == length
-        assert ("pixel_values" in row) == (record.image is not None)
+        assert ("pixel_values" in row) == bool(record.pictures)
 
 
 def test_rows_are_what_the_processor_makes(processor, records):
     for record, row in zip(records, ConversationDataset(records, processor, 100), strict=True):
-        images = [load_image(record.image_path)] if record.image else None
+        images = [load_image(path) for path in record.pictures] or None
         made = processor(text=[render(record).text], images=images, return_tensors="pt")
         assert torch.equal(made["input_ids"][0], row["input_ids"])
         if images:

@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 from fura_vlm.data import index as module
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.dataset import ConversationDataset
+from fura_vlm.data.image_checks import check_images
 from fura_vlm.data.index import open_index
-from fura_vlm.data.records import DataError, check_images, read_records
+from fura_vlm.data.messages import DataError
+from fura_vlm.data.records import read_records
 
 
 def record(name, question="What is this?", answer="A cat", **more):

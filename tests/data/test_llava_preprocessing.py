@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from made_records import llava_record
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from fura_vlm.data.conversation import IGNORE, SYSTEM_PROMPT, EncodingError, encode
 from fura_vlm.data.dataset import ConversationDataset, count_image_tokens
-from fura_vlm.data.records import Record, Turn
+from fura_vlm.data.messages import Record
 from fura_vlm.modelling.processor import make_processor
 
 REAL = Path(__file__).parents[3] / "shared/real/real_mixture.json"
@@ -115,7 +116,7 @@ class Published:
 def published(record: Record, tokenizer: Published, image_tokens: int, length: int) -> tuple[list[int], list[int]]:
     """Input ids and labels of ``preprocess_multimodal``, ``preprocess_v1`` and the spreading of the image."""
     turns = [(turn.role, turn.value) for turn in record.conversations]
-    if record.image:
+    if record.pictures:
         count = tokenizer.with_images
         turns = [
             (role, ("<image>\n" + value.replace("<image>", "").strip()).strip() if "<image>" in value else value)
@@ -126,7 +127,7 @@ def published(record: Record, tokenizer: Published, image_tokens: int, length: i
     text = SYSTEM_PROMPT + " "
     for role, value in turns:
         text += f"USER: {value} " if role == "human" else f"ASSISTANT: {value}</s>"
-    ids = count(text) if record.image else count(text)[:length]
+    ids = count(text) if record.pictures else count(text)[:length]
     labels, at = list(ids), 1
     labels[0] = IGNORE
     for number, round_ in enumerate(text.split("</s>")):
@@ -157,7 +158,7 @@ def ours(record, tokenizer, image_tokens=4, length=LENGTH):
 
 
 def make(*values, image=None):
-    return Record("1", image, image, tuple(Turn(("human", "gpt")[n % 2], value) for n, value in enumerate(values)))
+    return llava_record("1", values, image)
 
 
 def without_the_mark(ids, labels, mark, image_tokens=4):
@@ -203,7 +204,7 @@ def test_tokens_and_labels(model, legacy, tokenizer, name):
 def test_cut_to_a_length(model, legacy, tokenizer, name, length):
     record = CONVERSATIONS[name]
     reference = Published(model, legacy)
-    more = length + (not legacy and record.image is not None)
+    more = length + (not legacy and bool(record.pictures))
     ids, labels = published(record, reference, 4, more)
     if not legacy:
         ids, labels = without_the_mark(ids, labels, reference.pieces.piece_to_id("▁"))

@@ -7,18 +7,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fura_vlm.data import records as module
+from fura_vlm.data import image_checks, json_items
 from fura_vlm.data.conversation import render
-from fura_vlm.data.records import (
-    DataError,
-    Problem,
-    Turn,
-    check_images,
-    iter_items,
-    read_records,
-    report_problems,
-    write_text,
-)
+from fura_vlm.data.image_checks import check_images
+from fura_vlm.data.json_items import iter_items
+from fura_vlm.data.messages import DataError, Picture, Problem, Turn
+from fura_vlm.data.records import read_records, report_problems
+from fura_vlm.files import write_text
 
 HUMAN = {"from": "human", "value": "What is this?"}
 SHOWN = {"from": "human", "value": "<image>\nWhat is this?"}
@@ -44,8 +39,8 @@ def test_a_record_with_an_image(mixture, tmp_path):
     [record], problems = read_records(path)
     assert not problems
     assert record.conversations == tuple(Turn(turn["from"], turn["value"]) for turn in conversations)
-    assert (record.id, record.image, record.place) == ("a", "images/1.png", "record 1")
-    assert record.image_path == str(tmp_path / "images/1.png")
+    assert (record.id, record.place) == ("a", "record 1")
+    assert record.pictures[0] == str(tmp_path / "images/1.png")
     assert record.extra == {"family": "gqa"}
 
 
@@ -71,7 +66,7 @@ def test_image_folder(mixture, tmp_path):
     (tmp_path / "pictures").mkdir()
     path = mixture([{"id": "a", "image": "1.png", "conversations": [SHOWN, GPT]}])
     [record], _ = read_records(path, tmp_path / "pictures")
-    assert record.image_path == str(tmp_path / "pictures/1.png")
+    assert record.pictures[0] == str(tmp_path / "pictures/1.png")
     with pytest.raises(DataError, match="nowhere does not exist"):
         read_records(path, tmp_path / "nowhere")
 
@@ -100,6 +95,18 @@ def test_several_images_in_a_question_are_one(mixture):
     assert not problems
 
 
+@pytest.mark.parametrize("inside", ["Look: <image> What?", "<image>\n<image>\nWhat?", " What? <image> \n", "<image>"])
+def test_the_text_around_an_image_is_kept(mixture, tmp_path, inside):
+    [record], _ = read_records(mixture([{"image": "1.png", "conversations": [{**HUMAN, "value": inside}, GPT]}]))
+    question = record.messages[0]
+    assert question.text == inside.replace("<image>", "")
+    assert question.pictures == record.pictures == [str(tmp_path / "1.png")]
+    before = inside.partition("<image>")[0]
+    assert question.parts[bool(before)] == Picture(str(tmp_path / "1.png")) and (
+        not before or question.parts[0] == (before,)
+    )
+
+
 def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
     turns = [{"from": "human", "value": "Parse <image>a.png</image>"}, {"from": "gpt", "value": "<image> is a tag."}]
     [record], problems = read_records(mixture([{"id": "svg", "conversations": turns}]))
@@ -119,9 +126,11 @@ def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
         ({"conversations": [GPT]}, "without a question"),
         ({"conversations": ["Hello"]}, "turn 1 should be an object"),
         (
-            {"conversations": [{"from": "system", "value": "Be brief."}, HUMAN, GPT]},
-            "turn 1 is from 'system'",
+            {"conversations": [HUMAN, GPT, {"from": "system", "value": "Be brief."}, HUMAN, GPT]},
+            "turn 3 is from system",
         ),
+        ({"conversations": [{"from": "system", "value": " "}, HUMAN, GPT]}, "turn 1 is empty"),
+        ({"conversations": [{"from": "tool", "value": "x"}, HUMAN, GPT]}, "turn 1 is from 'tool'"),
         ({"conversations": [{"value": "Hello"}, GPT]}, "turn 1 is from None"),
         ({"conversations": [HUMAN, HUMAN, GPT]}, "turns 1 and 2 are both from human"),
         ({"conversations": [HUMAN, GPT, GPT]}, "turns 2 and 3 are both from gpt"),
@@ -145,7 +154,11 @@ def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
             "<image> in an answer",
         ),
         ({"image": "", "conversations": [SHOWN, GPT]}, "image should be a path, it is empty"),
-        ({"image": ["1.png"], "conversations": [SHOWN, GPT]}, "image should be a path, it is a list"),
+        ({"image": 3, "conversations": [SHOWN, GPT]}, "image should be a path, it is a number"),
+        ({"image": [["1.png"]], "conversations": [SHOWN, GPT]}, "image should be a path, it is a list"),
+        ({"image": ["1.png", "2.png"], "conversations": [SHOWN, GPT]}, "2 pictures and 1 times <image>"),
+        ({"image": ["1.png"], "conversations": [SHOWN, GPT, SHOWN, GPT]}, "1 picture and 2 times <image>"),
+        ({"images": ["1.png", "2.png"], "conversations": [HUMAN, GPT]}, "2 pictures but no <image>"),
         ({"image": "\ud83d.png", "conversations": [SHOWN, GPT]}, "has half of a surrogate pair"),
         ({"image": "../1.png", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
         ({"image": "a/../../1.png", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
@@ -158,6 +171,132 @@ def test_bad_record(mixture, bad, reason):
     assert (problem.record, problem.place) == ("bad", "record 1")
 
 
+MEDIA = [
+    *({key: "1.png"} for key in "pictures Image IMAGE img image_path imagePath picture photo file_name path".split()),
+    *({key: ["a.png", "b.png"]} for key in ("Images", "image_files", "left_images", "whatever")),
+    *({key: "clip"} for key in ("video", "videos", "video_id", "audio", "Video", "media")),
+    {"image_id": 0},
+    {"has_image": True},
+    {"num_images": 2},
+    {"pixel_values": [[0.5, 0.25]]},
+    {"photos": [{"bytes": None, "path": "1"}]},
+    {"photos": [{"url": "https://example.com/a"}]},
+    {"url": "https://example.com/a.jpg?size=large"},
+    {"data": "data:image/png;base64,iVBORw0KGgo"},
+    {"body": "/9j/" + "4AAQSkZJRg" * 20},
+    {"meta": {"deep": [{"inside": ["x.mp4"]}]}},
+    {"type": "image_url"},
+]
+
+
+@pytest.mark.parametrize("media", MEDIA, ids=str)
+@pytest.mark.parametrize("inside", [False, True])
+def test_media_under_a_key_that_is_not_read(mixture, media, inside):
+    turns = [{**HUMAN, **media}, GPT] if inside else [HUMAN, GPT]
+    reason = one_problem(mixture([{"id": "bad", "conversations": turns, **({} if inside else media)}, TEXT])).reason
+    assert f"{next(iter(media))}" in reason and "which is not read: a picture is the path" in reason
+    assert (" of turn 1" in reason) == inside
+
+
+@pytest.mark.parametrize(
+    "media",
+    [{"images": ["b.png"]}, {"image2": "b.png"}, {"mask": "m.png"}, {"video": "x"}, {"image_b64": "/9j/" + "A" * 99}],
+)
+def test_media_beside_the_image(mixture, media):
+    item = {"image": "a.png", "conversations": [SHOWN, GPT]}
+    assert next(iter(media)) in one_problem(mixture([{**item, **media}, TEXT])).reason
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"images": [], "video": None, "audio": "", "has_image": False, "num_images": 0},
+        {"source": "https://sharegpt.com/c/1", "model": "gpt-4", "markdown": None, "lang": "en", "score": 0.5},
+        {"figure_of_speech": "metaphor", "category": "image_captioning", "note": "open a.png and look"},
+        {"code": "from PIL import Image\nImage.open('a.png')", "dataset": "train.json", "path": "a/b.py"},
+    ],
+)
+def test_keys_that_are_no_sign_of_media(mixture, extra):
+    [record], problems = read_records(mixture([{**TEXT, **extra}]))
+    assert not problems and record.extra == {key: value for key, value in extra.items() if key != "images"}
+
+
+def test_what_says_more_about_the_image_is_no_sign_of_media(mixture):
+    item = {"id": "1", "image": "coco/1.jpg", "conversations": [SHOWN, GPT]}
+    item |= {
+        "image_id": 1,
+        "image_size": [2, 3],
+        "file_name": "1.jpg",
+        "coco_url": "http://x.org/9.jpg",
+        "type": "image",
+    }
+    records, problems = read_records(mixture([item]))
+    assert len(records) == 1 and not problems
+
+
+MARKS = """<video> <audio> <img> <Image> <image1> <image_1> <video_0> <images> <|image|> <|image_1|> <|image_pad|>
+    <|vision_start|> <|video_pad|> <|AUDIO|> <|begin_of_image|> <start_of_image> <image_soft_token> <ImageHere> [IMG]
+    <IMG_CONTEXT> <image_placeholder> <fake_token_around_image> <__media__> [img-1]""".split()
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("form", ["{}\nWhat is this?", "What is this?\n{}", "What does {} show?", "{}"])
+def test_places_for_media_of_other_programs(mixture, mark, form):
+    question = {"from": "human", "value": form.format(mark)}
+    reason = one_problem(mixture([{"conversations": [HUMAN, GPT, question, GPT]}, TEXT])).reason
+    assert f"{mark} in question 2 is no place for a picture here" in reason
+    question["value"] += "\n<image>"
+    assert mark in one_problem(mixture([{"image": "a.png", "conversations": [question, GPT]}, TEXT])).reason
+
+
+@pytest.mark.parametrize(
+    "question, answer",
+    [
+        ("<video>\n  <source src='a.mp4'>\n</video>\nWhy does it not play?", "The path is wrong."),
+        ('<div>\n<img src="a.png">\n</div>\nCenter this.', "Use flex."),
+        ("How do I center an <img>?", "```css\nimg { display: block }\n```"),
+        ("What does the <picture> tag do?", "It chooses."),
+        ("<img> or <picture>?", "<picture> in HTML5."),
+        ("Fix: <Image style={s} source={require('a.png')} />", "Done."),
+        ("[img]http://x.org/a.png[/img] Why is it broken?", "It is gone."),
+        ("See [image] below and arr[image1]", "Yes."),
+        ("![build](https://x.org/badge.svg)\n# Project\nWrite this better.", "# Project"),
+        ("if a<image and image>b: pass", "No."),
+        ("std::vector<frame> frames;", "In C++, std::vector<frame> is a list."),
+        ("Why is token == '<|image_pad|>' false?", "It is an id."),
+        ("<|im_start|>user\nHello<|im_end|>", "Hello."),
+    ],
+)
+def test_code_in_questions_is_no_place_for_media(mixture, question, answer):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    records, problems = read_records(mixture([{"conversations": turns}]))
+    assert len(records) == 1 and not problems
+
+
+@pytest.mark.parametrize(
+    "image, reason",
+    [
+        ("https://example.com/a.jpg", "is an address: fetch it, and name the file"),
+        ("s3://bucket/a.jpg", "is an address"),
+        ("data:image/png;base64,iVBORw0KGgo", "is written into the record: save it to a file"),
+        ("C:\\data\\a.jpg", "begins at a drive of Windows: write it from the image folder on"),
+        ("D:/data/a.jpg", "begins at a drive of Windows"),
+        ("..\\a.jpg", "leads out of the image folder"),
+        ("file:///etc/a.jpg", "leads out of the image folder"),
+    ],
+)
+def test_paths_of_elsewhere(mixture, image, reason):
+    assert reason in one_problem(mixture([{"image": image, "conversations": [SHOWN, GPT]}, TEXT])).reason
+
+
+def test_paths_as_windows_and_as_addresses_of_files(mixture, tmp_path):
+    (tmp_path / "odd\\name.jpg").touch()
+    names = ["sub\\x.jpg", f"file://{tmp_path}/sub/x.jpg", "odd\\name.jpg"]
+    records, problems = read_records(mixture([{"image": name, "conversations": [SHOWN, GPT]} for name in names]))
+    expected = [tmp_path / "sub/x.jpg", tmp_path / "sub/x.jpg", tmp_path / "odd\\name.jpg"]
+    assert not problems and [record.pictures[0] for record in records] == [str(path) for path in expected]
+
+
 def test_something_that_is_no_record(mixture):
     assert "this is a number" in one_problem(mixture([3, TEXT])).reason
 
@@ -165,7 +304,7 @@ def test_something_that_is_no_record(mixture):
 def test_absolute_paths_within_the_image_folder(mixture, tmp_path):
     path = mixture([{"image": str(tmp_path / "1.png"), "conversations": [SHOWN, GPT]}])
     [record], _ = read_records(path)
-    assert record.image_path == str(tmp_path / "1.png")
+    assert record.pictures[0] == str(tmp_path / "1.png")
 
 
 def test_a_bad_line(mixture):
@@ -186,7 +325,13 @@ def test_a_bad_line(mixture):
         ('[\n{"conversations": [1]', "is cut off at line 2"),
         ('[\n{"id": 1,}\n]', r"no valid JSON at line 2, column 1\d \("),
         (b'[{"id": "caf\xe9"}]', "is not UTF-8 at byte 12"),
-        (json.dumps([TEXT]).encode("utf-16"), "is not UTF-8 at byte 0"),
+        (json.dumps([TEXT]).encode("utf-16"), "is UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t"),
+        (json.dumps([TEXT]).encode("utf-16-be"), "is UTF-16BE, not UTF-8"),
+        (json.dumps([TEXT]).encode("utf-32"), "is UTF-32, not UTF-8"),
+        (
+            '{"id": "图片里有一只猫"}'.encode("gbk"),
+            r"at byte 12; it looks like GBK \(Chinese\).* iconv -f GBK -t UTF-8",
+        ),
         ("", "is empty"),
         ("[]", "holds no records"),
         ("id,image\n1,2\n", "neither a JSON list nor JSONL"),
@@ -208,7 +353,7 @@ def test_bad_file(mixture, content, reason):
 @pytest.fixture(params=[1, 2, 3, 7, 64])
 def small_chunks(request, monkeypatch):
     """Files are read a few bytes at a time, so that everything is cut everywhere."""
-    monkeypatch.setattr(module, "_CHUNK", request.param)
+    monkeypatch.setattr(json_items, "_CHUNK", request.param)
 
 
 ITEMS = [
@@ -296,13 +441,13 @@ def test_no_check(shown):
 
 
 def test_large_mixtures_have_headers_read(shown, monkeypatch):
-    monkeypatch.setattr(module, "DECODE_UP_TO", 3)  # there are four files
+    monkeypatch.setattr(image_checks, "DECODE_UP_TO", 3)  # there are four files
     assert "cut" in ids(check_images(shown)[0])
 
 
 def test_each_file_is_checked_once(shown, monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "check_image", lambda path, *options: seen.append(Path(path).name))
+    monkeypatch.setattr(image_checks, "check_image", lambda path, *options: seen.append(Path(path).name))
     check_images(shown)
     assert sorted(seen) == ["cut.png", "empty.png", "good.png", "missing.png"]
 
@@ -370,7 +515,7 @@ def test_real_mixture():
     good, broken = check_images(records)
     assert not problems and not broken
     assert [record.id for record in good] == ["ironing-1", "ironing-2", "pier-1", "pier-2", "text-1"]
-    assert good[-1].image is None and len(good[0].conversations) == 6
+    assert not good[-1].pictures and len(good[0].messages) == 6
 
 
 def test_reading_takes_no_torch():

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from fura_vlm.data.config import VerifyConfig
-from fura_vlm.data.records import DataError, read_records
+from fura_vlm.data.messages import DataError
+from fura_vlm.data.records import read_records
 from fura_vlm.data.verify import Counts, verify, verify_images
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
@@ -121,6 +122,16 @@ def test_what_training_leaves_out_is_not_good(mixture, tmp_path):
     assert "leads out of the image folder" in rows[0]["reason"] and "half of a surrogate pair" in rows[1]["reason"]
     records, problems = read_records(path, tmp_path / "in")
     assert len(records) == 4 and len(problems) == 3
+
+
+def test_paths_of_windows_and_addresses(mixture, tmp_path):
+    (tmp_path / "coco").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "coco/1.png")
+    names = ["coco\\1.png", "coco\\2.png", "https://x.org/a.png", "C:\\coco\\1.png"]
+    found = verify_images(mixture([{"image": n} for n in names]), tmp_path, tmp_path / "report", 1, progress=False)
+    assert found == {"coco": Counts(2, 1, 1), "https:": Counts(1, 0, 0, 1), ".": Counts(1, 0, 0, 1)}
+    rows = [json.loads(line) for line in (tmp_path / "report/images.jsonl").read_text().splitlines()]
+    assert {row["image"] for row in rows} == {"coco/2.png", *names[2:]}
 
 
 def test_at_least_one_process(mix):
