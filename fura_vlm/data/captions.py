@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 
-from fura_vlm.data.conversation import SYSTEM_PROMPT
 from fura_vlm.data.questions import LETTER, PLACES, ROLES, SHORT, options, plural, relation, role
 from fura_vlm.data.scenes import COLORS, SHAPES, SIGN_COLORS, WORDS, Scene
+from fura_vlm.families.vicuna import SYSTEM_PROMPT
 
 
 def caption(scene: Scene, rng: random.Random, sentences: int = 10) -> str:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from fura_vlm.data.messages import DataError, Picture
+from fura_vlm.data.messages import DataError
+from fura_vlm.families.messages import Picture
 
 if TYPE_CHECKING:
     import datasets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -13,61 +14,53 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fura_vlm.data.conversation import EncodingError, Tokens, cut, spread, tokenize
-from fura_vlm.data.images import ImageError, load_image
+from fura_vlm.data.images import ImageError, image_size, load_image
 from fura_vlm.data.messages import DataError, Problem, Record
+from fura_vlm.families.base import Encoded, EncodingError, Family
 
 BATCH = 1000
 """Records that are tokenized at once."""
 
 
-def count_image_tokens(processor) -> int:
-    """How many tokens an image takes in the language model of a LLaVA with this ``LlavaProcessor``."""
-    size = processor.image_processor.crop_size
-    patches = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
-    dropped = processor.vision_feature_select_strategy == "default"  # the tower's class token
-    return patches + processor.num_additional_image_tokens - dropped
-
-
 # ------------------------------------------------------------------------------------------------------- rows
 
 
-def row_schema(processor) -> pa.Schema:
+def row_schema(family: Family) -> pa.Schema:
     """The columns of an encoded record.
 
-    ``input_ids``, in two or four bytes a token, and ``supervised``, one bit a token, are the conversation with an
-    image as one token; ``length`` counts the image with all its tokens. ``image`` is the path of the file or null;
-    ``file``, ``place`` and ``id`` say which record it is.
+    ``input_ids``, in two or four bytes a token, and ``supervised``, one bit a token, are the conversation with each
+    run of a picture's tokens as one of them; ``runs`` are the lengths of the runs, and ``length`` counts all tokens.
+    ``images`` are the sources of the pictures; ``file``, ``place`` and ``id`` say which record it is.
     """
-    token = pa.uint16() if len(processor.tokenizer) <= 1 << 16 else pa.uint32()
-    columns = {"input_ids": pa.list_(token), "supervised": pa.list_(pa.bool_()), "length": pa.int32()}
-    return pa.schema(columns | dict.fromkeys(("image", "file", "place", "id"), pa.string()))
+    token = pa.uint16() if len(family.tokenizer) <= 1 << 16 else pa.uint32()
+    columns = {"input_ids": pa.list_(token), "supervised": pa.list_(pa.bool_()), "runs": pa.list_(pa.int32())}
+    columns |= {"length": pa.int32(), "images": pa.list_(pa.string())}
+    return pa.schema(columns | dict.fromkeys(("file", "place", "id"), pa.string()))
 
 
-def encode_rows(
-    records: Sequence[Record], processor, max_length: int, conversation: str = "v1"
-) -> tuple[pa.RecordBatch, list[Problem]]:
+def encode_rows(records: Sequence[Record], family: Family, max_length: int) -> tuple[pa.RecordBatch, list[Problem]]:
     """Tokenizes records into the columns of ``row_schema``.
 
     Args:
         records: no more than fit into memory several times.
-        processor: a ``LlavaProcessor`` with a fast tokenizer.
+        family: that of the model.
         max_length: tokens of a row, image tokens included; longer ones are cut on the right.
-        conversation: what a record becomes, a key of ``fura_vlm.data.conversation.RENDER``.
 
     Returns:
         The rows of those that can be encoded; what is wrong with the others, and those that are cut.
 
     Raises:
         EncodingError: if the tokenizer will not do.
+        ModelError: if the model cannot be trained with pictures or conversations at all.
     """
-    image_tokens = count_image_tokens(processor)
-    good, rows, problems = [], [], []
-    for record, tokens in zip(records, tokenize(records, processor.tokenizer, conversation), strict=True):
+    measured, problems = _measured(records, family)
+    good, rows = [], []
+    encoded = family.encode([(record.messages, sizes) for record, sizes in measured])
+    for (record, _), tokens in zip(measured, encoded, strict=True):
         try:
             if isinstance(tokens, EncodingError):
                 raise tokens
-            kept = cut(tokens, processor.image_token_id, image_tokens, max_length)
+            kept = family.cut(tokens, max_length)
         except EncodingError as reason:
             problems.append(record.problem(str(reason)))
             continue
@@ -76,17 +69,13 @@ def encode_rows(
         if lost := len(tokens.ids) - len(kept.ids):
             note = f"longer than {max_length} tokens: the last {lost} are cut off"
             problems.append(record.problem(note, skipped=False))
-    lengths = np.array([len(row.ids) for row in rows], np.int32)
-    starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
-    ids = np.concatenate([row.ids for row in rows]) if rows else []
-    supervised = np.concatenate([row.supervised for row in rows]) if rows else []
-    lengths += np.array([bool(record.pictures) for record in good], np.int32) * (image_tokens - 1)
-    schema = row_schema(processor)
+    schema = row_schema(family)
     columns = {
-        "input_ids": pa.ListArray.from_arrays(starts, pa.array(ids, schema.field("input_ids").type.value_type)),
-        "supervised": pa.ListArray.from_arrays(starts, pa.array(supervised, pa.bool_())),
-        "length": lengths,
-        "image": [record.image_path for record in good],
+        "input_ids": _lists([row.ids for row in rows], schema.field("input_ids").type.value_type),
+        "supervised": _lists([row.supervised for row in rows], pa.bool_()),
+        "runs": _lists([row.runs for row in rows], pa.int32()),
+        "length": [row.length for row in rows],
+        "images": [record.pictures for record in good],
         "file": [record.file for record in good],
         "place": [record.place for record in good],
         "id": [record.id for record in good],
@@ -94,15 +83,36 @@ def encode_rows(
     return pa.RecordBatch.from_pydict(columns, schema), problems
 
 
+def _measured(records: Sequence[Record], family: Family) -> tuple[list[tuple[Record, list]], list[Problem]]:
+    """Each record with the sizes of its pictures, as far as the family wants to know them."""
+    if not family.needs_sizes:
+        return [(record, [(0, 0)] * len(record.pictures)) for record in records], []
+
+    def sizes(record: Record) -> list[tuple[int, int]] | Problem:
+        try:
+            return [image_size(source) for source in record.pictures]
+        except ImageError as error:
+            return record.problem(str(error))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = list(zip(records, pool.map(sizes, records), strict=True))
+    problems = [each for _, each in found if isinstance(each, Problem)]
+    return [(record, each) for record, each in found if not isinstance(each, Problem)], problems
+
+
+def _lists(rows: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray:
+    starts = np.append(0, np.cumsum([len(row) for row in rows])).astype(np.int32)
+    return pa.ListArray.from_arrays(starts, pa.array(np.concatenate(rows) if rows else [], kind))
+
+
 # ---------------------------------------------------------------------------------------------------- dataset
 
 
 class ConversationDataset(Dataset):
-    """Rows for training a LLaVA, as the collator takes them.
+    """Rows for training, as the collator takes them.
 
-    A row has ``input_ids`` and ``labels``, (length,) int64, and with an image ``pixel_values``, (3, height,
-    width) float32, normalised. Whether images are padded to a square with the mean colour, as LLaVA v1.5
-    trains (``image_aspect_ratio=pad``), is the image processor's ``do_pad``.
+    A row has ``input_ids`` and ``labels``, (length,) int64, and under ``pictures`` the tensors that the family makes of
+    its pictures, none if it has none.
 
     All texts are tokenized beforehand and are columns of an Arrow table: the lengths must be known to group
     batches, and Arrow's memory is shared with the loader's workers at no cost, which Python's strings are not.
@@ -111,10 +121,9 @@ class ConversationDataset(Dataset):
 
     Args:
         records: records whose image files exist.
-        processor: a ``LlavaProcessor`` with a fast tokenizer.
+        family: that of the model.
         max_length: tokens of a row, image tokens included; longer ones are cut on the right.
         progress: show a bar if there are many records.
-        conversation: what a record becomes, a key of ``fura_vlm.data.conversation.RENDER``.
 
     Attributes:
         problems: records that cannot be encoded and are left out, and those that are cut.
@@ -125,43 +134,38 @@ class ConversationDataset(Dataset):
         EncodingError: if the tokenizer will not do.
     """
 
-    def __init__(
-        self, records: list[Record], processor, max_length: int, progress: bool = True, conversation: str = "v1"
-    ):
+    def __init__(self, records: list[Record], family: Family, max_length: int, progress: bool = True):
         batches, problems = [], []
         bar = tqdm(total=len(records), desc="tokens", disable=not progress or len(records) < 20_000)
         for start in range(0, len(records), BATCH):
-            rows, found = encode_rows(records[start : start + BATCH], processor, max_length, conversation)
+            rows, found = encode_rows(records[start : start + BATCH], family, max_length)
             batches.append(rows)
             problems += found
             bar.update(len(rows))
         bar.close()
-        self._use(pa.Table.from_batches(batches, row_schema(processor)), processor, problems)
+        self._use(pa.Table.from_batches(batches, row_schema(family)), family, problems)
 
     @classmethod
-    def from_files(cls, files: Sequence[str], processor, problems: list[Problem], left_out: Sequence[str] = ()):
+    def from_files(cls, files: Sequence[str], family: Family, problems: list[Problem], left_out: Sequence[str] = ()):
         """The dataset over files with the columns of ``row_schema``, which are mapped into memory, not read.
 
         Args:
             files: Arrow streams, as ``datasets.Dataset.from_file`` takes them.
-            processor: the ``LlavaProcessor`` that the rows were made with.
+            family: with the processor that the rows were made with.
             problems: what was wrong with the records.
             left_out: images whose rows are left out.
         """
         dataset = cls.__new__(cls)
         dataset._files = list(files)
-        dataset._use(read_table(files), processor, problems, left_out)
+        dataset._use(read_table(files), family, problems, left_out)
         return dataset
 
-    def _use(self, table: pa.Table, processor, problems: list[Problem], left_out: Sequence[str] = ()) -> None:
-        self.image_processor = processor.image_processor
-        self.image_token_id = processor.image_token_id
-        self.num_image_tokens = count_image_tokens(processor)
+    def _use(self, table: pa.Table, family: Family, problems: list[Problem], left_out: Sequence[str] = ()) -> None:
+        self.family = family
         self.problems = problems
         self._table = table
-        used = pc.invert(pc.is_in(table["image"], pa.array(left_out, pa.string())))
-        self._rows = np.flatnonzero(used)  # by the dataset's index, the row of the table
-        self.has_image = pc.is_valid(table["image"]).to_numpy()[self._rows]
+        self._rows = np.flatnonzero(~rows_with(table, left_out))  # by the dataset's index, the row of the table
+        self.has_image = (pc.list_value_length(table["images"]).to_numpy() > 0)[self._rows]
         self.lengths = table["length"].to_numpy()[self._rows].astype(np.int64)
 
     _files: list[str] | None = None
@@ -178,18 +182,25 @@ class ConversationDataset(Dataset):
         if self._table is None:
             self._table = read_table(self._files)
         row = int(self._rows[index])
-        ids = self._table["input_ids"][row].values.to_numpy().astype(np.int64)
+        ids, runs = (self._table[name][row].values.to_numpy().astype(np.int64) for name in ("input_ids", "runs"))
         supervised = self._table["supervised"][row].values.to_numpy(zero_copy_only=False)
-        ids, labels = spread(Tokens(ids, supervised), self.image_token_id, self.num_image_tokens)
+        ids, labels = self.family.spread(Encoded(ids, supervised, runs))
         item = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
-        if (path := self._table["image"][row].as_py()) is not None:
-            try:
-                image = load_image(path)
-            except ImageError as error:
-                file, place, name = (self._table[column][row].as_py() for column in ("file", "place", "id"))
-                raise DataError(f"{file}, {place} (id {name}): {error}") from error
-            item["pixel_values"] = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
-        return item
+        try:
+            images = [load_image(source) for source in self._table["images"][row].as_py()]
+        except ImageError as error:
+            file, place, name = (self._table[column][row].as_py() for column in ("file", "place", "id"))
+            raise DataError(f"{file}, {place} (id {name}): {error}") from error
+        return item | self.family.token_type_ids(ids) | {"pictures": self.family.pixels(images)}
+
+
+def rows_with(table: pa.Table, sources: Sequence[str]) -> np.ndarray:
+    """(rows,) bool: those that have one of these pictures."""
+    found = np.zeros(len(table), dtype=bool)
+    images = table["images"].combine_chunks()
+    there = pc.is_in(pc.list_flatten(images), pa.array(sources, pa.string())).to_numpy(zero_copy_only=False)
+    found[pc.list_parent_indices(images).to_numpy()[there]] = True
+    return found
 
 
 def read_table(files: Sequence[str]) -> pa.Table:

@@ -42,7 +42,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fura_vlm.data.media import unused_mark, unused_media
-from fura_vlm.data.messages import IMAGE, Message, Part, Picture, Role, Text
+from fura_vlm.data.messages import IMAGE
+from fura_vlm.families.messages import Message, Part, Picture, Role, Text
 
 
 class InvalidRecord(Exception):

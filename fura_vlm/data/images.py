@@ -46,6 +46,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_ON_ITS_SIDE = (5, 6, 7, 8)
+
 
 class ImageError(FuraVLMError):
     """An image file that cannot be used. The message is one sentence: the file, the reason, the way out."""
@@ -102,6 +104,20 @@ def check_image(path: str | os.PathLike, decode: bool, max_pixels: int = MAX_PIX
         load_image(path, max_pixels)
     else:
         _open(path, max_pixels).close()
+
+
+def image_size(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of the picture that ``load_image`` gives, in pixels; only the header is read.
+
+    Raises:
+        ImageError: as ``check_image`` without decoding.
+    """
+    with _open(path, max_pixels) as image:
+        try:
+            turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+        except Exception:  # a damaged EXIF block: ``_upright`` ignores it, too
+            turned = False
+        return image.size[::-1] if turned else image.size
 
 
 def _open(path: str | os.PathLike, max_pixels: int) -> Image.Image:

@@ -8,7 +8,7 @@
                                               <fallback>/<key>.images.json where that cannot be written
 
 The key is a hash of all that the rows depend on: the mixture (path, size, time of change), the image folder, the
-tokenizer, the conversation, the image's tokens and the maximum length. Where something of it changes, another index
+tokenizer, the conversation, what pictures of some sizes become, and the maximum length. Where something of it changes, another index
 is made; those of a mixture that has changed are removed.
 """
 
@@ -28,16 +28,17 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from fura_vlm.data.columns import address, names_columns, state
-from fura_vlm.data.conversation import RENDER
-from fura_vlm.data.dataset import BATCH, ConversationDataset, count_image_tokens, encode_rows, read_table, row_schema
+from fura_vlm.data.dataset import BATCH, ConversationDataset, encode_rows, read_table, row_schema, rows_with
 from fura_vlm.data.image_checks import DECODE_UP_TO, Verify, check_paths
 from fura_vlm.data.images import find_image
 from fura_vlm.data.locate import image_hint, source_of
-from fura_vlm.data.messages import DataError, Problem, Turn
+from fura_vlm.data.messages import DataError, Problem
 from fura_vlm.data.records import default_image_folder, iter_records
+from fura_vlm.families.base import Encoded, EncodingError, Family
+from fura_vlm.families.messages import Message, Picture, Text
 from fura_vlm.files import write_text
 
-VERSION = 3
+VERSION = 4
 """Raised when the same settings give other rows."""
 
 PART = 20_000
@@ -66,11 +67,11 @@ class Index:
     problems: list[Problem]
     fallback: Path
 
-    def dataset(self, processor, verify: Verify = "auto") -> tuple[ConversationDataset, str]:
+    def dataset(self, family: Family, verify: Verify = "auto") -> tuple[ConversationDataset, str]:
         """The dataset of all records whose images can be used; its ``problems`` are those of records and images.
 
         Args:
-            processor: the one that the index was made with.
+            family: the one that the index was made with.
             verify: as in ``check_paths``. Of a large mixture, images that have once been found good are not looked
                 at again; the others are.
 
@@ -81,15 +82,19 @@ class Index:
             DataError: if there are images and every one of them is missing.
         """
         table = read_table(self.files)
-        paths = pc.unique(table["image"]).drop_null().to_pylist()
+        paths = pc.unique(pc.list_flatten(table["images"])).to_pylist()
         broken = self._broken_images(paths, verify)
         advice = self._advice(paths, broken)
-        selected = table.select(["image", "file", "place", "id"])
-        selected = selected.filter(pc.is_in(selected["image"], pa.array(list(broken), pa.string())))
-        bad = [Problem(row["file"], row["place"], row["id"], broken[row["image"]]) for row in selected.to_pylist()]
+        selected = table.select(["images", "file", "place", "id"]).filter(pa.array(rows_with(table, list(broken))))
+        bad = [
+            Problem(
+                row["file"], row["place"], row["id"], next(broken[path] for path in row["images"] if path in broken)
+            )
+            for row in selected.to_pylist()
+        ]
         gone = {problem.place for problem in bad}
         kept = [problem for problem in self.problems if problem.place not in gone]  # one reason is enough
-        return ConversationDataset.from_files(self.files, processor, kept + bad, list(broken)), advice
+        return ConversationDataset.from_files(self.files, family, kept + bad, list(broken)), advice
 
     def _broken_images(self, paths: list[str], verify: Verify) -> dict[str, str]:
         if verify == "none" or len(paths) <= DECODE_UP_TO:
@@ -130,10 +135,9 @@ class Index:
 def open_index(
     data_path: str | os.PathLike,
     image_folder: str | os.PathLike | None,
-    processor,
+    family: Family,
     max_length: int,
     fallback: str | os.PathLike,
-    conversation: str = "v1",
     progress: bool = True,
 ) -> Index:
     """The index of a mixture; it is made where it is not there yet.
@@ -144,11 +148,10 @@ def open_index(
     Args:
         data_path: the mixture, as in ``iter_records``.
         image_folder: where its image paths start; by default as in ``iter_records``.
-        processor: a ``LlavaProcessor`` with a fast tokenizer.
+        family: that of the model.
         max_length: tokens of a row, image tokens included.
         fallback: a folder for the index where none can be written beside the mixture, and for what is found out about
             images where somebody else's index is used.
-        conversation: what a record becomes, a key of ``fura_vlm.data.conversation.RENDER``.
         progress: show a bar if the mixture is large.
 
     Raises:
@@ -164,10 +167,9 @@ def open_index(
         "version": VERSION,
         "mixture": mixture,
         "image_folder": str(image_folder),
-        "tokenizer": _fingerprint(processor.tokenizer),
-        "conversation": conversation,
-        "example": RENDER[conversation]([Turn("human", "a\n<image>"), Turn("gpt", "b")]),
-        "image_tokens": count_image_tokens(processor),
+        "tokenizer": _fingerprint(family.tokenizer),
+        "conversation": family.conversation,
+        "examples": _examples(family),
         "max_length": max_length,
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -178,7 +180,7 @@ def open_index(
             break
     else:
         folder = _writable(beside, fallback) / key
-        _make_once(folder, settings, data_path, image_folder, processor, progress)
+        _make_once(folder, settings, data_path, image_folder, family, progress)
     files = sorted(str(file) for file in folder.glob("part-*.arrow"))
     lines = (line for file in files for line in _problem_file(Path(file)).read_text("utf-8").splitlines())
     problems = [Problem(**json.loads(line)) for line in lines]
@@ -193,6 +195,20 @@ def _state(data_path: str | os.PathLike) -> dict:
     except OSError as error:
         raise DataError(f"{data_path} cannot be read ({error.strerror}): check data_path") from error
     return {"path": str(data_path), "size": found.st_size, "changed": found.st_mtime_ns}
+
+
+def _examples(family: Family) -> list[str]:
+    """What a conversation becomes with pictures of some sizes: another template or image processor gives another."""
+    made = []
+    for size in ((336, 336), (640, 480), (100, 900)):
+        turns = [Message("user", (Text("a\n"), Picture(""))), Message("assistant", (Text("b"),))]
+        [encoded] = family.encode([(turns, [size])])
+        made.append(str(encoded) if isinstance(encoded, EncodingError) else _digest(encoded))
+    return made
+
+
+def _digest(encoded: Encoded) -> str:
+    return hashlib.sha256(b"".join(part.tobytes() for part in encoded)).hexdigest()[:16]
 
 
 def _fingerprint(tokenizer) -> str:
@@ -227,7 +243,9 @@ def _remove_outdated(home: Path, mixture: dict) -> None:
             shutil.rmtree(described.parent)
 
 
-def _make(folder: Path, settings: dict, data_path: str | Path, image_folder: Path, processor, progress: bool) -> None:
+def _make(
+    folder: Path, settings: dict, data_path: str | Path, image_folder: Path, family: Family, progress: bool
+) -> None:
     building = folder.with_name(folder.name + ".tmp")
     building.mkdir(exist_ok=True)
     write_text(building / "making.json", json.dumps(settings, indent=1))
@@ -239,22 +257,22 @@ def _make(folder: Path, settings: dict, data_path: str | Path, image_folder: Pat
         if file.exists():
             elements = sum(1 for _ in part)  # parsed once more, which is quick, to get to what is missing
         else:
-            elements = _write_part(file, part, processor, settings["max_length"], settings["conversation"])
+            elements = _write_part(file, part, family, settings["max_length"])
         if elements < PART:
             break
     os.replace(building / "making.json", building / "index.json")
     building.rename(folder)
 
 
-def _write_part(file: Path, pairs, processor, max_length: int, conversation: str) -> int:
+def _write_part(file: Path, pairs, family: Family, max_length: int) -> int:
     """Returns the number of elements, good or bad."""
     elements, problems = 0, []
     temporary = file.with_name(file.name + ".tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, row_schema(processor)) as stream:
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, row_schema(family)) as stream:
         while batch := list(itertools.islice(pairs, BATCH)):
             elements += len(batch)
             records = [record for record, _ in batch if record is not None]
-            rows, found = encode_rows(records, processor, max_length, conversation)
+            rows, found = encode_rows(records, family, max_length)
             problems += [problem for _, problem in batch if problem is not None] + found
             stream.write_batch(rows)
     write_text(_problem_file(file), "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))

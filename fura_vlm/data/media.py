@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from fura_vlm.data.messages import Picture
+from fura_vlm.families.messages import Picture
 
 _PICTURES = (
     "image images img imgs picture pictures pic pics photo photos screenshot screenshots thumbnail pixel pixels".split()

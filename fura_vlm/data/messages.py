@@ -1,11 +1,12 @@
-"""What a record is: messages made of text and pictures."""
+"""What a record is: a conversation, and where it comes from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from fura_vlm.errors import FuraVLMError
+from fura_vlm.families.messages import Message, pictures
 
 IMAGE = "<image>"
 """Where a picture goes, in formats whose messages are plain text."""
@@ -13,53 +14,6 @@ IMAGE = "<image>"
 
 class DataError(FuraVLMError):
     """A mixture that cannot be used. The message is one sentence: the file, the reason and the way out."""
-
-
-class Text(NamedTuple):
-    """Words of a message, as they stand in the record: spaces and line breaks beside a picture are still there."""
-
-    text: str
-
-
-class Picture(NamedTuple):
-    """A picture of a message.
-
-    Args:
-        source: the path of its file; or, of a picture that is stored in a column of a data set,
-            ``"<Arrow file>::<row>::<column>::<number>"`` (``fura_vlm.data.columns``). ``load_image`` takes both.
-    """
-
-    source: str
-
-
-Part = Text | Picture
-"""Tell them apart by ``isinstance``: as tuples, ``Text("a")`` and ``Picture("a")`` are equal."""
-
-Role = Literal["system", "user", "assistant"]
-
-
-class Message(NamedTuple):
-    """A turn of a conversation: at least one part, no two texts side by side but for an Alpaca record's input."""
-
-    role: Role
-    parts: tuple[Part, ...]
-
-    @property
-    def text(self) -> str:
-        """Its texts, joined; without the pictures."""
-        return "".join(part.text for part in self.parts if isinstance(part, Text))
-
-    @property
-    def pictures(self) -> list[str]:
-        """The sources of its pictures, in order."""
-        return [part.source for part in self.parts if isinstance(part, Picture)]
-
-
-class Turn(NamedTuple):
-    """A message as LLaVA writes it: ``role`` is ``"human"`` or ``"gpt"``, a picture is ``<image>``."""
-
-    role: str
-    value: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +38,13 @@ class Record:
     @property
     def pictures(self) -> list[str]:
         """The sources of all pictures, in order."""
-        return [source for message in self.messages for source in message.pictures]
+        return pictures(self.messages)
 
     def problem(self, reason: str, skipped: bool = True) -> Problem:
         return Problem(self.file, self.place, self.id, reason, skipped)
 
     def __str__(self) -> str:
         return f"{self.file}, {self.place} (id {self.id})"
-
-    # What follows is LLaVA-1.5's view of a record: one picture, no system turn.
-
-    @property
-    def image_path(self) -> str | None:
-        """The only picture, or ``None``."""
-        pictures = self.pictures
-        return pictures[0] if pictures else None
-
-    @property
-    def conversations(self) -> tuple[Turn, ...]:
-        names = {"user": "human", "assistant": "gpt", "system": "system"}
-        return tuple(
-            Turn(names[m.role], "".join(p.text if isinstance(p, Text) else IMAGE for p in m.parts))
-            for m in self.messages
-        )
 
 
 @dataclass(frozen=True, slots=True)

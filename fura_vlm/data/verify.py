@@ -30,8 +30,9 @@ from fura_vlm.data.config import VerifyConfig
 from fura_vlm.data.formats import InvalidRecord, image_path, named_pictures
 from fura_vlm.data.images import ImageError, check_image, find_image
 from fura_vlm.data.locate import image_hint, source_of
-from fura_vlm.data.messages import DataError, Picture
+from fura_vlm.data.messages import DataError
 from fura_vlm.data.records import default_image_folder, iter_elements
+from fura_vlm.families.messages import Picture
 from fura_vlm.files import write_text
 
 _AT_ONCE = 64  # images that a process gets

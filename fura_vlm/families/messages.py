@@ -1,37 +1,43 @@
-"""A conversation as every family takes it: messages made of parts."""
+"""A conversation as every family takes it: messages made of text and pictures. Light: it takes no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-Role = Literal["system", "user", "assistant"]
-
 
 class Text(NamedTuple):
-    """Words."""
+    """Words of a message, as they stand in the record: spaces and line breaks beside a picture are still there."""
 
     text: str
 
 
 class Picture(NamedTuple):
-    """A picture, by the name that ``fura_vlm.data.images.load_image`` opens: the path of a file, say."""
+    """A picture of a message.
+
+    Args:
+        source: the path of its file; or, of a picture that is stored in a column of a data set,
+            ``"<Arrow file>::<row>::<column>::<number>"`` (``fura_vlm.data.columns``). ``load_image`` takes both.
+    """
 
     source: str
 
 
 Part = Text | Picture
+"""Tell them apart by ``isinstance``: as tuples, ``Text("a")`` and ``Picture("a")`` are equal."""
+
+Role = Literal["system", "user", "assistant"]
 
 
 class Message(NamedTuple):
-    """What one side says: text and pictures in any order."""
+    """A turn of a conversation: at least one part, no two texts side by side but for an Alpaca record's input."""
 
     role: Role
     parts: tuple[Part, ...]
 
     @property
     def text(self) -> str:
-        """The words of all parts, joined; pictures leave nothing behind."""
+        """Its texts, joined; without the pictures."""
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
     @property

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from fura_vlm.errors import ModelError, first_line
-from fura_vlm.families import Family, Language, family_class, model_class
+from fura_vlm.families.base import Family
+from fura_vlm.families.registry import family_class, model_class
 from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
 from fura_vlm.modelling.config import InspectConfig
 from fura_vlm.modelling.shards import WeightFiles
@@ -36,12 +37,12 @@ def load_family(path: str, base: str | None = None, conversation: str | None = N
     try:
         processor = cls.load_processor(path, config)
     except ImportError as error:
-        raise ModelError(f"The processor at {path} needs a package that is not installed: {_first_line(error)}") from error
+        raise ModelError(
+            f"The processor at {path} needs a package that is not installed: {_first_line(error)}"
+        ) from error
     except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         # What a processor raises whose files are missing, damaged, or those of another class.
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
-    if processor is None or not hasattr(processor, "tokenizer") and cls is not Language:
-        raise ModelError(f"No usable processor at {path}: it has no tokenizer")
     family = cls(processor, config, _ends(base or path, config, processor), conversation)
     if cls is Family:  # nobody has looked at this kind of model before
         family.check()

@@ -30,8 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from fura_vlm.families import Family
-from fura_vlm.families.base import IGNORE
+from fura_vlm.families.base import IGNORE, Family
 
 OF_TEXT = ("input_ids", "inputs_embeds", "position_ids", "use_cache")
 ROWS_AT_ONCE = 2048  # 32,064 logits in float32 for so many rows are 0.25 GiB

@@ -6,7 +6,9 @@ from family_models import BUILDERS
 from PIL import Image
 from transformers import AutoConfig
 
-from fura_vlm.families import Family, Message, Picture, Text, family_class
+from fura_vlm.families.base import Family
+from fura_vlm.families.messages import Message, Picture, Text
+from fura_vlm.families.registry import family_class
 
 
 @pytest.fixture(scope="session")

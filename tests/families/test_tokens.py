@@ -4,7 +4,8 @@ import pytest
 from conftest import ONE, PICTURES, TEXT_ONLY, TWO, assistant, conversations, encode, images, user
 
 from fura_vlm.errors import ModelError
-from fura_vlm.families import EncodingError, Language
+from fura_vlm.families.base import EncodingError
+from fura_vlm.families.text import Language
 
 
 def own_ids(family, messages) -> list[int]:
