@@ -18,11 +18,8 @@ from typing import Any
 
 from fura_vlm.data.columns import iter_rows, names_columns
 from fura_vlm.data.formats import InvalidRecord, parse
-
-# Where importers still look for them:
-from fura_vlm.data.image_checks import check_images  # noqa: E402, F401, I001
 from fura_vlm.data.json_items import iter_items
-from fura_vlm.data.messages import IMAGE, DataError, Problem, Record, Turn  # noqa: F401
+from fura_vlm.data.messages import DataError, Problem, Record
 from fura_vlm.files import write_text
 
 

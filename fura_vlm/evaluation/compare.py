@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from fura_vlm.data.records import write_text
+from fura_vlm.files import write_text
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import CompareConfig
 

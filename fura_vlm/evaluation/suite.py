@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fura_vlm.data.records import write_text
+from fura_vlm.files import write_text
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import EvalConfig
 

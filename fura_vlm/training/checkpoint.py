@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch.optim.lr_scheduler import LRScheduler
 
-from fura_vlm.data.records import write_text
+from fura_vlm.files import write_text
 from fura_vlm.errors import FuraVLMError
 
 NAME = "written_by.json"

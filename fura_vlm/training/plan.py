@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 from peft import PeftModel
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from fura_vlm.data.records import write_text
+from fura_vlm.files import write_text
 from fura_vlm.errors import FuraVLMError, first_line
 from fura_vlm.fura.kernels import MAX_BLOCK
 from fura_vlm.fura.layer import FuraLayer
