@@ -72,7 +72,7 @@ def write_processor(folder: Path, text: str) -> None:
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer
 
-    from fura_vlm.modelling.processor import make_processor
+    from fura_vlm.families.llava import make_processor
 
     bpe = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")

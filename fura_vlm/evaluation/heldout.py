@@ -13,9 +13,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fura_vlm.data.conversation import prompt
+from fura_vlm.data.image_checks import check_images
 from fura_vlm.data.images import load_image
-from fura_vlm.data.records import DataError, Record, check_images, read_records, write_text
+from fura_vlm.data.messages import DataError, Record
+from fura_vlm.data.records import read_records
+from fura_vlm.families.base import Family
+from fura_vlm.families.messages import Message, pictures
+from fura_vlm.files import write_text
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def load_questions(path: str | Path, image_folder: str | Path | None = None) -> 
 @torch.no_grad()
 def answer_questions(
     model,
-    processor,
+    family: Family,
     records: list[Record],
     batch_size: int = 32,
     max_new_tokens: int = 16,
@@ -67,26 +71,26 @@ def answer_questions(
     """Answers the first question of each record with the model as it is, greedily.
 
     Args:
-        model: a ``LlavaForConditionalGeneration`` or a PEFT model around one; it is left in the mode it was in.
-        processor: its ``LlavaProcessor``.
+        model: as it is or within a PEFT model; it is left in the mode it was in.
+        family: that of the model.
         records: the questions; ``record.extra["family"]`` groups them, where it is there.
         synced_gpus: as in ``generate``: needed where several processes share the weights (ZeRO-3).
     """
-    training, tokenizer = model.training, processor.tokenizer
+    training, tokenizer = model.training, family.tokenizer
     model.eval()
     answers = []
     steps = range(0, len(records), batch_size)
     for start in tqdm(steps, desc="held-out questions", disable=not progress, mininterval=2, leave=False):
         batch = records[start : start + batch_size]
-        inputs = processor(
-            text=[prompt(record.conversations[:1]) for record in batch],
-            images=[load_image(record.image_path) for record in batch if record.image_path] or None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+        asked = [question_of(record) for record in batch]
+        inputs = family.batch([
+            family.inputs(messages, [load_image(source) for source in pictures(messages)]) for messages in asked
+        ])
+        dtype = next(model.parameters()).dtype
+        inputs = {
+            name: value.to(model.device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+        }
         generated = model.generate(
             **inputs,
             do_sample=False,
@@ -95,12 +99,19 @@ def answer_questions(
             synced_gpus=synced_gpus,
         )
         texts = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for record, text in zip(batch, texts, strict=True):
-            question, expected = (turn.value for turn in record.conversations[:2])
-            family = record.extra.get("family", "all")
-            answers.append(Answer(record.id, family, question, expected, text.strip(), record.image_path))
+        for record, messages, text in zip(batch, asked, texts, strict=True):
+            question, expected = messages[-1].text.strip(), record.messages[len(messages)].text
+            image = next(iter(pictures(messages)), None)
+            kind = record.extra.get("family", "all")
+            answers.append(Answer(record.id, kind, question, expected, text.strip(), image))
     model.train(training)
     return answers
+
+
+def question_of(record: Record) -> tuple[Message, ...]:
+    """All up to the first answer."""
+    first = next(number for number, message in enumerate(record.messages) if message.role == "assistant")
+    return record.messages[:first]
 
 
 def exact_match(answers: list[Answer]) -> dict[str, float]:

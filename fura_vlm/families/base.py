@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,8 @@ from jinja2 import TemplateError
 from peft import PeftModel
 from PIL import Image
 from torch import nn
-from transformers import AutoImageProcessor, AutoProcessor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fura_vlm.errors import FuraVLMError, ModelError
@@ -73,6 +74,15 @@ class Parts(NamedTuple):
     head: nn.Module
     tower: nn.Module | None
     projectors: list[nn.Module]
+
+
+class Names(NamedTuple):
+    """What the modules of a model are called, as in ``named_modules``."""
+
+    decoder: str
+    head: str
+    tower: str | None
+    projectors: list[str]
 
 
 @dataclass(frozen=True)
@@ -440,6 +450,40 @@ class Family:
             joined[name] = torch.cat([_filled_up(value, shape) for value in values])
         return joined
 
+    # -------------------------------------------------------------------------------------------------- answering
+
+    def inputs(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> dict:
+        """What the model takes to answer the last message, a batch of one: ``input_ids`` and ``attention_mask``
+        (1, n) int64, and the tensors of the pictures.
+
+        Args:
+            images: the pictures of the messages, in order.
+        """
+        text = self.prompt(messages)
+        made = self.processor(
+            text=[text],
+            **({"images": [list(images)]} if images else {}),
+            add_special_tokens=self.adds_special_tokens([text]),
+            return_tensors="pt",
+        )
+        return dict(made)
+
+    def batch(self, several: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """``inputs`` of several conversations as one batch, padded on the left."""
+        values = {"input_ids": self.tokenizer.pad_token_id}
+        texts = {
+            name: pad_sequence(
+                [each[name][0] for each in several],
+                batch_first=True,
+                padding_value=values.get(name, 0),
+                padding_side="left",
+            )
+            for name in several[0]
+            if name in self.of_text
+        }
+        tensors = [{name: value for name, value in each.items() if name not in self.of_text} for each in several]
+        return texts | self.join([each for each in tensors if each])
+
     def blank(self) -> dict[str, torch.Tensor]:
         """The tensors of a small blank picture, for a process whose batch has none."""
         return self.pixels([Image.new("RGB", (32, 32))])
@@ -457,6 +501,20 @@ class Family:
         else:
             projectors = [part for part in model.model.children() if part is not decoder and part is not tower]
         return Parts(decoder, model.get_output_embeddings(), tower, projectors)
+
+    @cached_property
+    def names(self) -> Names:
+        """Where ``parts`` are, looked up on a model that takes no memory."""
+        with torch.device("meta"):
+            model = model_class(self.config).from_config(self.config)
+        parts = self.parts(model)
+        name_of = {id(module): name for name, module in model.named_modules()}
+        return Names(
+            name_of[id(parts.decoder)],
+            name_of[id(parts.head)],
+            None if parts.tower is None else name_of[id(parts.tower)],
+            [name_of[id(projector)] for projector in parts.projectors],
+        )
 
     def tower(self, model: nn.Module) -> nn.Module | None:
         """The vision tower of a plain model; in some families the projector is a part of it."""
@@ -512,3 +570,18 @@ def _tensors(value):
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from _tensors(each)
+
+
+def model_class(config) -> type[AutoModelForImageTextToText | AutoModelForCausalLM]:
+    """transformers' class that makes a model of a configuration.
+
+    Raises:
+        ModelError: there is none, so that the model neither sees nor writes.
+    """
+    for cls in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        if type(config) in cls._model_mapping:
+            return cls
+    raise ModelError(
+        f"A model of the type {config.model_type} is neither a language model nor one that sees and writes: take one "
+        "that transformers' AutoModelForImageTextToText or AutoModelForCausalLM loads"
+    )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM
 
-from fura_vlm.errors import ModelError
-from fura_vlm.families.base import Family
+from fura_vlm.families.base import Family, model_class
 from fura_vlm.families.gemma3 import Gemma3
 from fura_vlm.families.internvl import InternVL
 from fura_vlm.families.llava import Llava
@@ -22,18 +21,3 @@ def family_class(config) -> type[Family]:
     if model_class(config) is AutoModelForCausalLM:
         return Language
     return next((family for family in FAMILIES if config.model_type in family.model_types), Family)
-
-
-def model_class(config) -> type[AutoModelForImageTextToText | AutoModelForCausalLM]:
-    """transformers' class that makes a model of a configuration.
-
-    Raises:
-        ModelError: there is none, so that the model neither sees nor writes.
-    """
-    for cls in (AutoModelForImageTextToText, AutoModelForCausalLM):
-        if type(config) in cls._model_mapping:
-            return cls
-    raise ModelError(
-        f"A model of the type {config.model_type} is neither a language model nor one that sees and writes: take one "
-        "that transformers' AutoModelForImageTextToText or AutoModelForCausalLM loads"
-    )

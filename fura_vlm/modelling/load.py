@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from fura_vlm.errors import ModelError, first_line
-from fura_vlm.families.base import Family
-from fura_vlm.families.registry import family_class, model_class
+from fura_vlm.families.base import Family, model_class
+from fura_vlm.families.registry import family_class
 from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
 from fura_vlm.modelling.config import InspectConfig
 from fura_vlm.modelling.shards import WeightFiles

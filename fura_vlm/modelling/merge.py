@@ -10,7 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from fura_vlm.families.registry import model_class
+from fura_vlm.families.base import model_class
 from fura_vlm.fura.weights import compare_fingerprints, fingerprint
 from fura_vlm.modelling.config import MergeConfig
 from fura_vlm.modelling.load import find_parts, load_adapter, load_family, read_adapter_config, read_config

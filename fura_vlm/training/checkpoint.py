@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch.optim.lr_scheduler import LRScheduler
 
-from fura_vlm.files import write_text
 from fura_vlm.errors import FuraVLMError
+from fura_vlm.files import write_text
 
 NAME = "written_by.json"
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
-
-# The linear layers of the language model and the projector, by full name: the vision tower has q_proj, k_proj and
-# v_proj too and must not be adapted by accident.
-TARGET_MODULES = (
-    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    r"|.*multi_modal_projector\.linear_[12]"
-)
 
 Method = Literal["fura", "qfura", "lora", "qlora", "dora", "full", "projector"]
 
@@ -31,11 +26,14 @@ class TrainConfig:
         strict: refuse to train while any record cannot be used, instead of listing and leaving it out.
         verify_images: how images are checked before training: decode each, read headers only, or not at all.
         method: what is trained, and how: see ``fura_vlm/training/methods.py``.
-        conversation: what a record becomes: Vicuna's conversation, or the bare picture and its caption, as LLaVA
-            pretrains the projector.
+        conversation: the form of a conversation; by default the model's own. LLaVA-1.5 has v1, Vicuna's, and plain,
+            the bare picture and its caption, with which it pretrains the projector; language models without a chat
+            template can take vicuna or alpaca.
         mm_projector: the projector is adapted like the language model, or trained in full, or frozen.
+        vision_tower: the same for the tower.
         lora_r, lora_alpha, lora_dropout: of LoRA, QLoRA and DoRA; the defaults are those of LLaVA's LoRA script.
-        target_modules: what is adapted, as PEFT's ``target_modules`` (a regex over full names, or a list).
+        target_modules: what is adapted, as PEFT's ``target_modules`` (a regex over full names, or a list); by default
+            every linear layer of the language model, and of projector and tower where they are adapted.
         block_size: width of FuRA's blocks; by default the factor pair of each layer's input width nearest a square.
         train_singular_values: train the singular values with the cores (the paper's main form).
         train_batch_size: records a step over all processes, from which ``gradient_accumulation_steps`` follows; by
@@ -43,6 +41,7 @@ class TrainConfig:
         learning_rate: of the language model's adapter; by default 2e-4, with ``full`` 2e-5 (LLaVA's own), with
             ``projector`` 1e-3.
         mm_projector_lr: of the projector, adapter or whole; by default ``learning_rate``.
+        vision_tower_lr: of the tower, adapter or whole; by default ``learning_rate``.
         model_max_length: tokens a record may have, image tokens included; longer ones are cut.
         warmup_steps: steps over which the rate rises; below 1, the share of all steps.
         group_by_modality_length: batches of one modality and of similar length, as LLaVA trains.
@@ -65,9 +64,10 @@ class TrainConfig:
     verify_images: Literal["auto", "decode", "header", "none"] = "auto"
 
     method: Method = "fura"
-    conversation: Literal["v1", "plain"] = "v1"
+    conversation: str | None = None
     mm_projector: Literal["adapter", "full", "frozen"] = "adapter"
-    target_modules: str | list[str] = TARGET_MODULES
+    vision_tower: Literal["frozen", "adapter", "full"] = "frozen"
+    target_modules: str | list[str] | None = None
     block_size: int | None = None
     train_singular_values: bool = True
     lora_r: int = 128
@@ -81,6 +81,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
     mm_projector_lr: float | None = None
+    vision_tower_lr: float | None = None
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
     weight_decay: float = 0.0
@@ -105,6 +106,15 @@ class TrainConfig:
 
     eval_batch_size: int = 32
     eval_max_new_tokens: int = 16
+
+
+def zero(config: TrainConfig) -> dict:
+    """What the recipe's DeepSpeed configuration says of ZeRO.
+
+    Raises:
+        OSError, ValueError, AttributeError: it cannot be read, is not JSON, or not an object.
+    """
+    return json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {})
 
 
 @dataclass

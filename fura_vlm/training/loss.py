@@ -32,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from fura_vlm.families.base import IGNORE, Family
 
-OF_TEXT = ("input_ids", "inputs_embeds", "position_ids", "use_cache")
+OF_TEXT = ("input_ids", "inputs_embeds", "position_ids")
 ROWS_AT_ONCE = 2048  # 32,064 logits in float32 for so many rows are 0.25 GiB
 
 
@@ -67,11 +67,15 @@ def train_on_labels_only(model: nn.Module, family: Family) -> None:
         targets = labels[rows, before + 1]
         inputs.pop("attention_mask", None)
         if pictured is not None:
-            of_pictures = {name: value for name, value in inputs.items() if name not in OF_TEXT}
+            of_pictures = {
+                name: value
+                for name, value in inputs.items()
+                if isinstance(value, torch.Tensor) and name not in OF_TEXT
+            }
             embedded = family.embed(model, inputs["input_ids"], pictured, of_pictures)
             if embedded is not None:
-                inputs = {name: inputs[name] for name in OF_TEXT if name in inputs} | {"inputs_embeds": embedded}
-                del inputs["input_ids"]
+                inputs = {name: value for name, value in inputs.items() if name not in (*of_pictures, "input_ids")}
+                inputs["inputs_embeds"] = embedded
         wanted = torch.stack([rows, before])
         try:
             # The language model has a switch of its own for its cache; with one, every layer would be another graph.

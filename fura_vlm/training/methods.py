@@ -11,81 +11,167 @@ projector  the projector alone, in full: LLaVA's first stage (arXiv 2310.03744)
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
 import torch
 import torch._functorch.config
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fura_vlm.families.base import Family
 from fura_vlm.fura import FuraConfig
 from fura_vlm.training.config import TrainConfig
-
-PROJECTOR = "multi_modal_projector"
-ADAPTER_LEARNING_RATE = 2e-4
-LEARNING_RATES = {"full": 2e-5, "projector": 1e-3}  # of the others: LLaVA-1.5's
+from fura_vlm.training.processes import TrainingError
 
 
-def quantization(method: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Args:
+        adapter: PEFT's configuration, from the recipe's and from what all adapters share; ``None`` where the weights
+            themselves are trained.
+        learning_rate: where the recipe gives none.
+        four_bits: the base is kept in 4 bits.
+        language: the language model takes part, and not the projector alone.
+        without_four_bits, with_four_bits: the name of the same method with the base in the other form, if any.
+    """
+
+    adapter: Callable[[TrainConfig, dict], PeftConfig] | None
+    learning_rate: float = 2e-4
+    four_bits: bool = False
+    language: bool = True
+    without_four_bits: str | None = None
+    with_four_bits: str | None = None
+
+
+def _fura(config: TrainConfig, shared: dict) -> PeftConfig:
+    return FuraConfig(**shared, block_size=config.block_size, train_singular_values=config.train_singular_values)
+
+
+def _lora(config: TrainConfig, shared: dict, **more) -> PeftConfig:
+    return LoraConfig(**shared, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, **more)
+
+
+def _dora(config: TrainConfig, shared: dict) -> PeftConfig:
+    return _lora(config, shared, use_dora=True)
+
+
+def _nothing(config: TrainConfig, shared: dict) -> PeftConfig:
+    """An adapter that adapts nothing and holds a whole projector."""
+    return LoraConfig(**shared | {"target_modules": DUMMY_TARGET_MODULES})
+
+
+METHODS = {
+    "fura": Method(_fura, with_four_bits="qfura"),
+    "qfura": Method(_fura, four_bits=True, without_four_bits="fura"),
+    "lora": Method(_lora, with_four_bits="qlora"),
+    "qlora": Method(_lora, four_bits=True, without_four_bits="lora"),
+    "dora": Method(_dora),
+    "full": Method(None, learning_rate=2e-5),  # LLaVA-1.5's
+    "projector": Method(_nothing, learning_rate=1e-3, language=False),  # LLaVA-1.5's
+}
+
+
+def method_of(config: TrainConfig) -> Method:
+    return METHODS[config.method]
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """What is given, or the recipe's for the method."""
+    return method_of(config).learning_rate if config.learning_rate is None else config.learning_rate
+
+
+def quantization(config: TrainConfig, family: Family, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """How the language model's weights are stored while loading: NF4 with double quantisation for the methods whose
     name begins with q (QLoRA, section 3), as they are for the others. Vision tower and projector stay as they are.
 
     Args:
-        method: one of the names above.
         dtype: in which products are computed.
     """
-    if method not in ("qfura", "qlora"):
+    if not method_of(config).four_bits:
         return None
+    names = family.names
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["vision_tower", PROJECTOR, "lm_head"],
+        llm_int8_skip_modules=[*filter(None, [names.tower]), *names.projectors, names.head],
     )
 
 
-def adapter_config(config: TrainConfig) -> PeftConfig:
-    """PEFT's configuration of the chosen method. All methods adapt the same modules; the projector is adapted with
-    them, or trained in full (PEFT's ``modules_to_save``), or left alone; or it is all that is trained."""
+def adapter_config(config: TrainConfig, family: Family, model: PreTrainedModel) -> PeftConfig:
+    """PEFT's configuration of the chosen method. All methods adapt the same modules; projector and tower are adapted
+    with them, or trained in full (PEFT's ``modules_to_save``), or left alone; or the projector is all that is trained.
+
+    Raises:
+        TrainingError: the projector is asked for, and there is none.
+    """
+    method, names = method_of(config), family.names
+    tower = config.vision_tower if names.tower else "frozen"
+    if not names.projectors and not method.language:
+        raise TrainingError(
+            f"A model of the type {family.config.model_type} has no projector: take another method than {config.method}"
+        )
+    within = {name for name in names.projectors if names.tower and name.startswith(names.tower + ".")}
+    projector = config.mm_projector if method.language else "full"
+    linear = {
+        "decoder": _linear(model, [names.decoder]),
+        "projector": _linear(model, names.projectors),
+        "tower": _linear(model, filter(None, [names.tower]), but=within),
+    }
+    adapted = ["decoder"] + ["projector"] * (projector == "adapter") + ["tower"] * (tower == "adapter")
+    left_out = [] if config.target_modules is None else [each for part, each in linear.items() if part not in adapted]
+    full = [] if projector != "full" else [name for name in names.projectors if tower != "full" or name not in within]
     shared = {
-        "target_modules": config.target_modules,
-        "exclude_modules": None if config.mm_projector == "adapter" else rf".*{PROJECTOR}.*",
-        "modules_to_save": [PROJECTOR] if config.mm_projector == "full" else None,
+        "target_modules": config.target_modules or _pattern(linear[part] for part in adapted),
+        "exclude_modules": _pattern(left_out) if any(left_out) else None,
+        "modules_to_save": full + [names.tower] * (tower == "full") or None,
         "base_model_name_or_path": config.model_name_or_path,
         "task_type": "CAUSAL_LM",
     }
-    if config.method in ("fura", "qfura"):
-        return FuraConfig(**shared, block_size=config.block_size, train_singular_values=config.train_singular_values)
-    if config.method == "projector":  # an adapter that adapts nothing and holds a whole projector
-        return LoraConfig(**shared | {"target_modules": DUMMY_TARGET_MODULES, "modules_to_save": [PROJECTOR]})
-    return LoraConfig(
-        **shared,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        use_dora=config.method == "dora",
-    )
+    return method.adapter(config, shared)
 
 
-def learning_rate(config: TrainConfig) -> float:
-    """What is given, or the recipe's for the method."""
-    if config.learning_rate is not None:
-        return config.learning_rate
-    return LEARNING_RATES.get(config.method, ADAPTER_LEARNING_RATE)
+def _linear(model: nn.Module, parts: Iterable[str], but: set[str] = frozenset()) -> set[str]:
+    """Patterns of the names of all linear layers in some parts: with any number for each number in them."""
+    found = set()
+    for part in parts:
+        for name, module in model.get_submodule(part).named_modules(prefix=part):
+            if isinstance(module, nn.Linear) and not any(name.startswith(other) for other in but):
+                found.add(re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name)))
+    return found
 
 
-def prepare(model: LlavaForConditionalGeneration, config: TrainConfig) -> LlavaForConditionalGeneration | PeftModel:
-    """``model``, all of it frozen, as ``config.method`` trains it."""
-    if config.method != "full":
-        return get_peft_model(model, adapter_config(config))
-    model.model.language_model.requires_grad_(True)
-    model.lm_head.requires_grad_(True)
-    model.model.multi_modal_projector.requires_grad_(config.mm_projector != "frozen")
+def _pattern(names: Iterable[set[str]]) -> str:
+    return "|".join(sorted(set().union(*names)))
+
+
+def prepare(model: PreTrainedModel, config: TrainConfig, family: Family) -> PreTrainedModel | PeftModel:
+    """``model``, all of it frozen, as ``config.method`` trains it.
+
+    Raises:
+        TrainingError, ValueError: the settings are refused by this project, or by PEFT.
+    """
+    if method_of(config).adapter is not None:
+        return get_peft_model(model, adapter_config(config, family, model))
+    parts = family.parts(model)
+    for part in (parts.decoder, parts.head):
+        part.requires_grad_(True)
+    if parts.tower is not None:
+        parts.tower.requires_grad_(config.vision_tower != "frozen")
+    for part in parts.projectors:
+        part.requires_grad_(config.mm_projector != "frozen")
     return model
 
 
-def compile_layers(model: LlavaForConditionalGeneration | PeftModel, activation_memory_budget: float = 1.0) -> None:
+def compile_layers(model: PreTrainedModel | PeftModel, family: Family, activation_memory_budget: float = 1.0) -> None:
     """``torch.compile`` on each layer of the language model and of the vision tower, once for all of each and for
     batches of every size and length.
 
@@ -94,11 +180,13 @@ def compile_layers(model: LlavaForConditionalGeneration | PeftModel, activation_
             the backward pass rather than keep them.
     """
     torch._functorch.config.activation_memory_budget = activation_memory_budget
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if any(p.requires_grad for p in base.model.multi_modal_projector.parameters()):
+    parts = family.parts(model)
+    seeing = [part for part in (parts.tower, *parts.projectors) if part is not None]
+    if any(p.requires_grad for part in seeing for p in part.parameters()):
         # Only then are there gradients to the first layer's input; without pictures it would be another graph.
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
         base.enable_input_require_grads()
-    for part in (base.model.vision_tower, base.model.language_model):
-        for layer in part.modules():
+    for part in (parts.tower, parts.decoder):
+        for layer in part.modules() if part is not None else ():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.compile(dynamic=True)

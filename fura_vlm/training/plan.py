@@ -19,8 +19,8 @@ from jsonargparse import ArgumentParser
 from peft import PeftModel
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from fura_vlm.files import write_text
 from fura_vlm.errors import FuraVLMError, first_line
+from fura_vlm.files import write_text
 from fura_vlm.fura.kernels import MAX_BLOCK
 from fura_vlm.fura.layer import FuraLayer
 from fura_vlm.training.config import PlanConfig, TrainConfig

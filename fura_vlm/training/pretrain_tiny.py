@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fura_vlm.data.captions import caption, text
 from fura_vlm.data.scenes import draw, make_scene
-from fura_vlm.modelling.processor import make_processor
+from fura_vlm.families.llava import make_processor
 from fura_vlm.modelling.tiny import IMAGE_SIZE, PATCH_SIZE, make_model, train_tokenizer
 
 LENGTH = 192  # tokens a row, image tokens included

@@ -7,7 +7,7 @@ done. Asked for are, a weight of the language model and a token:
   way down to the projector; 2 more for the gradient of the weight only where it is trained. So a frozen base takes 4
   and not the usual 6.
 - The head takes part at supervised positions only; attention with 6 t^2 d a layer for t tokens of width d (causal, so
-  half of the pairs; forward and twice that backward); the vision tower forward only, 2 a weight and patch and
+  half of the pairs; forward and twice that backward); a frozen vision tower forward only, 2 a weight and patch and
   4 n^2 d a layer, for its n patches and class token.
 
 Padding is not asked for, nor is what gradient checkpointing computes a second time, nor additions and norms.
@@ -23,10 +23,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 from transformers.trainer_callback import ProgressCallback
 
-from fura_vlm.data.conversation import IGNORE
+from fura_vlm.families.base import IGNORE, Family, Parts
 
 # Dense bfloat16 with float32 accumulation, TFLOP/s, from NVIDIA's data sheets. The first that the name contains.
 PEAK_TFLOPS = {
@@ -57,26 +56,37 @@ class Work:
 
     token: float
     token_pair: float  # times the sum of the rows' squared lengths
-    image: float
+    picture_token: float
     label: float
 
     @classmethod
-    def of(cls, model: nn.Module) -> Work:
-        """Of a LLaVA, as it is or within a PEFT model."""
-        llava = next(m for m in model.modules() if isinstance(m, LlavaForConditionalGeneration))
-        text, vision = llava.config.text_config, llava.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        projector = llava.model.multi_modal_projector
-        trains_projector = any(p.requires_grad for p in projector.parameters())
-        tower = 2 * sum(_weights(llava.model.vision_tower)) * (patches + 1)
-        tower += 4 * (patches + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers
+    def of(cls, model: nn.Module, family: Family) -> Work:
+        """Of a model of this family, as it is or within a PEFT model."""
+        parts = family.parts(model)
+        text = family.config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
-            token=_cost(llava.model.language_model, 4),
+            token=_cost(parts.decoder, 4),
             token_pair=6 * head_dim * text.num_attention_heads * text.num_hidden_layers,
-            image=tower + patches * _cost(projector, 4 if trains_projector else 2),
-            label=_cost(llava.lm_head, 4),
+            picture_token=0.0 if parts.tower is None else _seeing(family, parts),
+            label=_cost(parts.head, 4),
         )
+
+
+def _seeing(family: Family, parts: Parts) -> float:
+    """Of a picture's token: the patches that it stands for in the tower, and itself in the projector."""
+    vision, patches = family.config.vision_config, family.patches()
+    projector = [_weights(each) for each in parts.projectors]
+    within = {id(m) for m in parts.tower.modules()}
+    inside = [weights for weights, each in zip(projector, parts.projectors, strict=True) if id(each) in within]
+    fixed, trained = (
+        all_of_it - sum(weights[kind] for weights in inside) for kind, all_of_it in enumerate(_weights(parts.tower))
+    )
+    layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
+    attention = 4 * patches.together * vision.hidden_size * layers
+    tower = (4 if trained else 2) * fixed + 6 * trained + attention
+    trains = any(trained for _, trained in projector)
+    return patches.per_token * tower + sum((4 if trains else 2) * fixed + 6 * trained for fixed, trained in projector)
 
 
 def _cost(module: nn.Module, frozen: int) -> float:
@@ -102,14 +112,15 @@ class Meter:
     """Counts what goes into the steps, on the device and without waiting for it, until it is read.
 
     Args:
-        model: a LLaVA, as it is or within a PEFT model.
+        model: as it is or within a PEFT model.
+        family: that of the model.
         device: where batches are.
     """
 
-    COUNTS = ("tokens", "pairs", "labels", "places", "rows", "images")
+    COUNTS = ("tokens", "pairs", "labels", "pictures", "places", "rows")
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self.work, self.device = Work.of(model), device
+    def __init__(self, model: nn.Module, family: Family, device: torch.device):
+        self.work, self.device, self.run_id = Work.of(model, family), device, family.run_id
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.started = self.first = None
         self.begun = 0
@@ -128,10 +139,11 @@ class Meter:
         """Takes note of a batch as ``Collator`` makes it."""
         lengths = batch["attention_mask"].sum(1).double()
         labels = (batch["labels"][:, 1:] != IGNORE).sum()
-        shapes = [batch["input_ids"].numel(), len(lengths), len(batch.get("pixel_values", ()))]
-        on_device = torch.stack([lengths.sum(), lengths.square().sum(), labels.double()])
-        self.counts[:3] += on_device.to(self.device)
-        self.counts[3:] += torch.tensor(shapes, dtype=torch.float64).to(self.device, non_blocking=True)
+        pictures = (batch["input_ids"] == self.run_id).sum()
+        shapes = [batch["input_ids"].numel(), len(lengths)]
+        on_device = torch.stack([lengths.sum(), lengths.square().sum(), labels.double(), pictures.double()])
+        self.counts[:4] += on_device.to(self.device)
+        self.counts[4:] += torch.tensor(shapes, dtype=torch.float64).to(self.device, non_blocking=True)
 
     def read(self, step: int, max_steps: int) -> dict[str, float]:
         """The figures since the last time, of all processes together; every process has to call this.
@@ -156,7 +168,7 @@ class Meter:
         if self.peak:
             work = self.work
             asked = work.token * count["tokens"] + work.token_pair * count["pairs"]
-            asked += work.image * count["images"] + work.label * count["labels"]
+            asked += work.picture_token * count["pictures"] + work.label * count["labels"]
             figures["mfu"] = asked / (seconds * processes * self.peak)
         # The first steps compile and warm up: they say nothing of those to come.
         since, at = self.first or (self.begun, self.started)

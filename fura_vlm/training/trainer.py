@@ -1,4 +1,4 @@
-"""transformers' Trainer as LLaVA needs it."""
+"""transformers' Trainer as instruction tuning needs it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,36 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from fura_vlm.data.sampler import ModalityLengthSampler
+from fura_vlm.families.base import Family
 from fura_vlm.training.checkpoint import WrittenBy, load_buffers, mend_optimizer, remove_universal
 from fura_vlm.training.loss import positions, train_on_labels_only
-from fura_vlm.training.methods import PROJECTOR
 from fura_vlm.training.throughput import Meter, Progress
 
 
 class FuraTrainer(Trainer):
-    """transformers' Trainer with LLaVA's batches, loss on the labels alone, a rate of its own for the
-    projector, whole checkpoints, and figures of its speed."""
+    """transformers' Trainer with LLaVA's batches, loss on the labels alone, rates of their own for projector and tower,
+    whole checkpoints, and figures of its speed."""
 
     def __init__(
-        self, *args, mm_projector_lr: float | None, group_by_modality_length: bool, universal: bool = False, **kwargs
+        self,
+        *args,
+        family: Family,
+        mm_projector_lr: float | None = None,
+        vision_tower_lr: float | None = None,
+        group_by_modality_length: bool = True,
+        universal: bool = False,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.family = family
         self.args.logging_nan_inf_filter = False  # it waits for the device after every batch, and hides a NaN
         self.universal = universal  # the checkpoint to go on from was written by another number of processes
-        self.mm_projector_lr = mm_projector_lr
+        self.rates = {"projector": mm_projector_lr, "tower": vision_tower_lr}
         self.group_by_modality_length = group_by_modality_length
         self._staging = False
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        train_on_labels_only(model)
-        self.image_token_id = model.config.image_token_id
-        self.meter = Meter(self.model, self.args.device)
+        train_on_labels_only(model, family)
+        self.meter = Meter(self.model, family, self.args.device)
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)
 
@@ -46,7 +53,7 @@ class FuraTrainer(Trainer):
         for batch in batches:
             self.meter.add(batch)
             # Here the device is waited for once a step, and not by every batch while it computes the one before.
-            batch |= positions(batch, self.image_token_id)
+            batch |= positions(batch, self.family.run_id)
         return batches, items
 
     def floating_point_ops(self, inputs):
@@ -87,20 +94,24 @@ class FuraTrainer(Trainer):
             decayed = {name for name, _ in trained}
             if self.args.weight_decay:  # biases and norms never
                 decayed &= set(self.get_decay_parameter_names(self.model))
-            rates = {False: self.args.learning_rate, True: self.mm_projector_lr}
-            if self.mm_projector_lr is None:
-                rates[True] = rates[False]
+            part_of = self._parts()
             groups = [
                 {
-                    "params": [p for name, p in trained if (PROJECTOR in name, name in decayed) == (projector, decays)],
+                    "params": [p for name, p in trained if (part_of.get(id(p)), name in decayed) == (part, decays)],
                     "weight_decay": self.args.weight_decay if decays else 0.0,
-                    "lr": rate,
+                    "lr": self.args.learning_rate if self.rates.get(part) is None else self.rates[part],
                 }
-                for projector, rate in rates.items()
+                for part in (None, *self.rates)
                 for decays in (True, False)
             ]
             self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
         return self.optimizer
+
+    def _parts(self) -> dict[int, str]:
+        """By their ids, what the weights with a rate of their own belong to; a projector may be within the tower."""
+        parts = self.family.parts(self.model)
+        modules = [("tower", parts.tower)] * (parts.tower is not None) + [("projector", p) for p in parts.projectors]
+        return {id(p): part for part, module in modules for p in module.parameters()}
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """What follows on DeepSpeed's own loading."""
