@@ -165,8 +165,11 @@ def chat_prompt(exchanges: list[tuple[str, str | None, str | None]], max_tokens:
 
 
 def training_losses(folder: Path) -> list[float]:
-    """The loss of each step of a run of ``STEPS`` steps, as a user starts it: the embedded model, FuRA, float32."""
-    mixture = EmbeddedConfig(output_dir=str(folder / "mixture"), train_records=2 * STEPS, text_share=0.2)
+    """The loss of each step of a run of ``STEPS`` steps, as a user starts it: the embedded model, FuRA, float32,
+    one thread."""
+    mixture = EmbeddedConfig(
+        output_dir=str(folder / "mixture"), train_records=2 * STEPS, eval_per_family=1, text_share=0.2
+    )
     write_embedded(mixture)
     recipe = {
         "model_name_or_path": str(EMBEDDED_MODEL),
@@ -186,7 +189,7 @@ def training_losses(folder: Path) -> list[float]:
     process = subprocess.run(
         ["bash", "scripts/finetune_fura.sh", str(folder / "recipe.yaml")],
         cwd=ROOT,
-        env=os.environ | {"NUM_PROCESSES": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"NUM_PROCESSES": "1", "OMP_NUM_THREADS": "1"},  # threads wait for each other where it is busy
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -19,9 +19,12 @@ import json
 import freeze
 import parity_calls
 import pytest
+import torch
 import varied_records
 
-LOSS_TOLERANCE = 1e-3
+LOSS_TOLERANCE = 1e-4
+"""Relative. Kernels for other CPUs add in another order: torch's plain ones (``ATEN_CPU_CAPABILITY=default``), beside
+those for AVX2, change the 50 losses by at most 4.3e-6. The rest of the room is for CPUs and libraries not tried."""
 
 
 def frozen(name: str):
@@ -64,6 +67,7 @@ def test_chat_prompts(mixture):
     assert freeze.chat_prompts(mixture) == frozen("chats.json")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the frozen losses are a CPU's")
 def test_losses(tmp_path):
     assert parity_calls.training_losses(tmp_path) == pytest.approx(
         frozen("embedded.json")["losses"], rel=LOSS_TOLERANCE
