@@ -18,8 +18,10 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
+import sys
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from importlib.metadata import version
@@ -36,6 +38,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.markdown import Markdown
 from safetensors.torch import load_file, save_file
+from torch.utils import cpp_extension
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
@@ -98,6 +101,9 @@ AT_LEAST = {
     "eval_max_new_tokens": 1,
 }
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
+
+# PyTorch writes this path as it is into the shell command that links what DeepSpeed compiles: a space would cut it.
+cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
 
 
 class TrainingError(FuraVLMError):
@@ -633,7 +639,9 @@ def _finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console)
         console.print(f"report      {run / FINISHED}, with sample answers in {samples}", soft_wrap=True)
     console.print("What next:")
     image = next((answer.image for answer in held_out.after if answer.image), "IMAGE")
-    console.print(f"  bash scripts/eval.sh {run}", soft_wrap=True)
-    console.print(f"  .venv/bin/fura-vlm chat {image} --model {run}", soft_wrap=True)
+    program = os.path.relpath(Path(sys.executable).with_name("fura-vlm"))
+    commands = [["bash", "scripts/eval.sh", run], [program, "chat", image, "--model", run]]
     if not full:
-        console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)
+        commands.append([program, "merge", run, run / "merged"])
+    for command in commands:
+        console.print("  " + shlex.join(map(str, command)), soft_wrap=True)
