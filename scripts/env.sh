@@ -5,17 +5,21 @@
 #
 # The first call creates .venv and installs the tested versions of constraints.txt; later calls find the stamp
 # of what is installed and take no time. PYTHON names the interpreter to start from (default python3, >= 3.10).
-# FURA_VLM_VENV names another folder than .venv.
+# FURA_VLM_VENV names another folder than .venv. A checkout that is moved or copied with its .venv works as it is,
+# with its own code, and installs nothing again. Where checkouts share an environment the scripts run the code of
+# their own checkout, and the environment's own commands (VENV/bin/fura-vlm) that of the last one to run a script.
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="${FURA_VLM_VENV:-$ROOT/.venv}"
+case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 
 _fura_env() {
-    local stamp="$VENV/.fura-vlm-installed" wanted installed="" extra missing="" extras
-    wanted="$ROOT $(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)"
-    if [ -f "$stamp" ]; then  # first line: what was installed from; second line: the extras
-        installed="$(sed -n 2p "$stamp")"
-        [ "$(sed -n 1p "$stamp")" = "$wanted" ] || missing=all
+    local stamp="$VENV/.fura-vlm-installed" wanted source="" installed="" place="" extra missing=""
+    wanted="$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)"
+    if [ -f "$stamp" ] && [ -x "$VENV/bin/python" ]; then
+        # Its lines: what was installed from (once with the checkout's path before it), the extras, and the place.
+        { read -r source; read -r installed; IFS= read -r place; } < "$stamp" || true
+        case "$source" in "$wanted" | *" $wanted") ;; *) missing=all ;; esac
     else
         missing=all
     fi
@@ -23,8 +27,24 @@ _fura_env() {
         [ "$extra" != core ] || continue
         case " $installed " in *" $extra "*) ;; *) missing="$missing $extra"; installed="$installed $extra" ;; esac
     done
-    [ -n "$missing" ] || return 0
+    if [ -n "$missing" ]; then
+        _fura_install || return 1
+    elif [ "$place" = "$ROOT $VENV" ]; then
+        return 0
+    else
+        echo "Setting $VENV to the code in $ROOT"
+    fi
+    "$VENV/bin/python" -I "$ROOT/scripts/relocate.py" "$ROOT" || {
+        echo "Setting $VENV to the code in $ROOT failed; mend the cause above, or remove $VENV, and run the same" \
+            "command again" >&2
+        return 1
+    }
+    case "$place" in *" $VENV") ;; *) rm -rf "$VENV/torch_extensions" ;; esac  # holds paths; DeepSpeed compiles it anew
+    printf '%s\n' "$wanted" "$(echo $installed)" "$ROOT $VENV" > "$stamp.tmp" && mv "$stamp.tmp" "$stamp"
+}
 
+_fura_install() {
+    local extras
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "FuRA-VLM needs Python 3.10 or newer; name one with PYTHON=/path/to/python3 $0" >&2
         return 1
@@ -39,15 +59,17 @@ _fura_env() {
         return 1
     }
     extras="$(echo $installed | tr ' ' ',')"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$ROOT/constraints.txt" --editable "$ROOT${extras:+[$extras]}" || {
+    (cd "$ROOT" && "$VENV/bin/python" -I -m pip install --quiet --disable-pip-version-check \
+        --constraint constraints.txt --editable ".${extras:+[$extras]}") || {
         echo "Installing the packages into $VENV failed; mend the cause above and run the same command again" >&2
         return 1
     }
-    printf '%s\n' "$wanted" "$(echo $installed)" > "$stamp.tmp" && mv "$stamp.tmp" "$stamp"
 }
 
 _fura_env "$@" || exit 1
-source "$VENV/bin/activate"
+unset PYTHONHOME
+export VIRTUAL_ENV="$VENV" PATH="$VENV/bin:$PATH"
+# This checkout's code, also where checkouts share an environment or PYTHONPATH names another.
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # What DeepSpeed compiles belongs to this environment: in the common folder every checkout compiles it anew.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}"

@@ -10,7 +10,7 @@ class VerifyConfig:
     """Decode every image of a mixture and say which are missing, broken or not used.
 
     Args:
-        data_path: the mixture, a JSON or JSONL file in the LLaVA format.
+        data_path: the mixture: a JSON, JSONL or Parquet file, a folder of the datasets library, or a hub name.
         image_folder: where its image paths start; by default the folder of ``data_path``.
         report_dir: where the lists go; by default beside ``data_path``, with ``.images`` after its name.
         workers: processes that decode; by default one for each core.

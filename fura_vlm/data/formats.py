@@ -38,7 +38,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fura_vlm.data.media import unused_mark, unused_media
@@ -70,18 +69,15 @@ class _Place(NamedTuple):
     index: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class _Turn:
-    """A turn as it is read: ``said`` is its role in the format's own words."""
+    """A turn as it is read: ``said`` is its role in the format's own words, ``text`` all of its text."""
 
     number: int
     role: Role
     said: str
     parts: list[Part | _Place]
-
-    @property
-    def text(self) -> str:
-        return "".join(part.text for part in self.parts if isinstance(part, Text))
+    text: str
 
 
 def parse(item: Any, folder: str | os.PathLike) -> Parsed:
@@ -114,8 +110,8 @@ def parse(item: Any, folder: str | os.PathLike) -> Parsed:
     _refuse_unused_marks(turns)
     single = format.keys == ("conversations",) and not isinstance(item.get("image"), (list, type(None)))
     _place(turns, pictures, single, format.marked)
-    messages = (Message(turn.role, tuple(part for part in turn.parts if part != Text(""))) for turn in turns)
-    return Parsed(tuple(messages), extra, note)
+    messages = tuple([Message(turn.role, tuple([part for part in turn.parts if part[0]])) for turn in turns])
+    return Parsed(messages, extra, note)
 
 
 # ---------------------------------------------------------------------------------------------------- formats
@@ -180,6 +176,7 @@ def _alpaca(item: dict, folder) -> list[_Turn]:
     if more and more.strip():
         # A part of its own: Alpaca's own form has a heading between the two.
         turns[-2].parts += _text_parts("\n" + more, "input")
+        turns[-2].text += "\n" + more
     return turns
 
 
@@ -204,7 +201,7 @@ def _turn(number: int, turn: Any, folder) -> _Turn:
     if not isinstance(turn, dict):
         raise InvalidRecord(f"turn {number} should be an object with from and value, it is {_kind(turn)}")
     keys = ("from", "value") if "from" in turn or "value" in turn or "role" not in turn else ("role", "content")
-    said, content = (turn.get(key) for key in keys)
+    said, content = turn.get(keys[0]), turn.get(keys[1])
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:
         raise InvalidRecord(
@@ -212,15 +209,17 @@ def _turn(number: int, turn: Any, folder) -> _Turn:
         )
     where = f"turn {number}"
     if isinstance(content, str):
-        parts = _text_parts(content, where)
+        text, parts = content, _text_parts(content, where)
     elif isinstance(content, (list, tuple)) and not isinstance(content, Picture):
         parts = [made for part in content for made in _part(part, where, folder)]
+        text = "".join(part.text for part in parts if isinstance(part, Text))
     else:
         _refuse_unused({keys[1]: content} if isinstance(content, (dict, Picture)) else {}, f" of {where}", [])
         raise InvalidRecord(f"the {keys[1]} of {where} should be text, it is {_kind(content)}")
-    rest = {key: value for key, value in turn.items() if key not in keys}
-    _refuse_unused(rest, f" of {where}", [part.source for part in parts if isinstance(part, Picture)])
-    return _Turn(number, role, said, parts)
+    if len(turn) > 2:
+        rest = {key: value for key, value in turn.items() if key not in keys}
+        _refuse_unused(rest, f" of {where}", [part.source for part in parts if isinstance(part, Picture)])
+    return _Turn(number, role, said, parts, text)
 
 
 def _part(part: Any, where: str, folder) -> list[Part | _Place]:
@@ -256,7 +255,7 @@ def _text_parts(text: str, where: str) -> list[Part | _Place]:
 def _with_system(turns: list[_Turn], system: Any) -> list[_Turn]:
     if not isinstance(system, str) or not system.strip() or turns and turns[0].role == "system":
         return turns
-    return [_Turn(0, "system", "system", _text_parts(system, "system")), *turns]
+    return [_Turn(0, "system", "system", _text_parts(system, "system"), system), *turns]
 
 
 def _alternating(turns: list[_Turn]) -> tuple[list[_Turn], str | None]:
@@ -329,7 +328,8 @@ def image_path(image: str, folder: str | os.PathLike) -> str:
         raise InvalidRecord(f"the image path {image!r} begins at a drive of Windows: write it from the image folder on")
     joined = os.path.normpath(os.path.join(folder, path))
     # By name only: links within the image folder may lead elsewhere, as COCO often does.
-    if not Path(os.path.abspath(joined)).is_relative_to(os.path.abspath(folder)):
+    root = os.path.abspath(folder).rstrip(os.sep) + os.sep
+    if not f"{os.path.abspath(joined)}{os.sep}".startswith(root):
         raise InvalidRecord(f"the image path {image!r} leads out of the image folder {folder}")
     _refuse_surrogates(image, f"the image path {image!r}")
     return joined
@@ -423,7 +423,7 @@ def _sources(turns: Sequence[_Turn]) -> list[str]:
 
 def _refuse_unused(rest: Any, where: str, pictures: Sequence[str]) -> None:
     """A picture under a key that is not read would make a record that looks like text alone."""
-    if found := unused_media(rest, pictures):
+    if rest and (found := unused_media(rest, pictures)):
         raise InvalidRecord(
             f"{found}{where}, which is not read: a picture is the path of its file under image or images, videos and "
             "sound are not used; move it there, or take it out"

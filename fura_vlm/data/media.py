@@ -39,12 +39,12 @@ _TYPES = re.compile(r"(?:input_)?(?:image|image_url|img|picture|video|video_url|
 _TOKEN = re.compile(
     r"(?<![\"'`])(?:"  # in quotes it is code
     # <|image|>, <|image_1|>, <|vision_start|>, <|video_pad|>, <|AUDIO|>, <|begin_of_image|>, <|media_pad|>
-    r"<\|[\w-]*(?:image|img|vision|video|audio|media|picture)[\w-]*\|>"
+    r"<\|[\w-]{0,40}(?:image|img|vision|video|audio|media|picture)[\w-]{0,40}\|>"
     # <start_of_image>, <image_soft_token>, <IMG_CONTEXT>, <ImageHere>, <fake_token_around_image>, <global-img>
     r"|<(?:start|end|begin)_of_(?:image|video|audio)>|<boi>|<fake_token_around_image>|<global-img>|<im_patch>"
     r"|<(?:image|img|video|audio|vision|vid)_?(?:soft_)?(?:here|placeholder|tokens?|pad|patch|context|start|end|feature)>"
-    r"|<__(?:media|image)__>|(?-i:\[IMG(?:_BREAK|_END)?\](?!.*\[/IMG\]))|\[img-\d+\])",
-    re.I | re.S,
+    r"|<__(?:media|image)__>|(?-i:\[IMG(?:_BREAK|_END)?\])|\[img-\d+\])",
+    re.I,
 )
 # Neither list<image> nor (?P<image> nor "<image>"
 _TAG = re.compile(
@@ -83,15 +83,19 @@ def unused_mark(question: str, answer: str = "") -> str | None:
     question = question.replace("<image>", "")
     if "<" not in question and "[" not in question:
         return None
-    if token := _TOKEN.search(question):
-        return token[0]
+    lower = question.lower()
+    for token in _TOKEN.finditer(question):
+        if token[0][:4] != "[IMG" or "[/img]" not in lower:  # forums close what they open
+            return token[0]
+    about_code = None
     for tag in _TAG.finditer(question):
-        if re.search(f"</{tag['name']}", question, re.I):  # HTML closes what it opens
+        if f"</{tag['name'].lower()}" in lower:  # so does HTML
             continue
         before, after = question[: tag.start()], question[tag.end() :]
         first, last = not before.strip(), not after.strip()
-        alone = first and (last or after.startswith("\n")) or last and before.endswith("\n")
-        if alone or not (_ABOUT_CODE.search(question) or _CODE.search(answer)):
+        if about_code is None:
+            about_code = bool(_ABOUT_CODE.search(question) or _CODE.search(answer))
+        if not about_code or first and (last or after.startswith("\n")) or last and before.endswith("\n"):
             return tag[0]
     lines = question.strip().split("\n")
     return next((line for line in (lines[0].strip(), lines[-1].strip()) if _BRACKETS.fullmatch(line)), None)

@@ -8,6 +8,7 @@ copies each of them into every question about it, and ends at the first picture 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import io
 import textwrap
@@ -83,11 +84,16 @@ def load_tasks(
     Raises:
         TaskError: if a task does not exist, or its data cannot be had or have other columns or splits.
     """
-    manager = TaskManager(include_path=str(EVAL_FOLDER))
-    tasks = {name: _load(manager, name, data, limit) for name in names}
+    tasks = {name: _load(_manager(), name, data, limit) for name in names}
     for loaded in tasks.values() if max_new_tokens else ():
         loaded.task.set_config("generation_kwargs", {"max_new_tokens": max_new_tokens}, update=True)
     return tasks
+
+
+@functools.cache
+def _manager() -> TaskManager:
+    """Names and files of all tasks: lmms-eval parses more than three thousand files for it, which takes seconds."""
+    return TaskManager(include_path=str(EVAL_FOLDER))
 
 
 def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) -> LoadedTask:

@@ -30,7 +30,11 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Message(NamedTuple):
-    """A turn of a conversation: at least one part, no two texts side by side but for an Alpaca record's input."""
+    """A turn of a conversation: at least one part, none of them empty.
+
+    Texts stand side by side where the record has them so; of an Alpaca record the second one is its ``input``, after a
+    line break.
+    """
 
     role: Role
     parts: tuple[Part, ...]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from accelerate import PartialState
@@ -84,7 +86,9 @@ def finish(config: TrainConfig, run: Path, held_out: HeldOut, console: Console) 
         console.print(f"report      {run / FINISHED}, with sample answers in {samples}", soft_wrap=True)
     console.print("What next:")
     image = next((answer.image for answer in held_out.after if answer.image), "IMAGE")
-    console.print(f"  bash scripts/eval.sh {run}", soft_wrap=True)
-    console.print(f"  .venv/bin/fura-vlm chat {image} --model {run}", soft_wrap=True)
+    program = os.path.relpath(Path(sys.executable).with_name("fura-vlm"))
+    commands = [["bash", "scripts/eval.sh", run], [program, "chat", image, "--model", run]]
     if not full:
-        console.print(f"  .venv/bin/fura-vlm merge {run} {run / 'merged'}", soft_wrap=True)
+        commands.append([program, "merge", run, run / "merged"])
+    for command in commands:
+        console.print("  " + shlex.join(map(str, command)), soft_wrap=True)

@@ -9,6 +9,7 @@ is another that has failed.
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -22,6 +23,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch.utils import cpp_extension
 from transformers.utils import logging
 
 from fura_vlm.errors import FuraVLMError, first_line
@@ -41,6 +43,8 @@ def prepare_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if not os.environ.get("CUDA_HOME"):
             os.environ.setdefault("CUDA_PATH", "")  # a compiler for GPUs alone is no reason to warn of a missing GPU
+    # PyTorch writes this path as it is into the shell command that links what DeepSpeed compiles: a space would cut it.
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     # Batches of ever new lengths would leave holes in the GPU's memory that nothing fits into.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

@@ -1,6 +1,7 @@
 """Mixtures in columns, against what the datasets library itself reads and decodes."""
 
 import json
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -14,7 +15,7 @@ from fura_vlm.data.image_checks import check_images
 from fura_vlm.data.images import ImageError, check_image, load_image
 from fura_vlm.data.index import open_index
 from fura_vlm.data.messages import DataError
-from fura_vlm.data.records import read_records
+from fura_vlm.data.records import iter_records, read_records
 from fura_vlm.data.verify import Counts, verify_images
 
 CONTENT = [{"text": datasets.Value("string"), "type": datasets.Value("string")}]
@@ -136,6 +137,19 @@ def test_a_broken_picture_in_a_column_names_its_row(made, tmp_path):
         load_image(source.replace("::0::images::0", "::0::images::5"))
     with pytest.raises(ImageError, match="does not exist"):
         load_image(source.replace("made", "gone"))
+
+
+def test_reading_does_not_read_the_pictures(tmp_path):
+    rows = [row(number, [{"bytes": bytes([number]) * 500_000, "path": None}]) for number in range(40)]
+    datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(tmp_path / "made")
+    del rows
+    next(iter_records(tmp_path / "made"))  # what is imported and mapped
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    assert sum(record is not None for record, _ in iter_records(tmp_path / "made")) == 40
+    held = pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 2_000_000, "of 20 MB"
 
 
 def test_an_index_of_columns(made, tmp_path, processor):

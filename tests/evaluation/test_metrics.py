@@ -151,9 +151,14 @@ def test_paired_permutations_of_fractions():
     assert test.p_value == pytest.approx(2 / 16)
 
 
+@pytest.fixture(scope="module")
+def manager():
+    """lmms-eval's own; it parses thousands of files."""
+    return TaskManager(include_path=str(EVAL_FOLDER))
+
+
 @pytest.mark.parametrize("name, folder", [("pope_paper", "POPE"), ("textvqa_paper", "textvqa")])
-def test_lmms_eval_loads_the_variants_itself(name, folder, benchmarks):
-    manager = TaskManager(include_path=str(EVAL_FOLDER))
+def test_lmms_eval_loads_the_variants_itself(name, folder, benchmarks, manager):
     changed = {"task": name, "dataset_path": str(benchmarks / folder), "dataset_kwargs": None}
     task = manager.load_config(changed)[name]
     ours = load_tasks([name], str(benchmarks))[name].task
