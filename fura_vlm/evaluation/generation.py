@@ -22,15 +22,15 @@ from typing import NamedTuple
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import DynamicLayer
 
-from fura_vlm.data.conversation import prompt
-from fura_vlm.data.records import IMAGE, Turn
+from fura_vlm.data.messages import IMAGE
 from fura_vlm.errors import FuraVLMError, first_line
+from fura_vlm.families.base import Family
+from fura_vlm.families.messages import Message, Picture, Text
 
 MAX_BATCH_SIZE = 256
 """Where ``auto`` starts."""
@@ -45,7 +45,7 @@ class Question(NamedTuple):
 
     Args:
         name: how an error calls it: its task and document.
-        text: the question; an ``<image>`` in it is left out, for pictures stand before it, as in training.
+        text: the question; a mark for a picture in it is left out, for pictures stand before it, as in training.
         pictures: loads its pictures, one, several or none; called in another process.
         arguments: for ``generate``, and ``until``, a list of strings that end an answer.
     """
@@ -60,8 +60,8 @@ class Answerer:
     """A model that answers questions in batches.
 
     Args:
-        model: a ``LlavaForConditionalGeneration`` or a PEFT model around one, where it is to run.
-        processor: its ``LlavaProcessor``.
+        model: as it is or within a PEFT model, where it is to run.
+        family: that of the model.
         dtype: of the pictures, that of the vision tower.
         batch_size: questions answered at once, or ``"auto"``: as many as fit, at most ``max_batch_size``. Either is
             halved, for good, when memory runs out.
@@ -80,13 +80,13 @@ class Answerer:
     def __init__(
         self,
         model,
-        processor,
+        family: Family,
         dtype: torch.dtype,
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         num_workers: int | None = None,
     ) -> None:
-        self.model, self.processor, self.dtype = model.eval(), processor, dtype
+        self.model, self.family, self.dtype = model.eval(), family, dtype
         self.device = next(model.parameters()).device
         self.batch_size = batch_limit(batch_size, max_batch_size)
         if num_workers is None:
@@ -129,12 +129,12 @@ class Answerer:
     def _lengths(self, questions: Sequence[Question]) -> list[int]:
         """Their lengths in tokens, without conversation and pictures."""
         texts = [question.text for question in questions]
-        return list(self.processor.tokenizer(texts, return_length=True)["length"]) if texts else []
+        return list(self.family.tokenizer(texts, return_length=True)["length"]) if texts else []
 
     def _loader(self, questions: Sequence[Question], order: list[int]) -> DataLoader:
         workers = min(self.num_workers, len(order))
         return DataLoader(
-            Prepared(self.processor, questions, self.dtype),
+            Prepared(self.family, questions, self.dtype),
             sampler=order,
             batch_size=None,
             num_workers=workers,
@@ -174,8 +174,8 @@ class Answerer:
 
     @torch.inference_mode()
     def _generate(self, inputs: list[dict], arguments: dict) -> list[str]:
-        tokenizer, until = self.processor.tokenizer, arguments["until"]
-        batch = self.batch(inputs)
+        tokenizer, until = self.family.tokenizer, arguments["until"]
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in self.family.batch(inputs).items()}
         generated = self.model.generate(
             **batch,
             **{name: value for name, value in arguments.items() if name != "until"},
@@ -185,20 +185,6 @@ class Answerer:
         )
         texts = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_cut(text, until) for text in texts]
-
-    def batch(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
-        """What ``generate`` takes, on the device: ids and mask (n, tokens) int64, and the pictures if there are any."""
-        ids = [each["input_ids"] for each in inputs]
-        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0}
-        rows = {"input_ids": ids, "attention_mask": [torch.ones_like(each) for each in ids]}
-        batch = {
-            name: pad_sequence(rows[name], batch_first=True, padding_value=value, padding_side="left").to(self.device)
-            for name, value in padding.items()
-        }
-        pictures = [each["pixel_values"] for each in inputs if "pixel_values" in each]
-        if pictures:
-            batch["pixel_values"] = torch.cat([each.to(self.device, non_blocking=True) for each in pictures])
-        return batch
 
     def cache(self, arguments: dict) -> Cache | None:
         """A cache with room for the answer; ``None``, transformers' own, where a layer or beams need another kind."""
@@ -212,7 +198,7 @@ class Answerer:
         if not until:
             return None
         if tuple(until) not in self._criteria:
-            criterion = StopStringCriteria(self.processor.tokenizer, until)
+            criterion = StopStringCriteria(self.family.tokenizer, until)
             self._criteria[tuple(until)] = StoppingCriteriaList([criterion])
         return self._criteria[tuple(until)]
 
@@ -238,12 +224,12 @@ class RoomyLayer(DynamicLayer):
 
 
 class Prepared(Dataset):
-    """Questions as the model takes them: ``input_ids`` (tokens,) int64 and, if there are pictures, ``pixel_values``
-    (pictures, 3, height, width). Where preparing one fails, its ``EvaluationError`` stands in its place.
+    """Questions as the model takes them, each a batch of one (``Family.inputs``). Where preparing one fails, its
+    ``EvaluationError`` stands in its place.
     """
 
-    def __init__(self, processor, questions: Sequence[Question], dtype: torch.dtype):
-        self.processor, self.questions, self.dtype = processor, questions, dtype
+    def __init__(self, family: Family, questions: Sequence[Question], dtype: torch.dtype):
+        self.family, self.questions, self.dtype = family, questions, dtype
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -253,16 +239,11 @@ class Prepared(Dataset):
         try:
             pictures = list(question.pictures())
             if not all(isinstance(picture, Image.Image) for picture in pictures):
-                raise TypeError("it has a video or a sound, and LLaVA takes pictures")
-            inputs = self.processor(
-                text=[prompt_of(question.text, len(pictures))], images=pictures or None, return_tensors="pt"
-            )
+                raise TypeError("it has a video or a sound, and the model takes pictures")
+            inputs = self.family.inputs(messages_of(self.family, question.text, len(pictures)), pictures)
         except Exception as error:
             return EvaluationError(f"{question.name}: {first_line(error)}")
-        prepared = {"input_ids": inputs["input_ids"][0]}
-        if pictures:
-            prepared["pixel_values"] = inputs["pixel_values"].to(self.dtype)
-        return prepared
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def batch_limit(batch_size: int | str, max_batch_size: int | None = None) -> int:
@@ -286,12 +267,12 @@ def _first_batch(lengths: list[int], limit: int) -> int:
     return min(next(changes, limit), limit, len(lengths))
 
 
-def prompt_of(text: str, pictures: int) -> str:
-    """The prompt of the Vicuna v1 conversation. Pictures stand before the question, as in training."""
-    text = text.replace(IMAGE, "").strip()
-    if not pictures:
-        return prompt([Turn("human", text)])
-    return prompt([Turn("human", f"{IMAGE}\n{text}")]).replace(IMAGE, " ".join([IMAGE] * pictures))
+def messages_of(family: Family, text: str, pictures: int) -> list[Message]:
+    """A question as a conversation. Pictures stand before the words, as in training; marks for them that a task has
+    written into its words are left out."""
+    for mark in (IMAGE, family.placeholder):
+        text = text.replace(mark, "") if mark else text
+    return [Message("user", (*[Picture("")] * pictures, Text(text.strip())))]
 
 
 def _cut(text: str, until: list[str]) -> str:

@@ -1,8 +1,8 @@
-"""LLaVA, with or without an adapter, as a model of lmms-eval: batched, left-padded, several processes.
+"""A model of any family, with or without an adapter, as a model of lmms-eval: batched, several processes.
 
 lmms-eval finds it by the entry point in ``pyproject.toml``::
 
-    python -m lmms_eval --model fura_llava --model_args pretrained=BASE,adapter=FOLDER --tasks gqa --batch_size auto
+    python -m lmms_eval --model fura_vlm --model_args pretrained=BASE,adapter=FOLDER --tasks gqa --batch_size auto
 
 What differs from lmms-eval's own ``llava_hf``: any batch size; an exception names the document and ends the
 evaluation, where ``llava_hf`` goes on with an empty answer; no video library is needed; finished batches are kept on
@@ -26,16 +26,17 @@ import fura_vlm.fura  # noqa: F401  registers FuRA with PEFT
 from fura_vlm.evaluation.answers import AnswerStore, request_key
 from fura_vlm.evaluation.generation import Answerer, EvaluationError, Question, batch_limit
 from fura_vlm.evaluation.source import find_model
+from fura_vlm.modelling.load import default_dtype
 
 MAX_NEW_TOKENS = 128
 """Where a task sets no limit: that of LLaVA's own evaluation scripts."""
 
 
-class FuraLlava(lmms):
-    """A LLaVA for lmms-eval. ``loglikelihood`` and rounds of questions are not among what it can do.
+class FuraVLM(lmms):
+    """A model for lmms-eval. ``loglikelihood`` and rounds of questions are not among what it can do.
 
     Args:
-        pretrained: a LLaVA, merged or not (a folder or a name on the hub), a run folder, or an adapter's folder.
+        pretrained: a model, merged or not (a folder or a name on the hub), a run folder, or an adapter's folder.
         adapter: any PEFT adapter over ``pretrained``.
         processor: where the processor is, if not with the model.
         batch_size: requests answered at once, or ``"auto"``: as many as fit, at most ``max_batch_size``. Either is
@@ -79,10 +80,10 @@ class FuraLlava(lmms):
             device = device or str(self.accelerator.device)
         self.device = torch.device(device or ("cuda" if cuda else "cpu"))
         if dtype == "auto":
-            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        model, processor = source.load(getattr(torch, dtype), attn_implementation)
+            dtype = str(default_dtype() if self.device.type == "cuda" else torch.float32).removeprefix("torch.")
+        model, family = source.load(getattr(torch, dtype), attn_implementation)
         self.answerer = Answerer(
-            model.to(self.device), processor, getattr(torch, dtype), batch_size, max_batch_size, num_workers
+            model.to(self.device), family, getattr(torch, dtype), batch_size, max_batch_size, num_workers
         )
         self._store, self._identity = None, []
         if cache:
@@ -95,10 +96,10 @@ class FuraLlava(lmms):
         return self.answerer.batch_size
 
     def loglikelihood(self, requests: list[Instance]):
-        raise EvaluationError("fura_llava generates answers; this task asks for log-likelihoods: choose another one")
+        raise EvaluationError("fura_vlm generates answers; this task asks for log-likelihoods: choose another one")
 
     def generate_until_multi_round(self, requests: list[Instance]):
-        raise EvaluationError("fura_llava answers single questions; this task has several rounds: choose another one")
+        raise EvaluationError("fura_vlm answers single questions; this task has several rounds: choose another one")
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answers, in the order of ``requests``.

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.utils import cached_file
+from transformers import PretrainedConfig, PreTrainedModel
 
+from fura_vlm.families.base import Family
 from fura_vlm.modelling.load import (
     ModelError,
-    check_folder,
     find_adapter,
     find_parts,
     load_adapter,
     load_base,
-    load_processor,
+    load_family,
+    read_config,
 )
 
 
@@ -38,28 +38,23 @@ class Source:
 
     def load(
         self, dtype: torch.dtype, attn_implementation: str = "sdpa"
-    ) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
-        """Model, on the CPU, and processor.
+    ) -> tuple[PreTrainedModel | PeftModel, Family]:
+        """Model, on the CPU, and family.
 
         Raises:
             ModelError: if a part is missing or damaged, or the adapter belongs to another base.
         """
-        processor = load_processor(self.processor)
+        family = load_family(self.processor, self.base)
         model = load_base(self.base, dtype, attn_implementation)
-        return (load_adapter(model, self.adapter) if self.adapter else model).eval(), processor
+        return (load_adapter(model, self.adapter) if self.adapter else model).eval(), family
 
-    def config(self) -> LlavaConfig:
+    def config(self) -> PretrainedConfig:
         """The configuration of the base.
 
         Raises:
-            ModelError: if there is none, or it is that of another kind of model.
+            ModelError: if there is none.
         """
-        check_folder(self.base)
-        try:
-            config = LlavaConfig.from_pretrained(self.base)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"There is no model at {self.base}: give a folder or a name on the hub") from error
-        return config
+        return read_config(self.base)
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits; two models that may answer differently have different ones.
@@ -82,9 +77,11 @@ class Source:
                 if not path.is_file():
                     raise ModelError(f"No adapter at {self.adapter}: {name} is missing")
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
-        processor = load_processor(self.processor)
-        digest.update(json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str).encode())
-        digest.update(Path(cached_file(self.processor, "tokenizer.json")).read_bytes())
+        family = load_family(self.processor, self.base)
+        images = getattr(family.processor, "image_processor", None)
+        digest.update(json.dumps(images.to_dict() if images else {}, sort_keys=True, default=str).encode())
+        digest.update(str(getattr(family.processor, "chat_template", None)).encode())
+        digest.update(family.tokenizer.backend_tokenizer.to_str().encode())
         return digest.hexdigest()[:16]
 
 
@@ -92,8 +89,8 @@ def find_model(path: str, adapter: str | None = None) -> Source:
     """What ``path`` names.
 
     Args:
-        path: a run folder, an adapter's folder, or a LLaVA, merged or not (a folder or a name on the hub).
-        adapter: a folder with an adapter to put over ``path``, which then is a LLaVA; a run folder will do.
+        path: a run folder, an adapter's folder, or a model, merged or not (a folder or a name on the hub).
+        adapter: a folder with an adapter to put over ``path``, which then is a model; a run folder will do.
 
     Raises:
         ModelError: if ``path`` is a run that has not finished, or an adapter that names no base.

@@ -55,6 +55,11 @@ class Language(Family):
     def adds_special_tokens(self, texts: Sequence[str]) -> bool:
         return self.conversation != "template"  # a template writes them itself
 
+    def inputs(self, messages: Sequence[Message], images: Sequence) -> dict:
+        if images:
+            raise EncodingError("it has a picture, and the model takes text alone")
+        return super().inputs(messages, [])
+
     def tower(self, model: nn.Module) -> None:
         return None
 
