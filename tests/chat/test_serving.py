@@ -20,8 +20,9 @@ from PIL import Image
 
 from fura_vlm.chat.engine import ChatError, Sampling
 from fura_vlm.chat.models import load_models
+from fura_vlm.chat.page import as_seen
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
-from fura_vlm.chat.web import Chat, Session, Turn, _idle, as_seen
+from fura_vlm.chat.session import Chat, Session, Turn
 from fura_vlm.modelling.load import load_any, load_processor
 
 LENGTH = 12
@@ -187,7 +188,7 @@ def test_one_question_at_a_time(run, scenes):
         await asyncio.sleep(0)
         with pytest.raises(ChatError, match="still being written"):
             await answers("Two?")
-        await _idle(session)
+        await session.idle()
         assert [turn.question for turn in session.turns] == ["One?"]
         await first
 
