@@ -7,6 +7,7 @@ send text and pictures that it has uploaded, and nothing else about a conversati
 from __future__ import annotations
 
 import html
+import traceback
 from pathlib import Path
 
 import gradio as gr
@@ -19,24 +20,16 @@ from fura_vlm.chat.engine import ChatError, Generation, Sampling
 from fura_vlm.chat.markdown import JOINER, literal
 from fura_vlm.chat.models import BASE, Models, describe, examples
 from fura_vlm.chat.prompt import read_image
-from fura_vlm.chat.session import Chat, Session, Turn
+from fura_vlm.chat.session import KEEP_SECONDS, Chat, Session, Turn
 
-KEEP_SECONDS = 4 * 3600  # how long an uploaded picture is kept
 NOTHING = "nothing"
-THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-CSS = """
-.gradio-container {width: 100% !important; max-width: 72rem !important; margin: auto}
-/* Share would send the picture to another site. */
-button[aria-label="Share"], .icon-button-wrapper:not(:has(button:not([aria-label="Share"]))) {display: none}
-@media (hover: hover) { .image-container:not(:hover, :focus-within) [aria-label="Fullscreen"] {opacity: 0} }
-footer .divider {display: none}
-#inside th, #inside td {overflow-wrap: normal; word-break: normal}
-#left, #right {height: calc(100dvh - 27rem) !important; min-height: 20rem}
-@media (max-width: 640px) {
-  #left, #right {height: 54dvh !important; min-height: 14rem}
-  #left .example:nth-child(n + 3) {display: none}
-}
-"""
+HEAD = (Path(__file__).parent / "head.html").read_text(encoding="utf-8")
+CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+    block_border_width="1px",
+    block_border_color="*neutral_300",
+    block_border_color_dark="*neutral_700",
+)
 
 
 class Page(gr.Blocks):
@@ -65,6 +58,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
 
     with Page(title="FuRA-VLM", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS), fill_width=True) as page:
         session = gr.State(Session())
+        kept = gr.BrowserState("", storage_key="fura-vlm-chat")  # the conversation's key: all else stays on the server
         gr.Markdown(f"### FuRA-VLM · {html.escape(Path(models.path).name)}")
         with gr.Row():
             left = gr.Chatbot(
@@ -89,8 +83,10 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 allow_file_downloads=False,
                 visible=False,
             )
+        notice = gr.HTML(elem_id="notice", padding=False)
         box = gr.MultimodalTextbox(
             show_label=False,
+            file_count="multiple",
             file_types=["image"],
             max_plain_text_length=1_000_000,  # a long text stays text
             placeholder="Ask; drop or paste a picture",
@@ -116,10 +112,15 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 padding = gr.Markdown(elem_id="padding")
 
         settings = [model, other, temperature, top_p, length]
-        shown = [left, right, box, speed]
+        shown = [left, right, box, speed, notice]
 
-        async def answer(session, question, image, model, other, temperature, top_p, length, instead=()):
-            """Yields values for ``shown``. ``instead``: turns that come back if the question cannot be answered."""
+        async def answer(session, question, image, model, other, temperature, top_p, length, instead=(), says=()):
+            """Yields values for ``shown``.
+
+            Args:
+                instead: turns that come back if the question cannot be answered.
+                says: notices of before the question was read.
+            """
             sides = [model] if other == NOTHING else [model, other]
             taken = False
             try:
@@ -130,27 +131,28 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                         session.messages(other),
                         gr.skip() if taken else gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True),
                         _speed(sides, running),
+                        _notice([*says, *session.notices]),
                     )
                     taken = True
-            except ChatError as error:
+            except Exception as error:
                 session.turns += instead
-                value = {} if instead else {"value": {"text": question, "files": [image] if image else []}}
+                back = {"text": question, "files": [image] if image else []}
+                value = {"value": back} if taken and not instead else {}
                 message = gr.MultimodalTextbox(**value, submit_btn=True, stop_btn=False)
-                yield session.messages(), session.messages(other), message, ""
-                raise _shown_error(error) from error
-            yield gr.skip(), gr.skip(), gr.MultimodalTextbox(submit_btn=True, stop_btn=False), gr.skip()
-
-        def image_of(message) -> str | None:
-            files = message.get("files") or []
-            if len(files) > 1:
-                raise _shown_error(ChatError("One picture goes with a question: send the others with the next ones"))
-            return files[0] if files else None
+                yield session.messages(), session.messages(other), message, "", _notice([_words(error)], wrong=True)
+            else:
+                message = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+                yield session.messages(), session.messages(other), message, gr.skip(), gr.skip()
 
         async def submit(session, message, *settings):
-            image = image_of(message)
-            if image is None and not any(turn.image for turn in session.turns):
-                gr.Info("There is no picture yet: the model answers from words alone.")
-            async for values in answer(session, message["text"], image, *settings):
+            try:
+                image = _image_of(message)
+            except ChatError as error:
+                yield *[gr.skip()] * 4, _notice([error], wrong=True)
+                return
+            alone = image is None and not any(turn.image for turn in session.turns)
+            says = ["There is no picture yet: the model answers from words alone."] if alone else []
+            async for values in answer(session, message["text"], image, *settings, says=says):
                 yield values
 
         async def retry(session, *settings):
@@ -178,12 +180,20 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             await session.idle()
             turn = session.turns.pop() if session.turns else Turn("", None)
             message = {"text": turn.question, "files": [turn.image] if turn.image else []}
-            return session.messages(), session.messages(other), message
+            return session.messages(), session.messages(other), message, ""
 
         async def start_over(session):
             await session.idle()
             session.turns.clear()
-            return [], [], ""
+            return [], [], "", ""
+
+        async def restore(session, key):
+            """After a reload: the conversation that this browser had, with the models that were asked last."""
+            chat.restore(session, key)
+            if not session.turns:
+                return session.key, *[gr.skip()] * 4
+            last, beside = [*session.turns[-1].models, NOTHING][:2]
+            return session.key, session.messages(), session.messages(beside), last, beside
 
         def compare(session, model, other):
             return (
@@ -202,28 +212,39 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             """Asks a question, with a picture or about the one sent before; yields the answer as it grows."""
             sampling = _sampling(temperature, top_p, max_new_tokens, longest)
             try:
-                async for _ in chat.ask(session, message["text"], image_of(message), [model], sampling):
-                    yield session.turns[-1].answers[0]
+                async for running in chat.ask(session, message["text"], _image_of(message), [model], sampling):
+                    if running:
+                        yield session.turns[-1].answers[0]
             except ChatError as error:
-                raise _shown_error(error) from error
+                raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
         async def forget(session):
             """Forgets the conversation."""
             await session.idle()
             session.turns.clear()
 
+        async def stop(session):
+            await session.idle()
+
         private = {"api_visibility": "private", "show_progress": "hidden"}
         # All that use the model share one limit; more of them wait in Gradio's queue, first come, first served.
-        slow = private | {"concurrency_id": "answers", "concurrency_limit": config.max_users}
+        # Beside the speed Gradio shows how long the queue is and how long it takes.
+        slow = private | {
+            "concurrency_id": "answers",
+            "concurrency_limit": config.max_users,
+            "show_progress": "minimal",
+            "show_progress_on": speed,
+        }
         asking = [
             box.submit(submit, [session, box, *settings], shown, **slow),
             left.retry(retry, [session, *settings], shown, **slow),
             left.edit(edit, [session, *settings], shown, **slow),
             *([left.example_select(example, [session, *settings], shown, **slow)] if samples else []),
-            left.undo(undo, [session, other], [left, right, box], **private),
-            gr.on([left.clear, right.clear], start_over, session, [left, right, speed], **private),
+            left.undo(undo, [session, other], [left, right, box, notice], **private),
+            gr.on([left.clear, right.clear], start_over, session, [left, right, speed, notice], **private),
         ]
-        box.stop(Session.stop, session, None, queue=False, **private)
+        box.stop(stop, session, None, queue=False, **private)
+        page.load(restore, [session, kept], [kept, left, right, model, other], **private)
         gr.on([model.change, other.change], compare, [session, model, other], [left, right], **private)
         # Also when it is opened: a closed accordion does not keep the picture that it was sent.
         for then in [inside.expand, *(event.then for event in asking)]:
@@ -271,7 +292,7 @@ def _sampling(temperature: float, top_p: float, length: int, longest: int) -> Sa
 
 def _speed(sides: list[str], running: list[Generation]) -> str:
     parts = []
-    for side, generation in zip(sides, running, strict=True):
+    for side, generation in zip(sides, running, strict=False):  # none is running while the question is read
         if generation.began:
             count, rate = len(generation.tokens), generation.tokens_per_second
             parts.append(
@@ -281,5 +302,22 @@ def _speed(sides: list[str], running: list[Generation]) -> str:
     return " · ".join(parts)
 
 
-def _shown_error(error: ChatError) -> gr.Error:
-    return gr.Error(html.escape(str(error)), print_exception=False)
+def _image_of(message: dict) -> str | None:
+    files = message.get("files") or []
+    if len(files) > 1:
+        raise ChatError("One picture goes with a question: remove the others, and send them with the next questions")
+    return files[0] if files else None
+
+
+def _words(error: Exception) -> str:
+    """What is said of an error. One that nobody foresaw goes to the server's log."""
+    if isinstance(error, ChatError):
+        return str(error)
+    traceback.print_exception(error)
+    return "Something went wrong on the server, whose log has the details. Ask again"
+
+
+def _notice(sentences: list, wrong: bool = False) -> str:
+    """The line above the question box."""
+    role = "alert" if wrong else "status"
+    return "".join(f'<p role="{role}">{html.escape(str(sentence))}</p>' for sentence in sentences)

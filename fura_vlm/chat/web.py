@@ -15,7 +15,7 @@ from starlette.routing import Route
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError
 from fura_vlm.chat.models import Models, load_models
-from fura_vlm.chat.page import CSS, THEME, Page, build
+from fura_vlm.chat.page import CSS, HEAD, THEME, Page, build
 
 MAX_UPLOAD = "50mb"
 URLS = "/gradio_api/file=http{rest:path}", "/gradio_api/file/http{rest:path}"  # where Gradio would fetch an address
@@ -55,6 +55,7 @@ def launch(models: Models, config: ChatConfig, folder: Path, block: bool = True)
             app_kwargs={"routes": [Route("/health", health), *(Route(path, not_fetched) for path in URLS)]},
             theme=THEME,
             css=CSS,
+            head=HEAD,
         )
     except OSError as error:
         raise ChatError(f"Cannot listen on {config.host} port {config.port}: name another --host or --port") from error
