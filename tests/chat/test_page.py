@@ -1,16 +1,23 @@
 """The page in a real browser. What it shows is held to ``generate`` on the same prompt."""
 
 import base64
+import http.server
 import re
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from chat_server import bad_files
+from answers_that_fetch import attempts
+from chat_server import bad_files, free_port
 from playwright.sync_api import expect
 
+from fura_vlm.chat.config import ChatConfig
+from fura_vlm.chat.models import load_models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
+from fura_vlm.chat.session import Turn
+from fura_vlm.chat.web import launch
 from fura_vlm.modelling.load import load_any
 
 PHONE = {"width": 390, "height": 844}
@@ -29,6 +36,23 @@ def reference(run):
         return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     return answer
+
+
+@pytest.fixture(scope="module")
+def served(run, tmp_path_factory):
+    """The page, served in this process: a test may put a conversation on the server, with answers of its choice."""
+    folder = tmp_path_factory.mktemp("chat")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
+        page = launch(load_models(run, []), ChatConfig(port=free_port(), max_users=4), folder, block=False)
+        yield page
+        page.close()
+        page.chat.engine.close()
+
+
+@pytest.fixture(scope="module")
+def address(served) -> str:
+    return served.local_url.rstrip("/")
 
 
 def open_settings(page, length=24):
@@ -264,3 +288,61 @@ def test_camera(page):
     page.get_by_label("Submit").click()
     idle(page)
     expect(page.locator("#left .user img")).to_have_count(1)
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Another server, which answers everything, and the paths that it was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Access-Control-Allow-Origin", "*")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_address[1]}", asked
+        server.shutdown()
+
+
+def show(page, served, turns: list[Turn]) -> None:
+    """Puts these turns in place of a tab's conversation on the server, as if they had been asked, and reloads it."""
+    open_settings(page, 1)
+    ask(page, "Hello?")
+    idle(page)
+    session = next(reversed(served.chat.kept.values()))
+    session.turns[:] = turns
+    page.reload()
+    expect(bot(page)).to_have_count(len(turns))
+
+
+def test_no_answer_makes_the_browser_fetch(browser, served, address, elsewhere):
+    """Each form of picture, tag and diagram, as a question and as an answer, in a browser that would fetch them."""
+    host, asked = elsewhere
+    names = {f"{host}/{number}": form for number, form in enumerate(attempts())}
+    texts = [text.replace("NAME", name) for name, text in zip(names, attempts().values(), strict=True)]
+    context = browser.new_context()
+    page = context.new_page()
+    foreign, refused = [], []
+    page.on("request", lambda r: None if r.url.startswith((address, "blob:", "data:")) else foreign.append(r.url))
+    page.on("console", lambda line: refused.append(line.text) if "Content Security" in line.text else None)
+    page.set_content(f"<img src={host}/control>")  # this one would be seen
+    page.wait_for_function("document.images[0].complete")
+    assert asked == ["/control"] and foreign == [f"{host}/control"]
+    asked.clear(), foreign.clear()
+
+    page.goto(address)
+    show(page, served, [Turn(text, None, ["tuned"], [text, None]) for text in texts])
+    page.evaluate("fetch('/health').then((answer) => answer.text())")  # what the answers asked for, they asked before
+    said = [names[url] for url in dict.fromkeys(foreign) if url in names]
+    assert not foreign and not asked, said
+    assert not refused  # nothing was there to be refused
+    assert page.locator("#left .mermaid, #left iframe, #left .message img, #left .message svg svg").count() == 0
+    context.close()
