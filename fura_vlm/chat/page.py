@@ -29,6 +29,8 @@ THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
     block_border_width="1px",
     block_border_color="*neutral_300",
     block_border_color_dark="*neutral_700",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
 )
 
 
@@ -193,7 +195,9 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             if not session.turns:
                 return session.key, *[gr.skip()] * 4
             last, beside = [*session.turns[-1].models, NOTHING][:2]
-            return session.key, session.messages(), session.messages(beside), last, beside
+            left = gr.Chatbot(session.messages(), label=last)
+            right = gr.Chatbot(session.messages(beside), label=beside, visible=beside != NOTHING)
+            return session.key, left, right, last, beside
 
         def compare(session, model, other):
             return (

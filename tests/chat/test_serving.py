@@ -293,14 +293,6 @@ def test_answers_are_markdown_without_html_and_pictures(text, shown):
         assert html.replace("\u2060", "").strip() == f"<p>{shown}</p>"
 
 
-def test_code_is_copied_as_it_was_written():
-    text = "So:\r\n```html\n<b>![x](y)</b>\n```\n<b>\n~~~\n```\n~~~\n<i>\n```"
-    [_, answer] = Session([Turn("?", None, ["base"], [text, None])]).messages()
-    html = MarkdownIt("commonmark").render(answer["content"])
-    assert '<code class="language-html">&lt;b&gt;![x](y)&lt;/b&gt;\n</code>' in html
-    assert "&lt;\u2060b&gt;" in html and "&lt;\u2060i&gt;" in html  # not within code
-
-
 def test_what_the_model_sees(tmp_path):
     """A blue picture twice as wide as high: half of the square is padding, in the mean colour."""
     Image.new("RGB", (300, 150), (0, 0, 255)).save(tmp_path / "wide.png")
