@@ -365,11 +365,12 @@ def test_the_name_covers_no_message_and_the_light_theme_has_edges(page, scenes):
         name, message = (page.locator(f"#{side} {part}").first.bounding_box() for part in ("label", ".message"))
         assert name["y"] + name["height"] <= message["y"]
     styles = page.evaluate(
-        """() => ['#left', '#right', '#question .full-container']
+        """() => ['#left', '#right', '.form:has(> #question)']
             .map((part) => getComputedStyle(document.querySelector(part)))
             .map((s) => [s.borderTopWidth, s.borderTopStyle, s.borderTopColor, s.backgroundColor])"""
     )
-    for width, style, edge, inside in styles:
+    inside = styles[0][3]
+    for width, style, edge, _ in styles:
         light, dark = (max(map(int, re.findall(r"\d+", colour)[:3])) for colour in (inside, edge))
         assert width == "1px" and style == "solid" and light - dark > 30, styles
 
