@@ -33,15 +33,17 @@ with sync_playwright() as playwright:
         page.locator("#question textarea").wait_for()
         if name != "phone":  # side by side needs the width
             page.get_by_role("button", name="Settings").click()
-            page.get_by_label("Side by side with", exact=True).click()
-            page.get_by_role("option", name="base", exact=True).click()
+            if page.get_by_label("Model", exact=True).input_value() != "base":  # a plain model is alone
+                page.get_by_label("Side by side with", exact=True).click()
+                page.get_by_role("option", name="base", exact=True).click()
+                page.locator("#right").wait_for()
             number = page.get_by_label("number input for Longest answer")
             while number.input_value() != "24":  # what is typed while Gradio builds the slider is lost
                 number.fill("24")
                 number.press("Tab")
             page.get_by_role("button", name="Settings").click()
-            page.locator("#right").wait_for()
         page.set_input_files("#question input[type=file]", options.picture)
+        page.locator("#question img").wait_for()
         page.locator("#question textarea").fill(options.question)
         page.get_by_label("Submit").click()
         page.locator("#left .bot.message").wait_for()

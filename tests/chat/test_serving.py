@@ -20,8 +20,9 @@ from PIL import Image
 
 from fura_vlm.chat.engine import ChatError, Sampling
 from fura_vlm.chat.models import load_models
+from fura_vlm.chat.page import as_seen
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
-from fura_vlm.chat.web import Chat, Session, Turn, _idle, as_seen
+from fura_vlm.chat.session import Chat, Session, Turn
 from fura_vlm.modelling.load import load_any, load_processor
 
 LENGTH = 12
@@ -187,7 +188,7 @@ def test_one_question_at_a_time(run, scenes):
         await asyncio.sleep(0)
         with pytest.raises(ChatError, match="still being written"):
             await answers("Two?")
-        await _idle(session)
+        await session.idle()
         assert [turn.question for turn in session.turns] == ["One?"]
         await first
 
@@ -290,14 +291,6 @@ def test_answers_are_markdown_without_html_and_pictures(text, shown):
     for message in (question, answer):
         html = MarkdownIt("commonmark").render(message["content"])
         assert html.replace("\u2060", "").strip() == f"<p>{shown}</p>"
-
-
-def test_code_is_copied_as_it_was_written():
-    text = "So:\r\n```html\n<b>![x](y)</b>\n```\n<b>\n~~~\n```\n~~~\n<i>\n```"
-    [_, answer] = Session([Turn("?", None, ["base"], [text, None])]).messages()
-    html = MarkdownIt("commonmark").render(answer["content"])
-    assert '<code class="language-html">&lt;b&gt;![x](y)&lt;/b&gt;\n</code>' in html
-    assert "&lt;\u2060b&gt;" in html and "&lt;\u2060i&gt;" in html  # not within code
 
 
 def test_what_the_model_sees(tmp_path):

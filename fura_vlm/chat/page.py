@@ -1,0 +1,327 @@
+"""The page, with its events and the API, in Gradio.
+
+A session's conversation lives on the server (``gr.State``) and what the browser shows is made from it: a browser can
+send text and pictures that it has uploaded, and nothing else about a conversation is taken from it.
+"""
+
+from __future__ import annotations
+
+import html
+import traceback
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+from gradio_client.utils import is_http_url_like, traverse
+from PIL import Image, ImageDraw
+
+from fura_vlm.chat.config import ChatConfig
+from fura_vlm.chat.engine import ChatError, Generation, Sampling
+from fura_vlm.chat.markdown import JOINER, literal
+from fura_vlm.chat.models import BASE, Models, describe, examples
+from fura_vlm.chat.prompt import read_image
+from fura_vlm.chat.session import KEEP_SECONDS, Chat, Session, Turn
+
+NOTHING = "nothing"
+HEAD = (Path(__file__).parent / "head.html").read_text(encoding="utf-8")
+CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+    block_border_width="1px",
+    block_border_color="*neutral_300",
+    block_border_color_dark="*neutral_700",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+)
+
+
+class Page(gr.Blocks):
+    """Blocks that take pictures as uploads only: Gradio would fetch the URL that a client names instead."""
+
+    async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
+        def check(found: dict) -> dict:
+            if is_http_url_like(found["path"]):
+                raise gr.Error("Pictures are not fetched from the network: upload the file", print_exception=False)
+            return found
+
+        traverse(inputs, check, lambda value: isinstance(value, dict) and isinstance(value.get("path"), str))
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+
+def build(models: Models, config: ChatConfig, folder: Path) -> Page:
+    """The page, with its events and the API.
+
+    Args:
+        folder: where example pictures are kept while the page is served.
+    """
+    chat = Chat(models, config.max_users)
+    labels = list(models.adapters)
+    samples = examples(models, folder)
+    longest = max(1, min(1024, models.context // 2))
+
+    with Page(title="FuRA-VLM", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS), fill_width=True) as page:
+        session = gr.State(Session())
+        kept = gr.BrowserState("", storage_key="fura-vlm-chat")  # the conversation's key: all else stays on the server
+        gr.Markdown(f"### FuRA-VLM · {html.escape(Path(models.path).name)}")
+        with gr.Row():
+            left = gr.Chatbot(
+                label=labels[0],
+                elem_id="left",
+                editable="user",
+                group_consecutive_messages=False,  # Gradio cannot edit a text that is grouped with a picture
+                allow_tags=False,
+                min_width=280,
+                buttons=["copy"],
+                allow_file_downloads=False,
+                placeholder="Add a picture and ask about it.",
+                examples=[{"text": question, "files": [path]} for path, question in samples] or None,
+            )
+            right = gr.Chatbot(
+                label=BASE,
+                elem_id="right",
+                allow_tags=False,
+                group_consecutive_messages=False,
+                min_width=280,
+                buttons=["copy"],
+                allow_file_downloads=False,
+                visible=False,
+            )
+        notice = gr.HTML(elem_id="notice", padding=False)
+        box = gr.MultimodalTextbox(
+            show_label=False,
+            file_count="multiple",
+            file_types=["image"],
+            max_plain_text_length=1_000_000,  # a long text stays text
+            placeholder="Ask; drop or paste a picture",
+            elem_id="question",
+            autofocus=True,
+        )
+        speed = gr.Markdown(elem_id="speed")
+        with gr.Accordion("Settings", open=False):
+            with gr.Row():
+                model = gr.Dropdown(labels, value=labels[0], label="Model", elem_id="model")
+                other = gr.Dropdown([NOTHING, *labels], value=NOTHING, label="Side by side with", elem_id="other")
+            with gr.Row():
+                temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest word")
+                top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1: any word")
+                usual = min(config.max_new_tokens, longest)
+                length = gr.Slider(1, longest, value=usual, step=1, label="Longest answer", info="in tokens")
+        with gr.Accordion("Camera", open=False):
+            camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=240)
+        with gr.Accordion("Look inside", open=False, elem_id="inside") as inside, gr.Row():
+            gr.Markdown(describe(models))
+            with gr.Column():
+                seen = gr.Image(label="What the model sees", interactive=False, height=240, buttons=[])
+                padding = gr.Markdown(elem_id="padding")
+
+        settings = [model, other, temperature, top_p, length]
+        shown = [left, right, box, speed, notice]
+
+        async def answer(session, question, image, model, other, temperature, top_p, length, instead=(), says=()):
+            """Yields values for ``shown``.
+
+            Args:
+                instead: turns that come back if the question cannot be answered.
+                says: notices of before the question was read.
+            """
+            sides = [model] if other == NOTHING else [model, other]
+            taken = False
+            try:
+                sampling = _sampling(temperature, top_p, length, longest)
+                async for running in chat.ask(session, question, image, sides, sampling):
+                    yield (
+                        session.messages(),
+                        session.messages(other),
+                        gr.skip() if taken else gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True),
+                        _speed(sides, running),
+                        _notice([*says, *session.notices]),
+                    )
+                    taken = True
+            except Exception as error:
+                session.turns += instead
+                back = {"text": question, "files": [image] if image else []}
+                value = {"value": back} if taken and not instead else {}
+                message = gr.MultimodalTextbox(**value, submit_btn=True, stop_btn=False)
+                yield session.messages(), session.messages(other), message, "", _notice([_words(error)], wrong=True)
+            else:
+                message = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+                yield session.messages(), session.messages(other), message, gr.skip(), gr.skip()
+
+        async def submit(session, message, *settings):
+            try:
+                image = _image_of(message)
+            except ChatError as error:
+                yield *[gr.skip()] * 4, _notice([error], wrong=True)
+                return
+            alone = image is None and not any(turn.image for turn in session.turns)
+            says = ["There is no picture yet: the model answers from words alone."] if alone else []
+            async for values in answer(session, message["text"], image, *settings, says=says):
+                yield values
+
+        async def retry(session, *settings):
+            await session.idle()
+            if session.turns:
+                turn = session.turns.pop()
+                async for values in answer(session, turn.question, turn.image, *settings, instead=[turn]):
+                    yield values
+
+        async def edit(session, event: gr.EditData, *settings):
+            await session.idle()
+            index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
+            number = session.turn_of(int(index))
+            before, session.turns = session.turns[number:], session.turns[:number]
+            text = str(event.value).replace(JOINER, "")
+            async for values in answer(session, text, before[0].image, *settings, instead=before):
+                yield values
+
+        async def example(session, event: gr.SelectData, *settings):
+            image, question = samples[int(event.index)]  # by number: what the browser says of the file is not used
+            async for values in answer(session, question, str(Path(image).absolute()), *settings):
+                yield values
+
+        async def undo(session, other):
+            await session.idle()
+            turn = session.turns.pop() if session.turns else Turn("", None)
+            message = {"text": turn.question, "files": [turn.image] if turn.image else []}
+            return session.messages(), session.messages(other), message, ""
+
+        async def start_over(session):
+            await session.idle()
+            session.turns.clear()
+            return [], [], "", ""
+
+        async def restore(session, key):
+            """After a reload: the conversation that this browser had, with the models that were asked last."""
+            chat.restore(session, key)
+            if not session.turns:
+                return session.key, *[gr.skip()] * 4
+            last, beside = [*session.turns[-1].models, NOTHING][:2]
+            left = gr.Chatbot(session.messages(), label=last)
+            right = gr.Chatbot(session.messages(beside), label=beside, visible=beside != NOTHING)
+            return session.key, left, right, last, beside
+
+        def compare(session, model, other):
+            return (
+                gr.Chatbot(label=model),
+                gr.Chatbot(session.messages(other), label=other, visible=other != NOTHING),
+            )
+
+        def look(session):
+            image = next((turn.image for turn in reversed(session.turns) if turn.image), None)
+            try:
+                return as_seen(image, models.processor) if image else (None, "")
+            except ChatError as error:
+                return None, literal(str(error))
+
+        async def api(session, message, model, temperature, top_p, max_new_tokens):
+            """Asks a question, with a picture or about the one sent before; yields the answer as it grows."""
+            sampling = _sampling(temperature, top_p, max_new_tokens, longest)
+            try:
+                async for running in chat.ask(session, message["text"], _image_of(message), [model], sampling):
+                    if running:
+                        yield session.turns[-1].answers[0]
+            except ChatError as error:
+                raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+        async def forget(session):
+            """Forgets the conversation."""
+            await session.idle()
+            session.turns.clear()
+
+        async def stop(session):
+            await session.idle()
+
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        # All that use the model share one limit; more of them wait in Gradio's queue, first come, first served.
+        # Beside the speed Gradio shows how long the queue is and how long it takes.
+        slow = private | {
+            "concurrency_id": "answers",
+            "concurrency_limit": config.max_users,
+            "show_progress": "minimal",
+            "show_progress_on": speed,
+        }
+        asking = [
+            box.submit(submit, [session, box, *settings], shown, **slow),
+            left.retry(retry, [session, *settings], shown, **slow),
+            left.edit(edit, [session, *settings], shown, **slow),
+            *([left.example_select(example, [session, *settings], shown, **slow)] if samples else []),
+            left.undo(undo, [session, other], [left, right, box, notice], **private),
+            gr.on([left.clear, right.clear], start_over, session, [left, right, speed, notice], **private),
+        ]
+        box.stop(stop, session, None, queue=False, **private)
+        page.load(restore, [session, kept], [kept, left, right, model, other], **private)
+        gr.on([model.change, other.change], compare, [session, model, other], [left, right], **private)
+        # Also when it is opened: a closed accordion does not keep the picture that it was sent.
+        for then in [inside.expand, *(event.then for event in asking)]:
+            then(look, session, [seen, padding], **private)
+        camera.input(lambda path, message: message | {"files": [path] if path else []}, [camera, box], box, **private)
+
+        answered = gr.Textbox(label="answer", visible=False)
+        asked = gr.Button(visible=False)
+        asked.click(
+            api,
+            [session, box, model, temperature, top_p, length],
+            answered,
+            api_name="chat",
+            concurrency_id="answers",
+            concurrency_limit=config.max_users,
+        )
+        asked.click(forget, session, None, api_name="clear", queue=False)
+    page.chat = chat
+    page.queue(max_size=config.max_waiting, default_concurrency_limit=config.max_users)
+    return page
+
+
+def as_seen(path: str, processor) -> tuple[Image.Image, str]:
+    """The picture as the model gets it, its own part framed, and a sentence about what was padded."""
+    image, settings = read_image(path), processor.image_processor
+    pixels = settings(images=image, return_tensors="np")["pixel_values"][0]
+    mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
+    seen = Image.fromarray(((pixels * std + mean).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+    width, height = image.size
+    size = f"{width} x {height} pixels become {seen.width} x {seen.height}"
+    if width == height:
+        return seen, f"{size}; nothing is padded."
+    where = "left and right" if width < height else "above and below"
+    share = 1 - min(image.size) / max(image.size)
+    margin = round(share / 2 * seen.width)
+    box = (margin, 0) if width < height else (0, margin)
+    ImageDraw.Draw(seen).rectangle((*box, seen.width - 1 - box[0], seen.height - 1 - box[1]), outline="red")
+    return seen, f"{size}; {share:.0%} of it is padding, {where}."
+
+
+def _sampling(temperature: float, top_p: float, length: int, longest: int) -> Sampling:
+    """Within bounds, whatever a client sends."""
+    return Sampling(min(max(temperature, 0.0), 2.0), min(max(top_p, 0.01), 1.0), int(min(max(length, 1), longest)))
+
+
+def _speed(sides: list[str], running: list[Generation]) -> str:
+    parts = []
+    for side, generation in zip(sides, running, strict=False):  # none is running while the question is read
+        if generation.began:
+            count, rate = len(generation.tokens), generation.tokens_per_second
+            parts.append(
+                f"{html.escape(side)}: {count} {'token' if count == 1 else 'tokens'}, first after "
+                f"{generation.began - generation.asked:.2f} s" + (f", then {rate:.0f} per second" if rate else "")
+            )
+    return " · ".join(parts)
+
+
+def _image_of(message: dict) -> str | None:
+    files = message.get("files") or []
+    if len(files) > 1:
+        raise ChatError("One picture goes with a question: remove the others, and send them with the next questions")
+    return files[0] if files else None
+
+
+def _words(error: Exception) -> str:
+    """What is said of an error. One that nobody foresaw goes to the server's log."""
+    if isinstance(error, ChatError):
+        return str(error)
+    traceback.print_exception(error)
+    return "Something went wrong on the server, whose log has the details. Ask again"
+
+
+def _notice(sentences: list, wrong: bool = False) -> str:
+    """The line above the question box."""
+    role = "alert" if wrong else "status"
+    return "".join(f'<p role="{role}">{html.escape(str(sentence))}</p>' for sentence in sentences)
