@@ -161,11 +161,12 @@ def test_an_index_of_columns(made, tmp_path, llava):
     assert dataset[1]["pictures"]["pixel_values"].equal(expected)
     again = open_index(path, None, llava, 200, tmp_path / "run", progress=False)
     assert len(list((tmp_path / "made.parquet.index").glob("*/index.json"))) == 1 and again.folder.parent.exists()
-    # what LLaVA-1.5 cannot take is left out and listed
     whole = open_index(save_folder(made, tmp_path), None, llava, 200, tmp_path / "run", progress=False)
     dataset, _ = whole.dataset(llava)
-    assert len(dataset) == 5 and [problem.place for problem in dataset.problems] == ["row 3", "row 6"]
-    assert "has 2 pictures, and LLaVA-1.5 takes one" in dataset.problems[0].reason
+    assert len(dataset) == 7 and not dataset.problems
+    expected = llava.processor.image_processor([picture(20), picture(21)], return_tensors="pt")["pixel_values"]
+    assert dataset[2]["pictures"]["pixel_values"].equal(expected) and len(expected) == 2
+    assert (dataset[2]["input_ids"] == llava.run_id).sum() == 2 * llava.image_tokens
 
 
 def test_pictures_of_columns_are_verified(made, tmp_path):
