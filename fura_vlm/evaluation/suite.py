@@ -13,9 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fura_vlm.files import write_text
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import EvalConfig
+from fura_vlm.files import write_text
 
 EMBEDDED = Path("data/benchmarks")
 

@@ -100,7 +100,7 @@ def test_head_and_tower_do_no_more_than_they_must():
     )
     inputs = batch()
     model(**inputs).loss.backward()
-    assert seen["head"] == (25, base.config.text_config.vocab_size)  # 9, 9 and 7 labels at 3 x 128 positions
+    assert seen["head"] == (1, 25, base.config.text_config.vocab_size)  # 9, 9 and 7 labels at 3 x 128 positions
     assert seen["tower"] is False
 
 
@@ -212,5 +212,9 @@ def test_adapters_in_the_vision_tower_are_trained():
     model = model_in_training(vision_tower="adapter")
     train_on_labels_only(model.get_base_model(), FAMILY)
     model(**batch()).loss.backward()
-    used = [p.grad for name, p in model.named_parameters() if p.requires_grad and "vision_tower" in name and ".layers.0." in name]
+    used = [
+        p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad and "vision_tower" in name and ".layers.0." in name
+    ]
     assert used and all(gradient.abs().max() > 0 for gradient in used)

@@ -11,6 +11,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 
+from fura_vlm.families.llava import Llava
 from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import learning_rate, prepare
@@ -30,7 +31,7 @@ STAGE2 = {
     "bf16": True,
     "tf32": True,
     "deepspeed": "scripts/zero1.json",
-    "conversation": "v1",
+    "conversation": None,  # the model's own
     "mm_projector": "adapter",
     "lora_r": 128,
     "lora_alpha": 256,
@@ -55,6 +56,7 @@ def recipe(name: str, **changes) -> TrainConfig:
 def test_values(name, wanted):
     settings = dataclasses.asdict(recipe(name))
     assert {key: settings[key] for key in wanted} == wanted
+    assert Llava.conversations == ("v1", "plain")  # the first is its own
 
 
 def test_what_reaches_the_trainer(tmp_path, monkeypatch):

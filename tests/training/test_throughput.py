@@ -15,7 +15,6 @@ from fura_vlm.training.loss import train_on_labels_only
 from fura_vlm.training.methods import prepare
 from fura_vlm.training.throughput import Meter, Work, peak_flops
 
-
 FAMILY = load_family("data/tiny-llava")
 
 

@@ -74,7 +74,7 @@ def test_a_run_that_is_done_takes_no_step_more(tmp_path):
         model = prepare(load_base("data/tiny-llava", torch.float32), TrainConfig(), FAMILY)
         arguments = TrainingArguments(
             tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="constant",
-            use_cpu=True, report_to=[], disable_tqdm=True,
+            use_cpu=True, report_to=[], disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
         trainer = FuraTrainer(model, arguments, Collator(FAMILY), rows, family=FAMILY, group_by_modality_length=False)
         trainer.train(resume_from_checkpoint=resume_from)
