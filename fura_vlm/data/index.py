@@ -8,8 +8,8 @@
                                               <fallback>/<key>.images.json where that cannot be written
 
 The key is a hash of all that the rows depend on: the mixture (path, size, time of change), the image folder, the
-tokenizer, the conversation, what pictures of some sizes become, and the maximum length. Where something of it changes, another index
-is made; those of a mixture that has changed are removed.
+tokenizer, the conversation, what pictures of some sizes become, and the maximum length. Where something of it changes,
+another index is made; those of a mixture that has changed are removed.
 """
 
 from __future__ import annotations

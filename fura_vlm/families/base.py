@@ -129,6 +129,14 @@ class Family:
         self._expansion = lru_cache(maxsize=4096)(self.expansion)
         self._typed = re.compile("|".join(re.escape(token) for token in sorted(self.reserved(), key=len, reverse=True)))
 
+    def __getstate__(self) -> dict:
+        # What is remembered stays here: a loader's workers and other processes remember for themselves.
+        return {name: value for name, value in self.__dict__.items() if name != "_expansion"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._expansion = lru_cache(maxsize=4096)(self.expansion)
+
     @classmethod
     def load_processor(cls, path: str, config):
         """The processor at ``path`` of a model with this configuration. Pillow does its image work: what it makes

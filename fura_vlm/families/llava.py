@@ -54,6 +54,8 @@ class Llava(Family):
         return processor
 
     def render(self, messages: Sequence[Message]) -> Rendered:
+        if pictures(messages) and any(IMAGE in message.text for message in messages):
+            raise EncodingError(f"the text has {IMAGE} beside its pictures: take it out")
         render = vicuna.render if self.conversation == "v1" else vicuna.render_plain
         return render(messages, self.tokenizer.eos_token)
 
@@ -101,8 +103,6 @@ class Llava(Family):
         if unlabelled and self.conversation == "v1":
             return EncodingError(f"the text has {min(unlabelled)}: LLaVA v1.5 gives it no labels either")
         sources = pictures(messages)
-        if IMAGE in typed and sources:
-            return EncodingError(f"the text has {IMAGE} beside its pictures: take it out")
         rendered, runs = self._expanded(self.render(messages), sources, [(0, 0)] * len(sources))
         if as_text := typed - vicunas:
             return self._encoded(rendered, runs, _without(tokenizer, as_text).encode(rendered.text))

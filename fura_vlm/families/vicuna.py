@@ -31,8 +31,10 @@ def render(messages: Sequence[Message], eos: str = "</s>") -> Rendered:
     """The whole conversation.
 
     Raises:
-        EncodingError: a system turn that is not the first, or a picture in an answer.
+        EncodingError: a system turn that is not the first, or a picture that is in no question.
     """
+    if any(message.pictures for message in messages if message.role != "user"):
+        raise EncodingError("a picture in an answer or a system turn: it belongs in a question")
     messages = list(messages)
     system = messages.pop(0).text if messages and messages[0].role == "system" else SYSTEM_PROMPT
     text, spans = system + " ", []
@@ -40,8 +42,6 @@ def render(messages: Sequence[Message], eos: str = "</s>") -> Rendered:
         if message.role == "user":
             text += f"USER: {_question(message)} "
         elif message.role == "assistant":
-            if message.pictures:
-                raise EncodingError("a picture in an answer: it belongs in a question")
             text += "ASSISTANT:"
             answer = f" {message.text}{eos}"
             spans.append((len(text), len(text) + len(answer)))
@@ -71,7 +71,7 @@ def render_plain(messages: Sequence[Message], eos: str = "</s>") -> Rendered:
     if [message.role for message in messages] != ["user", "assistant"]:
         raise EncodingError(f"it has {len(messages)} turns, and a plain conversation is a picture and its caption")
     pictures = len(messages[0].pictures)
-    if not pictures:
+    if not pictures and IMAGE not in messages[0].text:  # one that was typed is a picture to LLaVA; tokens stay text
         raise EncodingError("it has no image, and a plain conversation is a picture and its caption")
     if pictures > 1:
         raise EncodingError(f"it has {pictures} images, and a plain conversation is a picture and its caption")

@@ -64,7 +64,8 @@ def read_config(path: str) -> PretrainedConfig:
                 f"{path} asks for code of its own, which is never run here: take the form of the model that "
                 "transformers knows by itself (its name often ends in -hf)"
             ) from error
-        raise ModelError(f"No model at {path}: {_first_line(error)}") from error
+        what = "usable model" if isinstance(error, StrictDataclassError) else "model"
+        raise ModelError(f"No {what} at {path}: {_first_line(error)}") from error
 
 
 def _ends(path: str, config: PretrainedConfig, processor) -> list[str]:

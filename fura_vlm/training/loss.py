@@ -68,11 +68,11 @@ def train_on_labels_only(model: nn.Module, family: Family) -> None:
         inputs.pop("attention_mask", None)
         if pictured is not None:
             of_pictures = {
-                name: value
-                for name, value in inputs.items()
-                if isinstance(value, torch.Tensor) and name not in OF_TEXT
+                name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name not in OF_TEXT
             }
-            embedded = family.embed(model, inputs["input_ids"], pictured, of_pictures)
+            said = {name for name, value in inputs.items() if value is not None} - {*of_pictures, "input_ids"}
+            # What is said besides, of the tower's layer for example, is the model's own business.
+            embedded = None if said else family.embed(model, inputs["input_ids"], pictured, of_pictures)
             if embedded is not None:
                 inputs = {name: value for name, value in inputs.items() if name not in (*of_pictures, "input_ids")}
                 inputs["inputs_embeds"] = embedded

@@ -1,6 +1,7 @@
 """Records for tests, made without a file."""
 
-from fura_vlm.data.messages import Message, Picture, Record, Text
+from fura_vlm.data.messages import Record
+from fura_vlm.families.messages import Message, Picture, Text
 
 
 def llava_record(name: str, values, image: str | None = None) -> Record:
@@ -11,5 +12,5 @@ def llava_record(name: str, values, image: str | None = None) -> Record:
         if image and "<image>" in value:
             before, *after = value.split("<image>")
             parts = (Text(before), Picture(image), Text("".join(after)))
-        messages.append(Message(("user", "assistant")[number % 2], parts))
+        messages.append(Message(("user", "assistant")[number % 2], tuple(part for part in parts if part[0])))
     return Record(name, tuple(messages), "m.json", f"record {name}")

@@ -152,20 +152,21 @@ def test_reading_does_not_read_the_pictures(tmp_path):
     assert held < 2_000_000, "of 20 MB"
 
 
-def test_an_index_of_columns(made, tmp_path, processor):
+def test_an_index_of_columns(made, tmp_path, llava):
     path = save_parquet(made.select([0, 1, 3, 4]), tmp_path)  # no, one, no and one picture
-    dataset, advice = open_index(path, None, processor, 200, tmp_path / "run", progress=False).dataset(processor)
+    dataset, advice = open_index(path, None, llava, 200, tmp_path / "run", progress=False).dataset(llava)
     assert len(dataset) == 4 and not dataset.problems and not advice
     assert dataset.has_image.tolist() == [False, True, False, True]
-    expected = processor.image_processor(picture(10), return_tensors="pt")["pixel_values"][0]
-    assert dataset[1]["pixel_values"].equal(expected)
-    again = open_index(path, None, processor, 200, tmp_path / "run", progress=False)
+    expected = llava.processor.image_processor(picture(10), return_tensors="pt")["pixel_values"]
+    assert dataset[1]["pictures"]["pixel_values"].equal(expected)
+    again = open_index(path, None, llava, 200, tmp_path / "run", progress=False)
     assert len(list((tmp_path / "made.parquet.index").glob("*/index.json"))) == 1 and again.folder.parent.exists()
-    # what LLaVA-1.5 cannot take is left out and listed
-    whole = open_index(save_folder(made, tmp_path), None, processor, 200, tmp_path / "run", progress=False)
-    dataset, _ = whole.dataset(processor)
-    assert len(dataset) == 5 and [problem.place for problem in dataset.problems] == ["row 3", "row 6"]
-    assert "has 2 pictures, and LLaVA-1.5 takes one" in dataset.problems[0].reason
+    whole = open_index(save_folder(made, tmp_path), None, llava, 200, tmp_path / "run", progress=False)
+    dataset, _ = whole.dataset(llava)
+    assert len(dataset) == 7 and not dataset.problems
+    expected = llava.processor.image_processor([picture(20), picture(21)], return_tensors="pt")["pixel_values"]
+    assert dataset[2]["pictures"]["pixel_values"].equal(expected) and len(expected) == 2
+    assert (dataset[2]["input_ids"] == llava.run_id).sum() == 2 * llava.image_tokens
 
 
 def test_pictures_of_columns_are_verified(made, tmp_path):

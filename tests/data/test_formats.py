@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fura_vlm.data.formats import InvalidRecord, named_pictures, parse
-from fura_vlm.data.messages import Message, Picture, Text
 from fura_vlm.data.records import read_records
+from fura_vlm.families.messages import Message, Picture, Text
 
 WHAT, CAT = "What is this?", "A cat."
 

@@ -48,9 +48,9 @@ def items(tmp_path):
 
 
 @pytest.fixture
-def opened(processor, tmp_path):
-    def open_(path, max_length=80, image_folder=None):
-        return open_index(path, image_folder, processor, max_length, tmp_path / "elsewhere")
+def opened(llava, tmp_path):
+    def open_(path, max_length=80, image_folder=None, family=llava):
+        return open_index(path, image_folder, family, max_length, tmp_path / "elsewhere")
 
     return open_
 
@@ -60,6 +60,7 @@ def same(dataset, other):
     assert dataset.lengths.tolist() == other.lengths.tolist()
     assert dataset.has_image.tolist() == other.has_image.tolist()
     for row, expected in zip(dataset, other, strict=True):
+        row, expected = row | row.pop("pictures"), expected | expected.pop("pictures")
         assert row.keys() == expected.keys()
         assert all(torch.equal(row[key], expected[key]) and row[key].dtype == expected[key].dtype for key in row)
 
@@ -70,15 +71,15 @@ def names(problems):
 
 @pytest.mark.parametrize("part", [1, 3, 11, 20_000])
 @pytest.mark.parametrize("lines", [False, True])
-def test_it_is_what_reading_gives(mixture, items, processor, opened, monkeypatch, part, lines):
+def test_it_is_what_reading_gives(mixture, items, llava, opened, monkeypatch, part, lines):
     monkeypatch.setattr(module, "PART", part)
     path = mixture("\n".join(map(json.dumps, items)) if lines else items)
     records, problems = read_records(path)
     good, broken = check_images(records)
-    expected = ConversationDataset(good, processor, 80)
+    expected = ConversationDataset(good, llava, 80)
 
     index = opened(path)
-    dataset, advice = index.dataset(processor)
+    dataset, advice = index.dataset(llava)
     same(dataset, expected)
     assert names(dataset.problems) == names(problems + broken + expected.problems)
     assert len([problem for problem in dataset.problems if problem.skipped]) == 5 and not advice
@@ -86,46 +87,44 @@ def test_it_is_what_reading_gives(mixture, items, processor, opened, monkeypatch
     assert index.folder.parent == path.with_name("mixture.json.index")
 
 
-def test_it_is_made_once(mixture, items, processor, opened):
+def test_it_is_made_once(mixture, items, llava, opened):
     path = mixture(items)
-    first, _ = opened(path).dataset(processor)
+    first, _ = opened(path).dataset(llava)
     state = path.stat()
     path.write_bytes(b" " * state.st_size)  # nobody reads this
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    again, _ = opened(path).dataset(processor)
+    again, _ = opened(path).dataset(llava)
     same(again, first)
     assert names(again.problems) == names(first.problems)
 
 
 def test_what_the_rows_depend_on_is_another_index(
-    mixture, items, processor, legacy_tokenizer, opened, tmp_path, monkeypatch
+    mixture, items, llava, llava_of, tokenizer, legacy_tokenizer, opened, tmp_path
 ):
     path = mixture(items)
     first = opened(path)
     longer = opened(path, max_length=90)
     (tmp_path / "b").mkdir()
     elsewhere = opened(path, image_folder=tmp_path / "b")
-    with monkeypatch.context() as patch:
-        patch.setattr(processor, "tokenizer", legacy_tokenizer)
-        legacy = opened(path)
-    assert len({first.folder, longer.folder, elsewhere.folder, legacy.folder}) == 4
-    assert all(folder.is_dir() for folder in (first.folder, longer.folder, elsewhere.folder, legacy.folder))
+    legacy = opened(path, family=llava_of(legacy_tokenizer))
+    larger = opened(path, family=llava_of(tokenizer, 42))
+    folders = {index.folder for index in (first, longer, elsewhere, legacy, larger)}
+    assert len(folders) == 5 and all(folder.is_dir() for folder in folders)
 
     mixture(items[:2])
     changed = opened(path)
     assert [folder.name for folder in changed.folder.parent.iterdir() if folder.is_dir()] == [changed.folder.name]
-    assert len(changed.dataset(processor)[0]) == 2
+    assert len(changed.dataset(llava)[0]) == 2
 
 
-def test_captions_for_pretraining(mixture, items, processor, tmp_path):
-    path = mixture(items)
-    index = open_index(path, None, processor, 80, tmp_path / "elsewhere", conversation="plain")
-    expected = ConversationDataset(_good(path), processor, 80, conversation="plain")
-    same(index.dataset(processor)[0], expected)
-    assert index.folder != open_index(path, None, processor, 80, tmp_path / "elsewhere").folder
+def test_captions_for_pretraining(mixture, items, tokenizer, llava_of, opened):
+    path, plain = mixture(items), llava_of(tokenizer, conversation="plain")
+    index = opened(path, family=plain)
+    same(index.dataset(plain)[0], ConversationDataset(_good(path), plain, 80))
+    assert index.folder != opened(path).folder
 
 
-def test_an_interrupted_making_goes_on(mixture, items, processor, opened, monkeypatch):
+def test_an_interrupted_making_goes_on(mixture, items, llava, opened, monkeypatch):
     monkeypatch.setattr(module, "PART", 3)
     path = mixture(items)
     write, done = module._write_part, []
@@ -145,56 +144,56 @@ def test_an_interrupted_making_goes_on(mixture, items, processor, opened, monkey
     assert [os.stat(file).st_mtime_ns for file in index.files[:2]] == times
     assert not list(index.folder.parent.rglob("*.tmp"))
     shutil.rmtree(index.folder)
-    same(index_of := opened(path).dataset(processor)[0], ConversationDataset(_good(path), processor, 80))
-    assert names(index_of.problems) == names(index.dataset(processor)[0].problems)
+    same(index_of := opened(path).dataset(llava)[0], ConversationDataset(_good(path), llava, 80))
+    assert names(index_of.problems) == names(index.dataset(llava)[0].problems)
 
 
 def _good(path):
     return check_images(read_records(path)[0])[0]
 
 
-def test_two_processes_make_one(mixture, items, processor, opened):
+def test_two_processes_make_one(mixture, items, llava, opened):
     path = mixture(items)
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(opened, [path, path])
     assert one == two
 
 
-def test_files_are_read_by_datasets(mixture, items, opened, processor):
+def test_files_are_read_by_datasets(mixture, items, opened, llava):
     index = opened(mixture(items))
     rows = datasets.Dataset.from_file(index.files[0])
-    assert rows.column_names == ["input_ids", "supervised", "length", "image", "file", "place", "id"]
+    assert rows.column_names == ["input_ids", "supervised", "runs", "length", "images", "file", "place", "id"]
     assert rows[0]["id"] == "picture" and len(rows[0]["input_ids"]) == len(rows[0]["supervised"])
-    assert processor.tokenizer.decode(rows[1]["input_ids"]).endswith("ASSISTANT: A cat</s>")
+    assert llava.tokenizer.decode(rows[1]["input_ids"]).endswith("ASSISTANT: A cat</s>")
 
 
-def test_processes_map_the_files(mixture, items, opened, processor):
+def test_processes_map_the_files(mixture, items, opened, llava):
     index = opened(mixture(items))
-    dataset, _ = index.dataset(processor)
+    dataset, _ = index.dataset(llava)
     sent = pickle.dumps(dataset)
     assert len(sent) < 50_000
     same(pickle.loads(sent), dataset)
-    loader = DataLoader(dataset, 4, num_workers=2, collate_fn=Collator(processor.tokenizer))
+    loader = DataLoader(dataset, 4, num_workers=2, collate_fn=Collator(llava))
     assert sum(len(batch["input_ids"]) for batch in loader) == len(dataset)
     shutil.rmtree(index.folder)
     with pytest.raises(DataError, match=r"part-00000.arrow is not on this machine: keep the mixture where all"):
         pickle.loads(sent)[0]
 
 
-def test_half_characters_in_an_id_or_a_path(mixture, items, opened, processor):
+def test_half_characters_in_an_id_or_a_path(mixture, items, opened, llava):
     path = mixture([items[0], record("\ud800"), record("2", "<image>\nWhat?", image="\ud800.png")])
-    dataset, _ = opened(path).dataset(processor)
+    dataset, _ = opened(path).dataset(llava)
     assert len(dataset) == 2 and dataset._table["id"].to_pylist() == ["picture", "\\ud800"]
     [problem] = dataset.problems
     assert problem.record == "2" and "half of a surrogate pair" in problem.reason
 
 
-def test_a_damaged_file(mixture, items, opened, processor):
+def test_a_damaged_file(mixture, items, opened, llava):
     index = opened(mixture(items))
     with open(index.files[0], "r+b") as file:
         file.truncate(100)
     with pytest.raises(DataError, match=f"The index {index.folder} is damaged .*: remove it"):
-        opened(index.mixture).dataset(processor)
+        opened(index.mixture).dataset(llava)
 
 
 def test_where_nothing_can_be_written_beside_the_mixture(mixture, items, opened, tmp_path):
@@ -203,42 +202,42 @@ def test_where_nothing_can_be_written_beside_the_mixture(mixture, items, opened,
     assert opened(path).folder.parent == tmp_path / "elsewhere"
 
 
-def test_it_is_used_from_another_folder(mixture, items, processor, tmp_path, monkeypatch):
+def test_it_is_used_from_another_folder(mixture, items, llava, tmp_path, monkeypatch):
     mixture(items)
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(tmp_path)
-    made = open_index("mixture.json", ".", processor, 80, "elsewhere")
+    made = open_index("mixture.json", ".", llava, 80, "elsewhere")
     monkeypatch.chdir(tmp_path / "b")
-    again = open_index("../mixture.json", "..", processor, 80, "elsewhere")
+    again = open_index("../mixture.json", "..", llava, 80, "elsewhere")
     assert again.folder == made.folder
-    dataset, _ = again.dataset(processor)
+    dataset, _ = again.dataset(llava)
     assert {problem.file for problem in dataset.problems} == {str(tmp_path / "mixture.json")}
-    same(dataset, ConversationDataset(_good(tmp_path / "mixture.json"), processor, 80))
+    same(dataset, ConversationDataset(_good(tmp_path / "mixture.json"), llava, 80))
 
 
-def test_somebody_elses_index(mixture, items, opened, processor, monkeypatch, tmp_path):
+def test_somebody_elses_index(mixture, items, opened, llava, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "DECODE_UP_TO", 2)
     path = mixture(items)
     index = opened(path)
     monkeypatch.setattr(module.os, "access", lambda folder, mode: index.folder != folder)
-    assert len(opened(path).dataset(processor, "decode")[0]) == 6
+    assert len(opened(path).dataset(llava, "decode")[0]) == 6
     assert not (index.folder / "images.json").exists()
     (tmp_path / "a/1.png").unlink()  # has been found good
-    assert len(opened(path).dataset(processor)[0]) == 6
+    assert len(opened(path).dataset(llava)[0]) == 6
     assert opened(path).folder == index.folder
 
 
-def test_good_images_of_a_large_mixture_are_checked_once(mixture, items, opened, processor, monkeypatch, tmp_path):
+def test_good_images_of_a_large_mixture_are_checked_once(mixture, items, opened, llava, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "DECODE_UP_TO", 2)
     path = mixture(items)
-    assert len(opened(path).dataset(processor, "decode")[0]) == 6
+    assert len(opened(path).dataset(llava, "decode")[0]) == 6
     shutil.copy(tmp_path / "a/1.png", tmp_path / "a/cut.png")  # mended
     (tmp_path / "a/1.png").unlink()
-    dataset, _ = opened(path).dataset(processor)
+    dataset, _ = opened(path).dataset(llava)
     assert len(dataset) == 7
     with pytest.raises(DataError, match="1.png does not exist"):
         dataset[0]
-    assert len(opened(path).dataset(processor, "none")[0]) == 8
+    assert len(opened(path).dataset(llava, "none")[0]) == 8
 
 
 # --------------------------------------------------------------------------------------- images sit elsewhere
@@ -253,27 +252,27 @@ def test_good_images_of_a_large_mixture_are_checked_once(mixture, items, opened,
         (None, "pass the folder that holds a/1.png as --image_folder"),
     ],
 )
-def test_all_images_sit_elsewhere(mixture, opened, processor, tmp_path, there, hint):
+def test_all_images_sit_elsewhere(mixture, opened, llava, tmp_path, there, hint):
     if there:
         (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / there).touch()
     path = mixture([record("1", "<image>\nWhat?", image="a/1.png"), record("text")])
     with pytest.raises(DataError) as caught:
-        opened(path).dataset(processor)
+        opened(path).dataset(llava)
     assert str(caught.value) == f"None of the 1 images of {path} is in {tmp_path}: " + hint.format(folder=tmp_path)
 
 
-def test_the_folder_of_the_images_is_one_too_deep(mixture, opened, processor, tmp_path, items):
+def test_the_folder_of_the_images_is_one_too_deep(mixture, opened, llava, tmp_path, items):
     path = mixture(items[:2])
     with pytest.raises(DataError, match=f"a/1.png is in {tmp_path}: pass --image_folder {tmp_path}$"):
-        opened(path, image_folder=tmp_path / "a").dataset(processor)
+        opened(path, image_folder=tmp_path / "a").dataset(llava)
 
 
-def test_one_source_sits_elsewhere(mixture, opened, processor, tmp_path, items):
+def test_one_source_sits_elsewhere(mixture, opened, llava, tmp_path, items):
     (tmp_path / "train2017").mkdir()
     shutil.copy(tmp_path / "a/1.png", tmp_path / "train2017/7.png")
     path = mixture([*items[:2], record("7", "<image>\nWhat?", image="coco/train2017/7.png")])
-    dataset, advice = opened(path).dataset(processor)
+    dataset, advice = opened(path).dataset(llava)
     assert len(dataset) == 2
     target, link = tmp_path / "train2017", tmp_path / "coco/train2017"
     assert advice == (
@@ -282,4 +281,4 @@ def test_one_source_sits_elsewhere(mixture, opened, processor, tmp_path, items):
     )
     link.parent.mkdir()
     link.symlink_to(target)
-    assert len(opened(path).dataset(processor)[0]) == 3
+    assert len(opened(path).dataset(llava)[0]) == 3

@@ -10,6 +10,7 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,10 +20,10 @@ from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from fura_vlm.data.conversation import IGNORE, SYSTEM_PROMPT, EncodingError, encode
-from fura_vlm.data.dataset import ConversationDataset, count_image_tokens
+from fura_vlm.data.dataset import ConversationDataset
 from fura_vlm.data.messages import Record
-from fura_vlm.modelling.processor import make_processor
+from fura_vlm.families.base import IGNORE, EncodingError
+from fura_vlm.families.vicuna import SYSTEM_PROMPT
 
 REAL = Path(__file__).parents[3] / "shared/real/real_mixture.json"
 IMAGE = -200  # LLaVA's number for the place of an image
@@ -71,6 +72,26 @@ def tokenizer(model, legacy, tmp_path_factory):
     return tokenizer
 
 
+@pytest.fixture(scope="module")
+def llava(tokenizer, llava_of):
+    return llava_of(tokenizer)
+
+
+class Said(NamedTuple):
+    """Questions and answers in turn, in LLaVA's form."""
+
+    values: tuple[str, ...]
+    image: str | None
+
+    @property
+    def record(self) -> Record:
+        return llava_record("1", self.values, self.image)
+
+
+def make(*values, image=None):
+    return Said(values, image)
+
+
 class Published:
     """LLaVA v1.5's tokenizer: SentencePiece between special tokens.
 
@@ -113,10 +134,10 @@ class Published:
         return first
 
 
-def published(record: Record, tokenizer: Published, image_tokens: int, length: int) -> tuple[list[int], list[int]]:
+def published(said: Said, tokenizer: Published, image_tokens: int, length: int) -> tuple[list[int], list[int]]:
     """Input ids and labels of ``preprocess_multimodal``, ``preprocess_v1`` and the spreading of the image."""
-    turns = [(turn.role, turn.value) for turn in record.conversations]
-    if record.pictures:
+    turns = [(("human", "gpt")[number % 2], value) for number, value in enumerate(said.values)]
+    if said.image:
         count = tokenizer.with_images
         turns = [
             (role, ("<image>\n" + value.replace("<image>", "").strip()).strip() if "<image>" in value else value)
@@ -127,7 +148,7 @@ def published(record: Record, tokenizer: Published, image_tokens: int, length: i
     text = SYSTEM_PROMPT + " "
     for role, value in turns:
         text += f"USER: {value} " if role == "human" else f"ASSISTANT: {value}</s>"
-    ids = count(text) if record.pictures else count(text)[:length]
+    ids = count(text) if said.image else count(text)[:length]
     labels, at = list(ids), 1
     labels[0] = IGNORE
     for number, round_ in enumerate(text.split("</s>")):
@@ -151,14 +172,13 @@ def published(record: Record, tokenizer: Published, image_tokens: int, length: i
     return [token for token, _ in spread], [label for _, label in spread]
 
 
-def ours(record, tokenizer, image_tokens=4, length=LENGTH):
-    row = encode(record, tokenizer, image_tokens, length)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    return [IMAGE if token == image else token for token in row["input_ids"]], row["labels"]
-
-
-def make(*values, image=None):
-    return llava_record("1", values, image)
+def ours(said, llava, length=LENGTH):
+    record = said.record
+    [made] = llava.encode([(record.messages, [(0, 0)] * len(record.pictures))])
+    if isinstance(made, EncodingError):
+        raise made
+    ids, labels = llava.spread(llava.cut(made, length))
+    return [IMAGE if token == llava.run_id else token for token in ids.tolist()], labels.tolist()
 
 
 def without_the_mark(ids, labels, mark, image_tokens=4):
@@ -189,33 +209,33 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_tokens_and_labels(model, legacy, tokenizer, name):
-    record = CONVERSATIONS[name]
+def test_tokens_and_labels(model, legacy, llava, name):
+    said = CONVERSATIONS[name]
     reference = Published(model, legacy)
-    ids, labels = published(record, reference, 4, LENGTH + 1)  # for the "▁" that is taken off below
+    ids, labels = published(said, reference, 4, LENGTH + 1)  # for the "▁" that is taken off below
     assert any(label != IGNORE for label in labels)
     if not legacy:
         ids, labels = without_the_mark(ids, labels, reference.pieces.piece_to_id("▁"))
-    assert ours(record, tokenizer) == (ids[:LENGTH], labels[:LENGTH])
+    assert ours(said, llava) == (ids[:LENGTH], labels[:LENGTH])
 
 
 @pytest.mark.parametrize("length", [60, 70, 100])
 @pytest.mark.parametrize("name", ["image first", "several turns", "text only, several turns", "long"])
-def test_cut_to_a_length(model, legacy, tokenizer, name, length):
-    record = CONVERSATIONS[name]
+def test_cut_to_a_length(model, legacy, llava, name, length):
+    said = CONVERSATIONS[name]
     reference = Published(model, legacy)
-    more = length + (not legacy and bool(record.pictures))
-    ids, labels = published(record, reference, 4, more)
+    more = length + (not legacy and bool(said.image))
+    ids, labels = published(said, reference, 4, more)
     if not legacy:
         ids, labels = without_the_mark(ids, labels, reference.pieces.piece_to_id("▁"))
     if all(label == IGNORE for label in labels):  # LLaVA goes through such rows and learns nothing from them
         with pytest.raises(EncodingError, match="beyond the maximum length"):
-            ours(record, tokenizer, length=length)
+            ours(said, llava, length=length)
     else:
-        assert ours(record, tokenizer, length=length) == (ids, labels)
+        assert ours(said, llava, length=length) == (ids, labels)
 
 
-def test_random_texts(model, legacy, tokenizer):
+def test_random_texts(model, legacy, llava):
     rng = random.Random(0)
     alphabet = [
         "cat ",
@@ -238,27 +258,27 @@ def test_random_texts(model, legacy, tokenizer):
     reference = Published(model, legacy)
     for _ in range(200):
         texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 12))) for _ in range(2 * rng.randint(1, 3))]
-        record = make(*[text if text.strip() else "x" for text in texts])
-        assert ours(record, tokenizer) == published(record, reference, 4, LENGTH), texts
+        said = make(*[text if text.strip() else "x" for text in texts])
+        assert ours(said, llava) == published(said, reference, 4, LENGTH), texts
 
 
-def test_what_transformers_4_31_made_of_a_second_question(model, legacy, tokenizer):
+def test_what_transformers_4_31_made_of_a_second_question(model, legacy, llava):
     """LLaVA v1.5 was trained with it. Only the pieces of "USER" after </s> differ, not the text nor the labels."""
     if legacy:
         pytest.skip("legacy tokenizers have not changed")
     reference = Published(model, False, stripped=True)
     ids, labels = published(CONVERSATIONS["text only, several turns"], reference, 4, LENGTH)
-    new_ids, new_labels = ours(CONVERSATIONS["text only, several turns"], tokenizer)
+    new_ids, new_labels = ours(CONVERSATIONS["text only, several turns"], llava)
     names = [reference.pieces.id_to_piece(token) for token in ids]
     at = names.index("</s>") + 1
     assert names[at : at + 3] == ["US", "ER", ":"]
-    assert tokenizer.convert_ids_to_tokens(new_ids[at : at + 2]) == ["USER", ":"]
+    assert llava.tokenizer.convert_ids_to_tokens(new_ids[at : at + 2]) == ["USER", ":"]
     assert ids[:at] + ids[at + 2 :] == new_ids[:at] + new_ids[at + 1 :]
     assert labels[:at] + labels[at + 2 :] == new_labels[:at] + new_labels[at + 1 :]
 
 
 @pytest.mark.parametrize(
-    "record",
+    "said",
     [
         make("What is </s>?", "A cat"),
         make("What is this?", "The end is </s> here"),
@@ -267,19 +287,19 @@ def test_what_transformers_4_31_made_of_a_second_question(model, legacy, tokeniz
         make("What is this</s>?", "A cat", image="1.png"),
     ],
 )
-def test_where_llava_keeps_no_labels_there_is_no_row(model, legacy, tokenizer, record):
-    _, labels = published(record, Published(model, legacy), 4, LENGTH)
+def test_where_llava_keeps_no_labels_there_is_no_row(model, legacy, llava, said):
+    _, labels = published(said, Published(model, legacy), 4, LENGTH)
     assert set(labels) == {IGNORE}
     with pytest.raises(EncodingError, match="LLaVA v1.5 gives it no labels either"):
-        ours(record, tokenizer)
+        ours(said, llava)
 
 
-def test_where_llava_loses_labels_without_need(model, legacy, tokenizer):
+def test_where_llava_loses_labels_without_need(model, legacy, llava):
     """Its search for the answer takes the words " ASSISTANT: " in a text for a role. We label the answer."""
-    record = make("Write USER: Hi ASSISTANT: Yes", "USER: Hi ASSISTANT: No")
-    ids, labels = published(record, Published(model, legacy), 4, LENGTH)
+    said = make("Write USER: Hi ASSISTANT: Yes", "USER: Hi ASSISTANT: No")
+    ids, labels = published(said, Published(model, legacy), 4, LENGTH)
     assert set(labels) == {IGNORE}
-    our_ids, our_labels = ours(record, tokenizer)
+    our_ids, our_labels = ours(said, llava)
     assert our_ids == ids and any(label != IGNORE for label in our_labels)
 
 
@@ -287,18 +307,18 @@ def test_where_llava_loses_labels_without_need(model, legacy, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def processor(tokenizer):
-    return make_processor(tokenizer, 336, 14)
+def llava_336(tokenizer, llava_of):
+    return llava_of(tokenizer, 336)
 
 
-def test_an_image_has_576_positions(processor, tokenizer, legacy, model):
-    assert count_image_tokens(processor) == 24 * 24 == 576
-    record = CONVERSATIONS["several turns"]
+def test_an_image_has_576_positions(llava_336, legacy, model):
+    assert llava_336.image_tokens == 24 * 24 == 576
+    said = CONVERSATIONS["several turns"]
     reference = Published(model, legacy)
-    ids, _ = published(record, reference, 576, LENGTH)
+    ids, _ = published(said, reference, 576, LENGTH)
     if not legacy:
         ids, _ = without_the_mark(ids, ids, reference.pieces.piece_to_id("▁"), 576)
-    assert ours(record, tokenizer, 576)[0] == ids and ids.count(IMAGE) == 576
+    assert ours(said, llava_336)[0] == ids and ids.count(IMAGE) == 576
 
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -307,7 +327,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @pytest.mark.parametrize("size", [(640, 480), (427, 640), (336, 336), (500, 333), (40, 301), (1000, 1000)])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "grey", "GIF"])
-def test_pixels_at_336(processor, tmp_path, size, kind):
+def test_pixels_at_336(llava_336, tmp_path, size, kind):
     """Square with CLIP's mean colour, the picture in its middle; Pillow's bicubic; rescaled and normalised."""
     width, height = size
     y, x = np.mgrid[:height, :width]
@@ -323,9 +343,11 @@ def test_pixels_at_336(processor, tmp_path, size, kind):
     resized = np.asarray(square.resize((336, 336), Image.Resampling.BICUBIC), np.float64)
     expected = ((resized / 255 - MEAN) / STD).transpose(2, 0, 1)
 
-    [row] = ConversationDataset([make("<image>\nWhat?", "Yes", image=str(path))], processor, LENGTH)
-    assert row["pixel_values"].shape == (3, 336, 336)
-    assert np.abs(row["pixel_values"].numpy() - expected).max() < 1e-6
+    said = make("<image>\nWhat?", "Yes", image=str(path))
+    [row] = ConversationDataset([said.record], llava_336, LENGTH)
+    [pixels] = row["pictures"]["pixel_values"]
+    assert pixels.shape == (3, 336, 336)
+    assert np.abs(pixels.numpy() - expected).max() < 1e-6
 
 
 def test_the_padding_is_the_mean_colour_cut_to_whole_numbers():
@@ -333,11 +355,11 @@ def test_the_padding_is_the_mean_colour_cut_to_whole_numbers():
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the real mixture is not here")
-def test_real_mixture(model, legacy, tokenizer):
+def test_real_mixture(model, legacy, llava):
     for item in json.loads(REAL.read_text()):
-        record = make(*[turn["value"] for turn in item["conversations"]], image=item.get("image"))
+        said = make(*[turn["value"] for turn in item["conversations"]], image=item.get("image"))
         reference = Published(model, legacy)
-        ids, labels = published(record, reference, 4, LENGTH)
+        ids, labels = published(said, reference, 4, LENGTH)
         if not legacy:
             ids, labels = without_the_mark(ids, labels, reference.pieces.piece_to_id("▁"))
-        assert ours(record, tokenizer) == (ids, labels)
+        assert ours(said, llava) == (ids, labels)

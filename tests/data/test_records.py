@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from fura_vlm.data import image_checks, json_items
-from fura_vlm.data.conversation import render
 from fura_vlm.data.image_checks import check_images
 from fura_vlm.data.json_items import iter_items
-from fura_vlm.data.messages import DataError, Picture, Problem, Turn
+from fura_vlm.data.messages import DataError, Problem
 from fura_vlm.data.records import read_records, report_problems
+from fura_vlm.families.messages import Message, Picture, Text
+from fura_vlm.families.vicuna import render
 from fura_vlm.files import write_text
 
 HUMAN = {"from": "human", "value": "What is this?"}
@@ -38,7 +39,12 @@ def test_a_record_with_an_image(mixture, tmp_path):
     path = mixture([{"id": "a", "image": "images/1.png", "conversations": conversations, "family": "gqa"}])
     [record], problems = read_records(path)
     assert not problems
-    assert record.conversations == tuple(Turn(turn["from"], turn["value"]) for turn in conversations)
+    assert record.messages == (
+        Message("user", (Picture(str(tmp_path / "images/1.png")), Text("\nWhat is this?"))),
+        Message("assistant", (Text("A cat."),)),
+        Message("user", (Text("Sure?"),)),
+        Message("assistant", (Text("Yes"),)),
+    )
     assert (record.id, record.place) == ("a", "record 1")
     assert record.pictures[0] == str(tmp_path / "images/1.png")
     assert record.extra == {"family": "gqa"}
@@ -52,7 +58,7 @@ def test_json_and_jsonl_give_the_same(mixture):
     ]
     in_list, _ = read_records(mixture(items, "a.jsonl"))  # the content decides, not the name
     in_lines, _ = read_records(mixture("\n".join(map(json.dumps, items)) + "\n", "b.json"))
-    assert [r.conversations for r in in_list] == [r.conversations for r in in_lines]
+    assert [r.messages for r in in_list] == [r.messages for r in in_lines]
     assert [r.id for r in in_list] == ["text", "7", "record 3"]
     assert [r.id for r in in_lines] == ["text", "7", "line 3"]
 
@@ -84,14 +90,14 @@ def test_image_in_a_later_question(mixture):
 
 def test_a_first_turn_of_gpt_is_left_out_and_noted(mixture):
     [record], [problem] = read_records(mixture([{"id": "a", "conversations": [GPT, HUMAN, GPT]}]))
-    assert [turn.role for turn in record.conversations] == ["human", "gpt"]
+    assert [message.role for message in record.messages] == ["user", "assistant"]
     assert not problem.skipped and "left out" in problem.reason
 
 
 def test_several_images_in_a_question_are_one(mixture):
     question = {"from": "human", "value": "<image>\n<image>\nWhat is this?"}
     [record], problems = read_records(mixture([{"image": "1.png", "conversations": [question, GPT]}]))
-    assert render(record) == render([Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat.")])
+    assert render(record.messages).text.endswith("questions. USER: <image>\nWhat is this? ASSISTANT: A cat.</s>")
     assert not problems
 
 
@@ -110,7 +116,7 @@ def test_the_text_around_an_image_is_kept(mixture, tmp_path, inside):
 def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
     turns = [{"from": "human", "value": "Parse <image>a.png</image>"}, {"from": "gpt", "value": "<image> is a tag."}]
     [record], problems = read_records(mixture([{"id": "svg", "conversations": turns}]))
-    assert not problems and [turn.value for turn in record.conversations] == [turn["value"] for turn in turns]
+    assert not problems and [message.text for message in record.messages] == [turn["value"] for turn in turns]
 
 
 # ------------------------------------------------------------------------------------------------ bad records

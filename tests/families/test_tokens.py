@@ -1,7 +1,7 @@
 """Text, tokens and labels of every family against transformers' own processor."""
 
 import pytest
-from conftest import ONE, PICTURES, TEXT_ONLY, TWO, assistant, conversations, encode, images, user
+from family_talk import ONE, PICTURES, TEXT_ONLY, TWO, assistant, conversations, encode, images, user
 
 from fura_vlm.errors import ModelError
 from fura_vlm.families.base import EncodingError

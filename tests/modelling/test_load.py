@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fura_vlm.fura import FuraConfig
 from fura_vlm.modelling.config import InspectConfig, MergeConfig
-from fura_vlm.modelling.load import ModelError, find_parts, inspect, load_any, load_base, load_processor
+from fura_vlm.modelling.load import ModelError, find_parts, inspect, load_any, load_base, load_family
 from fura_vlm.modelling.merge import merge
 
 BASE = "data/tiny-llava"
@@ -43,13 +43,18 @@ def answer_of(model, processor) -> torch.Tensor:
         return model.float()(**inputs).logits
 
 
+def answer_by(path: str) -> torch.Tensor:
+    model, family = load_any(path)
+    return answer_of(model, family.processor)
+
+
 def test_merged_model_answers_as_the_adapter_does(adapter, tmp_path):
-    with_adapter = answer_of(*load_any(str(adapter)))
+    with_adapter = answer_by(str(adapter))
     merge(MergeConfig(model=str(adapter), output_dir=str(tmp_path / "merged"), dtype="float32"))
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged")
     merged = answer_of(plain, AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil"))
     assert torch.allclose(merged, with_adapter, atol=1e-4)
-    base = answer_of(*load_any(BASE))
+    base = answer_by(BASE)
     assert (with_adapter - base).abs().max() > 0.1  # and the adapter is not idle
 
 
@@ -136,7 +141,7 @@ def test_interrupted_run_and_half_a_model_say_so(tmp_path):
     [
         ("text_config", {"vocab_size": 2048}, r"lm_head\.weight is \[768, 256\] in its files and \[2048, 256\]"),
         ("vision_config", {"intermediate_size": 96}, r"fc1\.bias is \[768\] in its files and \[96\]"),
-        ("vision_config", {"hidden_size": 100}, r"No usable LLaVA .*100\) is not a multiple"),
+        ("vision_config", {"hidden_size": 100}, r"No usable model .*100\) is not a multiple"),
     ],
 )
 def test_weights_of_another_model(part, change, words, tmp_path):
@@ -176,7 +181,7 @@ def published(tmp_path):
 
 def test_published_processor_becomes_llavas(published):
     """It would crop the centre and count one token too few."""
-    found, expected = load_processor(str(published)), load_processor(BASE)
+    found, expected = load_family(str(published)).processor, load_family(BASE).processor
     picture = Image.linear_gradient("L").convert("RGB").resize((90, 40))
     one, other = (p(text="<image> a", images=picture, return_tensors="pt") for p in (found, expected))
     assert torch.equal(one["pixel_values"], other["pixel_values"])
@@ -189,19 +194,19 @@ def test_processor_of_another_model_is_refused(published):
     vision = config["vision_config"]
     (published / "config.json").write_text(json.dumps(config | {"vision_config": vision | {"image_size": 336}}))
     with pytest.raises(ModelError, match="its processor makes pictures of 112 pixels and its vision tower sees 336"):
-        load_processor(str(published))
+        load_family(str(published))
     (published / "config.json").write_text(json.dumps(config | {"image_token_index": 32_000}))
     with pytest.raises(ModelError, match="<image> is token 767 of its tokenizer and 32000 of its config.json"):
-        load_processor(str(published))
+        load_family(str(published))
     (published / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "full"}))
     with pytest.raises(ModelError, match="a picture is 64 tokens to its processor and 65 features to its model"):
-        load_processor(str(published))
+        load_family(str(published))
     (published / "config.json").write_text(json.dumps(config))
     tokenizer = json.loads((published / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<image>"]
     (published / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="its tokenizer has no token <image>: take the tokenizer that was published"):
-        load_processor(str(published))
+        load_family(str(published))
 
 
 def test_inspect_shows_the_spectra_of_the_weights(tmp_path, capsys):

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, BitsAndBytesConfig, LlavaForConditionalG
 
 from fura_vlm.fura import FuraConfig, export_delta
 from fura_vlm.modelling.config import MergeConfig
-from fura_vlm.modelling.load import load_base, load_processor
+from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.modelling.merge import merge
 from fura_vlm.modelling.shards import ModelError, building
 
@@ -175,7 +175,7 @@ def test_memory_is_that_of_a_shard_and_a_layer(tmp_path):
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base", max_shard_size="8MB")
-    load_processor(BASE).save_pretrained(tmp_path / "base")
+    load_family(BASE).processor.save_pretrained(tmp_path / "base")
     adapted = get_peft_model(
         load_base(str(tmp_path / "base"), torch.bfloat16), LoraConfig(target_modules=LANGUAGE, r=4)
     )
@@ -218,9 +218,9 @@ def test_half_a_base(plain, tmp_path):
     (base / "model.safetensors.index.json").write_text('{"weight_map": []}')
     refused(adapter, tmp_path, "model.safetensors.index.json is damaged: download it again")
     (base / "model.safetensors.index.json").unlink()
-    refused(adapter, tmp_path, f"No weights of a LLaVA at {base}")
+    refused(adapter, tmp_path, f"No weights of a model at {base}")
     first.rename(base / "model.safetensors")
-    refused(adapter, tmp_path, r"not a whole LLaVA: \d+ weights are missing, first")
+    refused(adapter, tmp_path, r"not a whole model: \d+ weights are missing, first")
 
 
 def test_another_base(plain, tmp_path):

@@ -27,7 +27,7 @@ from fura_vlm.data.index import open_index
 from fura_vlm.evaluation.generation import Prepared, prompt_of
 from fura_vlm.evaluation.lmms_model import FuraLlava
 from fura_vlm.evaluation.tasks import TASKS, load_tasks
-from fura_vlm.modelling.load import load_processor
+from fura_vlm.modelling.load import load_family
 
 ROOT = Path(__file__).parents[2]
 FROZEN_PROCESSOR = Path(__file__).parent / "processor"
@@ -56,9 +56,9 @@ def training_rows(mixture: Path, conversation: str) -> list[str]:
     A line has the length, the digests of input ids, labels and pixels (float32; ``-`` without a picture), and what was
     noted about the record; or why it is left out.
     """
-    processor = load_processor(str(FROZEN_PROCESSOR))
-    index = open_index(mixture, mixture.parent, processor, MAX_LENGTH, mixture.parent / "unused", conversation)
-    dataset, _ = index.dataset(processor)
+    family = load_family(str(FROZEN_PROCESSOR), conversation=conversation)
+    index = open_index(mixture, mixture.parent, family, MAX_LENGTH, mixture.parent / "unused")
+    dataset, _ = index.dataset(family)
     notes: dict[int, list[str]] = {}
     left_out = set()
     for problem in dataset.problems:
@@ -66,7 +66,7 @@ def training_rows(mixture: Path, conversation: str) -> list[str]:
         notes.setdefault(place, []).append(_without_folder(problem.reason, mixture.parent))
         if problem.skipped:
             left_out.add(place)
-    rows = _rows(dataset, processor)
+    rows = _rows(dataset, family)
     lines = []
     for place in range(1, len(json.loads(mixture.read_text())) + 1):
         said = "; ".join(notes.get(place, []))
@@ -75,9 +75,9 @@ def training_rows(mixture: Path, conversation: str) -> list[str]:
     return lines
 
 
-def _rows(dataset, processor) -> Iterator[str]:
+def _rows(dataset, family) -> Iterator[str]:
     """The rows of the dataset in its order, taken out of batches again."""
-    collate = Collator(processor.tokenizer, pad_to_multiple_of=8)
+    collate = Collator(family, pad_to_multiple_of=8)
     for start in range(0, len(dataset), BATCH):
         numbers = range(start, min(start + BATCH, len(dataset)))
         batch = collate([dataset[number] for number in numbers])
@@ -87,7 +87,7 @@ def _rows(dataset, processor) -> Iterator[str]:
             ids, labels, mask = (batch[name][row] for name in ("input_ids", "labels", "attention_mask"))
             length = int(mask.sum())
             assert mask[:length].all() and length == dataset.lengths[number]
-            assert (ids[length:] == processor.tokenizer.pad_token_id).all() and (labels[length:] == -100).all()
+            assert (ids[length:] == family.tokenizer.pad_token_id).all() and (labels[length:] == -100).all()
             pixels = "-"
             if dataset.has_image[number]:
                 picture = next(pictures)

@@ -9,39 +9,42 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fura_vlm.data.collator import Collator
-from fura_vlm.data.conversation import IGNORE
-from fura_vlm.fura import FuraConfig
-from fura_vlm.modelling.load import load_base, load_processor
+from fura_vlm.families.base import IGNORE
+from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training import loss
-from fura_vlm.training.config import TARGET_MODULES
+from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.loss import positions, train_on_labels_only
-from fura_vlm.training.methods import compile_layers
+from fura_vlm.training.methods import adapter_config, compile_layers
 
 aten = torch.ops.aten
 
 
-def model_in_training():
+FAMILY = load_family("data/tiny-llava")
+
+
+def model_in_training(**settings):
     torch.manual_seed(0)
     model = load_base("data/tiny-llava", torch.float64)
-    config = FuraConfig(target_modules=TARGET_MODULES, init_weights=False, task_type="CAUSAL_LM")
+    config = adapter_config(TrainConfig(**settings), FAMILY, model)
+    config.init_weights = False
     return get_peft_model(model, config).train()
 
 
 def batch(lengths=(120, 90, 77), pictures=True):
     """Rows of different length, with labels on the last tokens and somewhere in between."""
-    processor = load_processor("data/tiny-llava")
     generator = torch.Generator().manual_seed(1)
     rows = []
     for length in lengths:
         ids = torch.randint(300, 700, (length,), generator=generator)
         labels = torch.full_like(ids, IGNORE)
         labels[-7:], labels[70:72] = ids[-7:], ids[70:72]
-        row = {"input_ids": ids, "labels": labels}
+        row = {"input_ids": ids, "labels": labels, "pictures": {}}
         if pictures:
-            ids[3:67] = processor.image_token_id
-            row["pixel_values"] = torch.randn(3, 112, 112, generator=generator, dtype=torch.float64)
+            ids[3:67] = FAMILY.run_id
+            pixels = torch.randn(1, 3, 112, 112, generator=generator, dtype=torch.float64)
+            row["pictures"] = {"pixel_values": pixels}
         rows.append(row)
-    return Collator(processor.tokenizer, pad_to_multiple_of=16)(rows)
+    return Collator(FAMILY, pad_to_multiple_of=16)(rows)
 
 
 def gradients(model):
@@ -57,8 +60,8 @@ def test_it_is_transformers_loss(pictures, items, told, monkeypatch):
     monkeypatch.setattr(loss, "ROWS_AT_ONCE", 10)  # several parts
     inputs = batch(pictures=pictures) | ({} if items is None else {"num_items_in_batch": torch.tensor(items)})
     theirs, ours = model_in_training(), model_in_training()
-    train_on_labels_only(ours.get_base_model())
-    places = positions(inputs, ours.config.image_token_id) if told else {}
+    train_on_labels_only(ours.get_base_model(), FAMILY)
+    places = positions(inputs, FAMILY.run_id) if told else {}
     expected, found = theirs(**inputs), ours(**inputs, **places)
     assert found.logits is None
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)  # float32 in both
@@ -74,7 +77,7 @@ def test_two_halves_make_a_whole():
     """As gradient accumulation calls it: each part divided by the number of labels of all."""
     whole, parts = model_in_training(), model_in_training()
     for model in (whole, parts):
-        train_on_labels_only(model.get_base_model())
+        train_on_labels_only(model.get_base_model(), FAMILY)
     inputs = batch(lengths=(120, 110, 100, 90))
     labels = (inputs["labels"][:, 1:] != IGNORE).sum()
     whole(**inputs).loss.backward()
@@ -89,7 +92,7 @@ def test_head_and_tower_do_no_more_than_they_must():
     model = model_in_training()
     base = model.get_base_model()
     model.enable_input_require_grads()  # what gradient checkpointing turns on, for the tower's embeddings too
-    train_on_labels_only(base)
+    train_on_labels_only(base, FAMILY)
     seen = {}
     base.lm_head.register_forward_hook(lambda module, args, output: seen.update(head=output.shape))
     base.model.vision_tower.register_forward_hook(
@@ -97,7 +100,7 @@ def test_head_and_tower_do_no_more_than_they_must():
     )
     inputs = batch()
     model(**inputs).loss.backward()
-    assert seen["head"] == (25, base.config.text_config.vocab_size)  # 9, 9 and 7 labels at 3 x 128 positions
+    assert seen["head"] == (1, 25, base.config.text_config.vocab_size)  # 9, 9 and 7 labels at 3 x 128 positions
     assert seen["tower"] is False
 
 
@@ -130,8 +133,8 @@ def test_nothing_waits_for_the_device(pictures):
     with Looks() as untouched:
         model(**inputs).loss.backward()
     assert untouched.seen  # transformers does
-    train_on_labels_only(model.get_base_model())
-    told = positions(inputs, model.config.image_token_id)
+    train_on_labels_only(model.get_base_model(), FAMILY)
+    told = positions(inputs, FAMILY.run_id)
     with Looks() as looks:
         model(**inputs, **told, num_items_in_batch=torch.tensor(25)).loss.backward()
     assert not looks.seen
@@ -147,7 +150,7 @@ def test_calls_without_labels_are_left_alone():
     with torch.no_grad():
         expected = [model(**call) for call in calls]
         loss = model(**embedded, labels=labels).loss
-        train_on_labels_only(base)
+        train_on_labels_only(base, FAMILY)
         for call, wanted in zip(calls, expected, strict=True):
             found = model(**call)
             assert torch.equal(found.logits, wanted.logits)
@@ -161,8 +164,8 @@ def test_calls_without_labels_are_left_alone():
 
 def test_pictures_without_as_many_tokens_are_refused():
     model, inputs = model_in_training(), batch()
-    train_on_labels_only(model.get_base_model())
-    told = positions(inputs, model.config.image_token_id)
+    train_on_labels_only(model.get_base_model(), FAMILY)
+    told = positions(inputs, FAMILY.run_id)
     for pictures in (inputs["pixel_values"].repeat(2, 1, 1, 1), inputs["pixel_values"][:1]):
         with pytest.raises(ValueError, match="do not match"):
             model(**inputs | told | {"pixel_values": pictures})
@@ -171,8 +174,8 @@ def test_pictures_without_as_many_tokens_are_refused():
 def test_what_is_said_of_pictures_is_heard():
     model = model_in_training()
     inputs = batch() | {"vision_feature_layer": -1}
-    train_on_labels_only(model.get_base_model())
-    told = positions(inputs, model.config.image_token_id)
+    train_on_labels_only(model.get_base_model(), FAMILY)
+    told = positions(inputs, FAMILY.run_id)
     with torch.no_grad():
         expected, found = model(**inputs).loss, model(**inputs, **told).loss
         assert torch.equal(found, expected)
@@ -182,7 +185,7 @@ def test_what_is_said_of_pictures_is_heard():
 def test_another_attention_is_given_its_mask():
     model = model_in_training()
     inputs = batch()
-    train_on_labels_only(model.get_base_model())
+    train_on_labels_only(model.get_base_model(), FAMILY)
     with torch.no_grad():
         expected = model(**inputs).loss
         model.get_base_model().set_attn_implementation("eager")
@@ -197,8 +200,8 @@ def test_compiled_layers_share_one_graph_whatever_their_number_and_the_length(mo
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     model = model_in_training()
     layers = model.get_base_model().model.language_model.layers
-    train_on_labels_only(model.get_base_model())
-    compile_layers(model)
+    train_on_labels_only(model.get_base_model(), FAMILY)
+    compile_layers(model, FAMILY)
     for lengths in ((120, 90, 77), (100, 96), (200, 150, 140, 80)):
         model(**batch(lengths)).loss.backward()
     assert len(layers) > 1 and counters["stats"]["unique_graphs"] == 2  # one is the vision tower's
@@ -206,10 +209,12 @@ def test_compiled_layers_share_one_graph_whatever_their_number_and_the_length(mo
 
 
 def test_adapters_in_the_vision_tower_are_trained():
-    model = load_base("data/tiny-llava", torch.float64)
-    config = FuraConfig(target_modules=r".*vision_tower.*\.fc1", init_weights=False)
-    model = get_peft_model(model, config).train()
-    train_on_labels_only(model.get_base_model())
+    model = model_in_training(vision_tower="adapter")
+    train_on_labels_only(model.get_base_model(), FAMILY)
     model(**batch()).loss.backward()
-    used = [p.grad for name, p in model.named_parameters() if p.requires_grad and ".layers.0." in name]
+    used = [
+        p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad and "vision_tower" in name and ".layers.0." in name
+    ]
     assert used and all(gradient.abs().max() > 0 for gradient in used)

@@ -11,10 +11,11 @@ import yaml
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 
-from fura_vlm.modelling.load import load_base
+from fura_vlm.families.llava import Llava
+from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import learning_rate, prepare
-from fura_vlm.training.train import _training_arguments
+from fura_vlm.training.settings import training_arguments
 
 ROOT = Path(__file__).parents[2]
 STAGE2 = {
@@ -30,7 +31,7 @@ STAGE2 = {
     "bf16": True,
     "tf32": True,
     "deepspeed": "scripts/zero1.json",
-    "conversation": "v1",
+    "conversation": None,  # the model's own
     "mm_projector": "adapter",
     "lora_r": 128,
     "lora_alpha": 256,
@@ -55,6 +56,7 @@ def recipe(name: str, **changes) -> TrainConfig:
 def test_values(name, wanted):
     settings = dataclasses.asdict(recipe(name))
     assert {key: settings[key] for key in wanted} == wanted
+    assert Llava.conversations == ("v1", "plain")  # the first is its own
 
 
 def test_what_reaches_the_trainer(tmp_path, monkeypatch):
@@ -62,7 +64,7 @@ def test_what_reaches_the_trainer(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in ("ACCELERATE_USE_DEEPSPEED", "TENSORBOARD_LOGGING_DIR"):  # what it sets, taken back at the end
         monkeypatch.setenv(name, "")
-    arguments = _training_arguments(recipe("llava-1.5-7b.yaml", bf16=False), tmp_path, 8, universal=False)
+    arguments = training_arguments(recipe("llava-1.5-7b.yaml", bf16=False), tmp_path, 8, universal=False)
     assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert arguments.learning_rate == 2e-4 and arguments.weight_decay == 0 and arguments.max_grad_norm == 1
     assert arguments.get_warmup_steps(5198) == 156  # 3 % of an epoch of 665,298 records, 128 a step
@@ -86,10 +88,10 @@ def test_deepspeeds_files_are_called_as_their_stage(stage):
 @pytest.mark.parametrize("projector", ["adapter", "full", "frozen"])
 def test_all_adapters_adapt_the_same(projector):
     """q, k, v, o, gate, up and down of every layer, and the projector's two layers as it is said."""
-    adapted = {}
+    adapted, family = {}, load_family("data/tiny-llava")
     for method in ("fura", "lora", "dora"):
         config = recipe("llava-1.5-7b.yaml", method=method, mm_projector=projector, lora_r=4)
-        model = prepare(load_base("data/tiny-llava", torch.float32), config)
+        model = prepare(load_base("data/tiny-llava", torch.float32), config, family)
         assert isinstance(model, PeftModel)
         adapted[method] = set(model.targeted_module_names)
         whole = {n for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}

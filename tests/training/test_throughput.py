@@ -8,53 +8,54 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fura_vlm.data.collator import Collator
-from fura_vlm.data.conversation import IGNORE
-from fura_vlm.modelling.load import load_base, load_processor
+from fura_vlm.families.base import IGNORE
+from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.loss import train_on_labels_only
 from fura_vlm.training.methods import prepare
 from fura_vlm.training.throughput import Meter, Work, peak_flops
 
+FAMILY = load_family("data/tiny-llava")
+
 
 def batch(lengths, labels, with_image=True):
-    processor = load_processor("data/tiny-llava")
     rows = []
     for length in lengths:
         ids = torch.full((length,), 400)
-        row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE)}
+        row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "pictures": {}}
         row["labels"][-labels:] = 400
         if with_image:
-            ids[1:65] = processor.image_token_id
-            row["pixel_values"] = torch.zeros(3, 112, 112)
+            ids[1:65] = FAMILY.run_id
+            row["pictures"] = {"pixel_values": torch.zeros(1, 3, 112, 112)}
         rows.append(row)
-    return Collator(processor.tokenizer)(rows)
+    return Collator(FAMILY)(rows)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_operations_are_those_that_torch_counts(method):
     model = load_base("data/tiny-llava", torch.float32, "eager")
-    model = prepare(model, TrainConfig(method=method, lora_r=16, lora_dropout=0.0))
-    work = Work.of(model)
-    train_on_labels_only(model if method == "full" else model.get_base_model())
+    model = prepare(model, TrainConfig(method=method, lora_r=16, lora_dropout=0.0), FAMILY)
+    work = Work.of(model, FAMILY)
+    train_on_labels_only(model if method == "full" else model.get_base_model(), FAMILY)
     rows, length, labels = 4, 200, 100
     with FlopCounterMode(display=False) as counter:
         model.train()(**batch([length] * rows, labels)).loss.backward()
     # Attention without a kernel of its own computes all pairs, also those that the mask rules out.
     asked = work.token * rows * length + 2 * work.token_pair * rows * length**2
-    asked += work.image * rows + work.label * rows * labels
+    asked += work.picture_token * 64 * rows + work.label * rows * labels
     assert asked == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_a_frozen_weight_costs_four_operations_and_a_trained_one_six():
     frozen = load_base("data/tiny-llava", torch.float32)
     trained = load_base("data/tiny-llava", torch.float32).requires_grad_(True)
-    assert Work.of(trained).token == pytest.approx(1.5 * Work.of(frozen).token)
-    assert Work.of(trained).label == pytest.approx(6 * 256 * 768)
+    assert Work.of(trained, FAMILY).token == pytest.approx(1.5 * Work.of(frozen, FAMILY).token)
+    assert Work.of(trained, FAMILY).label == pytest.approx(6 * 256 * 768)
 
 
 def test_counts_by_hand():
     model = load_base("data/tiny-llava", torch.float32)
-    meter = Meter(model, torch.device("cpu"))
+    meter = Meter(model, FAMILY, torch.device("cpu"))
     meter.start(step=0)
     meter.add(batch([100, 80], 10))
     meter.add(batch([50, 30], 10, with_image=False))
@@ -65,7 +66,7 @@ def test_counts_by_hand():
         "labels": 40,
         "places": 2 * 100 + 2 * 50,
         "rows": 4,
-        "images": 2,
+        "pictures": 2 * 64,
     }
     figures = meter.read(step=1, max_steps=4)
     assert figures["padding"] == pytest.approx(40 / 300)
@@ -75,7 +76,7 @@ def test_counts_by_hand():
 
 
 def test_a_resumed_run_counts_its_own_steps():
-    meter = Meter(load_base("data/tiny-llava", torch.float32), torch.device("cpu"))
+    meter = Meter(load_base("data/tiny-llava", torch.float32), FAMILY, torch.device("cpu"))
     meter.start(step=100)
     meter.add(batch([100, 80], 10))
     figures = meter.read(step=102, max_steps=106)

@@ -13,12 +13,13 @@ from transformers import TrainingArguments
 
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.sampler import ModalityLengthSampler
-from fura_vlm.modelling.load import load_base, load_processor
+from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import prepare
 from fura_vlm.training.trainer import FuraTrainer, set_epoch
 
 ROWS, BATCH = 48, 4
+FAMILY = load_family("data/tiny-llava")
 
 
 def order(loader, epoch) -> list[list[int]]:
@@ -51,9 +52,9 @@ def test_records_go_on_where_they_stopped_in_any_epoch(processes, grouped):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_rates_and_decay_of_parameters(decay, tmp_path):
     """The projector has a rate of its own; biases and norms do not decay, as with transformers' own Trainer."""
-    model = prepare(load_base("data/tiny-llava", torch.float32), TrainConfig(method="full"))
+    model = prepare(load_base("data/tiny-llava", torch.float32), TrainConfig(method="full"), FAMILY)
     arguments = TrainingArguments(tmp_path, learning_rate=1e-3, weight_decay=decay, use_cpu=True, report_to=[])
-    trainer = FuraTrainer(model, arguments, mm_projector_lr=2e-4, group_by_modality_length=True)
+    trainer = FuraTrainer(model, arguments, family=FAMILY, mm_projector_lr=2e-4)
     groups = trainer.create_optimizer().param_groups
     assert len(groups) == (4 if decay else 2)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -67,16 +68,15 @@ def test_rates_and_decay_of_parameters(decay, tmp_path):
 def test_a_run_that_is_done_takes_no_step_more(tmp_path):
     """Resumed from the checkpoint of its last step, as after an interruption while the report was written."""
     ids = torch.arange(300, 316)
-    rows = [{"input_ids": ids, "labels": ids}] * 8
+    rows = [{"input_ids": ids, "labels": ids, "pictures": {}}] * 8
 
     def train(resume_from=None):
-        model = prepare(load_base("data/tiny-llava", torch.float32), TrainConfig())
+        model = prepare(load_base("data/tiny-llava", torch.float32), TrainConfig(), FAMILY)
         arguments = TrainingArguments(
             tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="constant",
-            use_cpu=True, report_to=[], disable_tqdm=True,
+            use_cpu=True, report_to=[], disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
-        collator = Collator(load_processor("data/tiny-llava").tokenizer)
-        trainer = FuraTrainer(model, arguments, collator, rows, mm_projector_lr=None, group_by_modality_length=False)
+        trainer = FuraTrainer(model, arguments, Collator(FAMILY), rows, family=FAMILY, group_by_modality_length=False)
         trainer.train(resume_from_checkpoint=resume_from)
         assert trainer.state.global_step == 2
         return [p.detach() for p in model.parameters() if p.requires_grad]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ONE, PICTURES, TEXT_ONLY, TURNS, TWO, encode, images
+from family_talk import ONE, PICTURES, TEXT_ONLY, TURNS, TWO, encode, images
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from fura_vlm.training.loss import positions, train_on_labels_only, use_all_parts

@@ -1,0 +1,70 @@
+"""A small Llama tokenizer and, with it, LLaVA-1.5's family for pictures of 28 x 28 pixels, which take 4 tokens."""
+
+import json
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaTokenizer, LlavaConfig
+
+from fura_vlm.families.llava import Llava, make_processor
+from fura_vlm.families.vicuna import SYSTEM_PROMPT
+
+WORDS = "USER: ASSISTANT: What is this? A cat Yes No red dog. And that?"
+
+
+def make_tokenizer(**kwargs) -> LlamaTokenizer:
+    """Knows each word of the system prompt and of WORDS as one token, all else as bytes."""
+    bpe = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator([f" {SYSTEM_PROMPT} {WORDS}", *WORDS.split()], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, pad_token="<pad>", add_bos_token=True, **kwargs)
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+def make_llava(tokenizer, image_size: int = 28, conversation: str = "v1") -> Llava:
+    """Patches are of 14 x 14 pixels."""
+    vision = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        image_size=image_size,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image)
+    return Llava(make_processor(tokenizer, image_size, 14), config, conversation=conversation)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def legacy_tokenizer():
+    return make_tokenizer(legacy=True)
+
+
+@pytest.fixture(scope="session")
+def llava_of():
+    """Makes LLaVA-1.5's family of a tokenizer."""
+    return make_llava
+
+
+@pytest.fixture(scope="session")
+def llava(tokenizer):
+    return make_llava(tokenizer)
