@@ -27,7 +27,7 @@ from peft import PeftModel
 
 from fura_vlm.chat.models import default_model
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
-from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.modelling.load import load_any
 
 QUESTION = "What does the sign say?\nAnswer the question using a single word or phrase."

@@ -37,16 +37,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is no
 
 import numpy as np
 import torch
+from fura_vlm.data.conversation import encode
 from shapes import processor_of_336, random_llava
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from fura_vlm.data.collator import Collator
-from fura_vlm.data.conversation import encode
 from fura_vlm.data.images import load_image
 from fura_vlm.data.records import Turn
 from fura_vlm.data.sampler import ModalityLengthSampler
-from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.modelling.load import load_base, load_processor
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import compile_layers, prepare

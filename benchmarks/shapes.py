@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from fura_vlm.modelling.load import load_processor
 from fura_vlm.families.llava import make_processor
+from fura_vlm.modelling.load import load_processor
 from fura_vlm.training.plan import named_model
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from fura_vlm.files import write_text
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import CompareConfig
+from fura_vlm.files import write_text
 
 
 class CompareError(FuraVLMError):

@@ -14,8 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fura_vlm.files import write_text
 from fura_vlm.evaluation.tasks import TASKS
+from fura_vlm.files import write_text
 
 __all__ = ["PUBLISHED", "markdown", "page", "read_samples", "show", "write_samples"]
 

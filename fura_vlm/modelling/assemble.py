@@ -31,8 +31,8 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from fura_vlm.errors import first_line
-from fura_vlm.modelling.config import AssembleConfig
 from fura_vlm.families.llava import make_processor
+from fura_vlm.modelling.config import AssembleConfig
 from fura_vlm.modelling.shards import (
     ModelError,
     WeightFiles,

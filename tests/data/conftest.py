@@ -3,11 +3,10 @@
 import json
 
 import pytest
+from fura_vlm.data.conversation import CHAT_TEMPLATE, SYSTEM_PROMPT
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-
-from fura_vlm.data.conversation import CHAT_TEMPLATE, SYSTEM_PROMPT
 
 WORDS = "USER: ASSISTANT: What is this? A cat Yes No red dog. And that?"
 

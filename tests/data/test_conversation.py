@@ -4,8 +4,6 @@ import copy
 import re
 
 import pytest
-from made_records import llava_record
-
 from fura_vlm.data.conversation import (
     CHAT_TEMPLATE,
     IGNORE,
@@ -16,6 +14,8 @@ from fura_vlm.data.conversation import (
     render,
     tokenize,
 )
+from made_records import llava_record
+
 from fura_vlm.data.messages import Turn
 
 SYSTEM = [

@@ -3,13 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fura_vlm.data.conversation import encode, render
 from made_records import llava_record
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from fura_vlm.data.collator import Collator
-from fura_vlm.data.conversation import encode, render
 from fura_vlm.data.dataset import ConversationDataset, count_image_tokens
 from fura_vlm.data.images import load_image
 from fura_vlm.data.messages import DataError

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from fura_vlm.data.conversation import IGNORE, SYSTEM_PROMPT, EncodingError, encode
+from fura_vlm.modelling.processor import make_processor
 from made_records import llava_record
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from fura_vlm.data.conversation import IGNORE, SYSTEM_PROMPT, EncodingError, encode
 from fura_vlm.data.dataset import ConversationDataset, count_image_tokens
 from fura_vlm.data.messages import Record
-from fura_vlm.modelling.processor import make_processor
 
 REAL = Path(__file__).parents[3] / "shared/real/real_mixture.json"
 IMAGE = -200  # LLaVA's number for the place of an image

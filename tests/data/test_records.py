@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fura_vlm.data.conversation import render
 from PIL import Image
 
 from fura_vlm.data import image_checks, json_items
-from fura_vlm.data.conversation import render
 from fura_vlm.data.image_checks import check_images
 from fura_vlm.data.json_items import iter_items
 from fura_vlm.data.messages import DataError, Picture, Problem, Turn

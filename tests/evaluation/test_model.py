@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from eval_models import BASE, ROOT
+from fura_vlm.data.conversation import SYSTEM_PROMPT
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from fura_vlm.data.conversation import SYSTEM_PROMPT
-from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.evaluation.answers import AnswerStore
 from fura_vlm.evaluation.generation import EvaluationError, prompt_of
 from fura_vlm.evaluation.lmms_model import FuraLlava, generation_arguments

@@ -4,12 +4,12 @@ from functools import partialmethod
 
 import pytest
 import torch
+from fura_vlm.data.conversation import IGNORE
 from peft import get_peft_model
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fura_vlm.data.collator import Collator
-from fura_vlm.data.conversation import IGNORE
 from fura_vlm.fura import FuraConfig
 from fura_vlm.modelling.load import load_base, load_processor
 from fura_vlm.training import loss

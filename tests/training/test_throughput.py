@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from fura_vlm.data.conversation import IGNORE
 from torch.utils.flop_counter import FlopCounterMode
 
 from fura_vlm.data.collator import Collator
-from fura_vlm.data.conversation import IGNORE
 from fura_vlm.modelling.load import load_base, load_processor
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.loss import train_on_labels_only
