@@ -18,6 +18,7 @@ import time
 import peft
 import torch
 import transformers
+from fura_vlm.training.plan import named_model
 from peft import get_peft_model
 from shapes import random_llava
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -26,7 +27,6 @@ from transformers.generation.streamers import BaseStreamer
 from fura_vlm import FuraConfig
 from fura_vlm.chat.engine import Engine, Generation, Sampling
 from fura_vlm.training.config import TARGET_MODULES
-from fura_vlm.training.plan import named_model
 
 IMAGE_TOKENS, IMAGE_TOKEN, TEXT_TOKENS = 576, 32000, 64
 READ_SECONDS = 0.1  # how often the page looks at what has been written

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from fura_vlm.training.plan import named_model
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from fura_vlm.families.llava import make_processor
 from fura_vlm.modelling.load import load_processor
-from fura_vlm.training.plan import named_model
 
 
 def random_llava(image_token_id: int) -> LlavaForConditionalGeneration:

@@ -108,7 +108,7 @@ def _run(command: str, options: dict) -> None:
 
         train(TrainConfig(**options))
     elif command == "plan":
-        from fura_vlm.training.plan import plan
+        from fura_vlm.plan.page import plan
 
         plan(PlanConfig(**options))
     elif command == "eval":

@@ -6,7 +6,7 @@ position lies before the token's place in the sequence.
 
 from __future__ import annotations
 
-from fura_vlm.families.base import EncodingError, Family, Parts
+from fura_vlm.families.base import EncodingError, Family, Parts, Patches
 
 
 class QwenVL(Family):
@@ -27,3 +27,11 @@ class QwenVL(Family):
         found = super().parts(model)
         deep = list(getattr(found.tower, "deepstack_merger_list", ()))
         return found._replace(projectors=[found.tower.merger, *deep])
+
+    def patches(self) -> Patches:
+        """Qwen2.5-VL's attention is within windows in most layers; a whole picture is taken for one of 32 x 32."""
+        vision = self.config.vision_config
+        window = getattr(vision, "window_size", None)
+        whole = len(vision.fullatt_block_indexes) / vision.depth if window else 1.0
+        within = (window // vision.patch_size) ** 2 if window else 0
+        return Patches(vision.spatial_merge_size**2, round(whole * 32**2 + (1 - whole) * within))
