@@ -140,12 +140,18 @@ def adapter_config(config: TrainConfig, family: Family, model: PreTrainedModel) 
 
 
 def _linear(model: nn.Module, parts: Iterable[str], but: set[str] = frozenset()) -> set[str]:
-    """Patterns of the names of all linear layers in some parts: with any number for each number in them."""
+    """Patterns of the names of all linear layers in some parts: with any number for each number in them, if no other
+    module has such a name (a projector's activation may stand between its layers)."""
     found = set()
     for part in parts:
-        for name, module in model.get_submodule(part).named_modules(prefix=part):
+        modules = dict(model.get_submodule(part).named_modules(prefix=part))
+        others = "\n".join(name for name, module in modules.items() if not isinstance(module, nn.Linear))
+        for name, module in modules.items():
             if isinstance(module, nn.Linear) and not any(name.startswith(other) for other in but):
-                found.add(re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name)))
+                exact = re.escape(name)
+                general = re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact)
+                if general not in found:
+                    found.add(exact if re.search(f"^{general}$", others, re.MULTILINE) else general)
     return found
 
 
