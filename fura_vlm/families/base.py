@@ -106,6 +106,7 @@ class Family:
     Attributes:
         model_types: the ``config.model_type`` that a family is for.
         projector_names: where the projector is below ``model.model``; by default what is neither tower nor decoder.
+        compiles_tower: whether the tower's layers are one graph for pictures of every number and size.
         needs_sizes: whether a picture's tokens depend on its size, so that indexing has to look at its header.
     """
 
@@ -113,6 +114,7 @@ class Family:
     conversations: tuple[str, ...] = ("template",)
     """The forms of a conversation that it has; the first is its own."""
     projector_names: tuple[str, ...] | None = None
+    compiles_tower = True
     needs_sizes = True
 
     def __init__(self, processor, config, ends: Sequence[str] = (), conversation: str | None = None):

@@ -179,7 +179,7 @@ def prepare(model: PreTrainedModel, config: TrainConfig, family: Family) -> PreT
 
 def compile_layers(model: PreTrainedModel | PeftModel, family: Family, activation_memory_budget: float = 1.0) -> None:
     """``torch.compile`` on each layer of the language model and of the vision tower, once for all of each and for
-    batches of every size and length.
+    batches of every size and length; on a tower's only where that can be.
 
     Args:
         activation_memory_budget: of the compiler, for the whole process: below 1 it computes cheap results again in
@@ -192,7 +192,7 @@ def compile_layers(model: PreTrainedModel | PeftModel, family: Family, activatio
         # Only then are there gradients to the first layer's input; without pictures it would be another graph.
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         base.enable_input_require_grads()
-    for part in (parts.tower, parts.decoder):
+    for part in (parts.tower if family.compiles_tower else None, parts.decoder):
         for layer in part.modules() if part is not None else ():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.compile(dynamic=True)
