@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import AutoConfig
+
 from fura_vlm.plan.costs import GIB, GPUS, Setting, memory, step_seconds
 from fura_vlm.plan.page import zero_of
 from fura_vlm.plan.shapes import Counts
-from transformers import AutoConfig
-
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.report import read_metrics
 
