@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from fura_vlm.families.base import Family
 from fura_vlm.families.registry import family_class
-from fura_vlm.plan.costs import Setting, memory, step_seconds
+from fura_vlm.plan.costs import Setting, gpu_of, memory, step_seconds
 from fura_vlm.plan.page import plan
 from fura_vlm.plan.shapes import Counts
 from fura_vlm.training.config import PlanConfig, TrainConfig
@@ -61,20 +61,14 @@ def test_a_trained_tower_costs_more(folder_of):
     for tower in ("frozen", "adapter", "full"):
         train = TrainConfig(vision_tower=tower)
         counts = Counts(config, train)
-        gpu_seconds = step_seconds(counts, SETTING, 1000, dataclasses.replace(_gpu(), peak=1e9))
+        gpu_seconds = step_seconds(counts, SETTING, 1000, gpu_of(80))
         spent.append((sum(memory(train, counts, SETTING, 0.5).values()), gpu_seconds))
     assert spent[0][0] < spent[1][0] < spent[2][0] and spent[0][1] < spent[1][1] < spent[2][1]
 
 
-def _gpu():
-    from fura_vlm.plan.costs import gpu_of
-
-    return gpu_of(80)
-
-
 def test_more_picture_tokens_take_longer_and_text_takes_no_tower(folder_of):
     config = AutoConfig.from_pretrained(folder_of("gemma3"))
-    seconds = [step_seconds(Counts(config, TrainConfig(), n), SETTING, 1000, _gpu()) for n in (0, 256, 512)]
+    seconds = [step_seconds(Counts(config, TrainConfig(), n), SETTING, 1000, gpu_of(80)) for n in (0, 256, 512)]
     assert seconds[1] - seconds[0] == pytest.approx(seconds[2] - seconds[1]) and seconds[1] > seconds[0]
     text = Counts(AutoConfig.from_pretrained(folder_of("text")), TrainConfig())
     assert text.patches == text.tower == text.projected == 0
