@@ -25,8 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fura_vlm import FuraConfig
 from fura_vlm.chat.engine import Engine, Generation, Sampling
-from fura_vlm.training.config import TARGET_MODULES
-from fura_vlm.training.plan import named_model
+from fura_vlm.families.llava import named_config
 
 IMAGE_TOKENS, IMAGE_TOKEN, TEXT_TOKENS = 576, 32000, 64
 READ_SECONDS = 0.1  # how often the page looks at what has been written
@@ -43,7 +42,7 @@ dtype = torch.bfloat16 if device == "cuda" else torch.float32
 torch.manual_seed(0)
 if options.tiny:
     text = LlamaConfig(vocab_size=32064, hidden_size=64, intermediate_size=128, num_attention_heads=4)
-    vision = named_model("7b").vision_config
+    vision = named_config("7b").vision_config
     vision.num_hidden_layers = 2
     with torch.device(device):
         config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
@@ -53,7 +52,8 @@ else:
 for settings in (llava.generation_config, llava.config.text_config):
     settings.eos_token_id = None  # random weights may write any token: none ends an answer
 llava.generation_config.pad_token_id = 0
-fura = FuraConfig(target_modules=TARGET_MODULES, init_weights=False, task_type="CAUSAL_LM")
+layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+fura = FuraConfig(target_modules=layers, init_weights=False, task_type="CAUSAL_LM")
 model = get_peft_model(llava, fura).eval()
 
 ids = torch.randint(5, 31000, (1, 1 + IMAGE_TOKENS + TEXT_TOKENS))

@@ -27,7 +27,7 @@ from peft import PeftModel
 
 from fura_vlm.chat.models import default_model
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
-from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.modelling.load import load_any
 
 QUESTION = "What does the sign say?\nAnswer the question using a single word or phrase."
@@ -42,19 +42,19 @@ options = parser.parse_args()
 
 def expected_answers(scenes: list[str]) -> dict[tuple[str, str], str]:
     """By scene, and name of what answers."""
-    model, processor = load_any(options.model)
+    model, family = load_any(options.model)
     answers = {}
     names = [Path(options.model).name, "base"] if isinstance(model, PeftModel) else ["base"]
     for name in names:
         off = name == "base" and isinstance(model, PeftModel)
         with torch.inference_mode(), model.disable_adapter() if off else nullcontext():
             for scene in scenes:
-                prompt = build_prompt([Exchange(QUESTION, scene)], processor, 900)
-                inputs = {key: value.to(model.device) for key, value in encode(prompt, processor).items()}
+                prompt = build_prompt([Exchange(QUESTION, scene)], family, 900)
+                inputs = {key: value.to(model.device) for key, value in encode(prompt, family).items()}
                 inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
                 ids = model.generate(**inputs, do_sample=False, max_new_tokens=LENGTH)
                 written = ids[0, inputs["input_ids"].shape[1] :]
-                answers[scene, name] = processor.tokenizer.decode(written, skip_special_tokens=True).strip()
+                answers[scene, name] = family.tokenizer.decode(written, skip_special_tokens=True).strip()
     return answers
 
 

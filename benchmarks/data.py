@@ -72,7 +72,7 @@ def write_processor(folder: Path, text: str) -> None:
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer
 
-    from fura_vlm.families.llava import make_processor
+    from fura_vlm.families.llava import make_processor, named_config
 
     bpe = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -84,24 +84,27 @@ def write_processor(folder: Path, text: str) -> None:
     tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True, pad_token="<pad>")
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     make_processor(tokenizer, 336, 14).save_pretrained(folder)
+    config = named_config("7b")
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    config.save_pretrained(folder)
 
 
 def step(name: str, path: str) -> None:
     """One measurement: prints seconds, the growth of the peak of memory in MiB, a figure, and seconds of the cores."""
     from fura_vlm.data.index import open_index
-    from fura_vlm.modelling.load import load_processor
+    from fura_vlm.modelling.load import load_family
 
     path = Path(path)
-    processor = load_processor(str(path.parent / "processor"))
-    processor.tokenizer(["warm"])
+    family = load_family(str(path.parent / "processor"))
+    family.tokenizer(["warm"])
     before, started, worked = forget_peak(), time.perf_counter(), time.process_time()
     if name == "json":
         told = len(json.loads(path.read_text()))
     else:
-        index = open_index(path, path.parent, processor, 2048, path.parent / "index", progress=False)
+        index = open_index(path, path.parent, family, 2048, path.parent / "index", progress=False)
         told = len(index.problems)
         if name == "start":
-            dataset, _ = index.dataset(processor, "none")
+            dataset, _ = index.dataset(family, "none")
             dataset[int(dataset.has_image.argmin())]  # a row without picture
             told = int(dataset.lengths.mean())
     took, work = time.perf_counter() - started, time.process_time() - worked

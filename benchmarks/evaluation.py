@@ -27,10 +27,10 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from shapes import processor_of_336, random_llava
+from shapes import family_of_336, random_llava
 
 from fura_vlm.evaluation.generation import Answerer, Prepared, Question
-from fura_vlm.modelling.load import load_base, load_processor
+from fura_vlm.modelling.load import load_base, load_family
 
 ARGUMENTS = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16, "until": ["\n\n"]}
 THINGS = ("car", "red car", "small red car", "car and the tree", "red car and the old tree")
@@ -83,14 +83,14 @@ def model_only(answerer: Answerer, asked: list[Question], own_cache: bool = True
     """Seconds of one batch as a whole, of its pictures (tower and projector), of all before the first new token, and
     of the other fifteen.
     """
-    prepared = Prepared(answerer.processor, asked, answerer.dtype)
+    prepared = Prepared(answerer.family, asked, answerer.dtype)
     inputs = [prepared[number] for number in range(len(asked))]
-    batch = answerer.batch(inputs)
+    batch = {name: value.to(answerer.device) for name, value in answerer.family.batch(inputs).items()}
 
     def generate(new: int) -> None:
         arguments = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
         cache = answerer.cache(arguments) if own_cache else None
-        pad = answerer.processor.tokenizer.pad_token_id
+        pad = answerer.family.tokenizer.pad_token_id
         answerer.model.generate(**batch, **arguments, past_key_values=cache, pad_token_id=pad)
 
     def best(call) -> float:
@@ -117,16 +117,16 @@ def main() -> None:
     dtype = torch.bfloat16 if cuda else torch.float32
     if options.model:
         llava = load_base(options.model, dtype).to("cuda" if cuda else "cpu")
-        processor = load_processor(options.model)
+        family = load_family(options.model)
     elif cuda:
-        processor = processor_of_336(options.tokenizer)
-        llava = random_llava(processor.image_token_id)
+        family = family_of_336(options.tokenizer)
+        llava = random_llava(family.run_id)
     else:
         parser.error("the 7B shapes need a GPU; name a small model with --model")
 
     asked = questions(options.samples)
-    first_of_each = Prepared(processor, asked[: len(THINGS)], dtype)
-    lengths = [len(first_of_each[number]["input_ids"]) for number in range(len(first_of_each))]
+    first_of_each = Prepared(family, asked[: len(THINGS)], dtype)
+    lengths = [first_of_each[number]["input_ids"].shape[-1] for number in range(len(first_of_each))]
     alike = asked[2 :: len(THINGS)]  # questions of one length, as the suite puts them into a batch
     lines, first = [], []
 
@@ -150,17 +150,17 @@ def main() -> None:
         shares = [f"{100 * spent[part] / spent['whole']:.0f} %" for part in ("pictures", "prefill", "decode")]
         row(f"{name}, model only", len(batch) / spent["whole"], "", *shares)
 
-    single = Answerer(llava, processor, dtype, 1, num_workers=0)
+    single = Answerer(llava, family, dtype, 1, num_workers=0)
     whole("batch 1", single, options.single)
     model("batch 1", single)
     for size in options.sizes:
-        answerer = Answerer(llava, processor, dtype, size, num_workers=options.workers)
+        answerer = Answerer(llava, family, dtype, size, num_workers=options.workers)
         whole(f"batch {size}", answerer, options.samples)
         if answerer.batch_size < size:
             lines[-1] = lines[-1].replace(f"batch {size}", f"batch {size}, cut to {answerer.batch_size}")
             break
         model(f"batch {size}", answerer)
-    answerer = Answerer(llava, processor, dtype, options.sizes[0], num_workers=options.workers)
+    answerer = Answerer(llava, family, dtype, options.sizes[0], num_workers=options.workers)
     model(f"batch {options.sizes[0]}, transformers' cache", answerer, own_cache=False)
 
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"

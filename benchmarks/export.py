@@ -90,6 +90,7 @@ def make_adapter(folder: Path, layers: int) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+    from fura_vlm.modelling.load import load_family
     from fura_vlm.training.config import TrainConfig
     from fura_vlm.training.methods import adapter_config
 
@@ -97,7 +98,9 @@ def make_adapter(folder: Path, layers: int) -> None:
     config.text_config.num_hidden_layers = 1
     model = LlavaForConditionalGeneration.from_pretrained(folder / "llava", config=config, dtype=torch.bfloat16)
     recipe = TrainConfig(model_name_or_path=str(folder / "llava"), mm_projector="frozen")
-    model = get_peft_model(model.requires_grad_(False), adapter_config(recipe))
+    model = get_peft_model(
+        model.requires_grad_(False), adapter_config(recipe, load_family(str(folder / "llava")), model)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -144,11 +147,11 @@ def merge_whole(folder: Path, shard: str) -> None:
     from peft import PeftModel
 
     import fura_vlm  # noqa: F401
-    from fura_vlm.modelling.load import load_base, load_processor
+    from fura_vlm.modelling.load import load_base, load_family
 
     model = PeftModel.from_pretrained(load_base(str(folder / "llava"), torch.bfloat16), str(folder / "adapter"))
     model.merge_and_unload(safe_merge=True).save_pretrained(folder / "whole", max_shard_size=shard)
-    load_processor(str(folder / "llava")).save_pretrained(folder / "whole")
+    load_family(str(folder / "llava")).processor.save_pretrained(folder / "whole")
 
 
 TASKS = {"assemble": assemble_it, "merge from files": merge_files, "merge in memory (PEFT)": merge_whole}

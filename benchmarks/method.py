@@ -3,6 +3,8 @@
     python benchmarks/method.py --size llama-4       4 layers of Llama-7B, 16 x 1024 tokens (one GPU)
     python benchmarks/method.py --size llama-7b      all 32 layers, 1 x 2048 tokens, with checkpointing (one GPU)
     python benchmarks/method.py --size small         4 layers of 512, float32 (a CPU)
+    python benchmarks/method.py --size qwen2.5-vl-7b --forms compiled        pictures and text (one GPU of 80 GB)
+    python benchmarks/method.py --size qwen2.5-vl-tiny                       the same way through, on a CPU
 
 A step is forward, backward and AdamW on random weights, random input states and a random gradient of the output: a
 loss would take time and memory of its own, the same for every method. "frozen base" trains nothing and sends gradients
@@ -10,6 +12,13 @@ to the input only: no method over a frozen base can be faster. PEFT's LoRA keeps
 otherwise; it is measured so, as transformers' Trainer runs it (under autocast), and with all of it in bfloat16, as
 DeepSpeed runs it. Products of float32 may use TF32, as in the recipe. The compiler of each decoder layer may compute
 cheap operations again rather than keep their results (--budget below 1), for every method alike.
+
+The sizes of Qwen2.5-VL are the whole model, its tower and head included, run as in training (``train_on_labels_only``):
+each record has a picture, and half of its words are an answer, on which the loss is. Adapted are the language model's
+linear layers and the projector's.
+
+Besides this repository it needs torch, transformers, peft, accelerate, pillow; a Q method bitsandbytes, and --output
+matplotlib.
 """
 
 from __future__ import annotations
@@ -21,11 +30,11 @@ import platform
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch._functorch import config as compiler
 from transformers import LlamaConfig, LlamaModel
 
@@ -34,7 +43,10 @@ from fura_vlm.fura import FuraConfig
 
 @dataclass
 class Size:
-    """A model and a batch."""
+    """A model and a batch.
+
+    ``picture`` is the edge of each record's picture in pixels, of Qwen2.5-VL with the tower ``vision``; 0 is a Llama.
+    """
 
     hidden: int
     intermediate: int
@@ -43,13 +55,33 @@ class Size:
     batch: int
     tokens: int
     checkpointing: bool = False
+    picture: int = 0
+    kv_heads: int = 0
+    vocabulary: int = 32
+    vision: dict = field(default_factory=dict)
 
 
+# fmt: off
 SIZES = {
     "small": Size(512, 1408, 4, 8, 4, 256),
     "llama-4": Size(4096, 11008, 4, 32, 16, 1024),
     "llama-7b": Size(4096, 11008, 32, 32, 1, 2048, checkpointing=True),
+    "qwen2.5-vl-7b": Size(
+        3584, 18944, 28, 28, 8, 1024, picture=448, kv_heads=4, vocabulary=152_064,
+        vision={
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    ),
+    "qwen2.5-vl-tiny": Size(
+        128, 256, 2, 4, 2, 96, picture=112, kv_heads=2, vocabulary=512,
+        vision={
+            "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "out_hidden_size": 128,
+            "fullatt_block_indexes": [1],
+        },
+    ),
 }
+# fmt: on
 BFLOAT16 = ", bfloat16"
 AUTOCAST = ", autocast"
 METHODS = {
@@ -67,35 +99,46 @@ METHODS = {
 }
 
 
+PICTURE_METHODS = ["frozen base", "FuRA", "LoRA r=128" + BFLOAT16]
+
+
 class Run:
     """One method on the device, ready to step."""
 
     def __init__(self, method: str, size: Size, device: torch.device, dtype: torch.dtype, compiled: bool):
         self.method, self.size, self.device, self.dtype = method, size, device, dtype
-        base = self._base(method.startswith("Q"))
+        torch.manual_seed(0)
+        base = self._base(method.startswith("Q")).requires_grad_(False)
         _wait(device)
         started = time.perf_counter()
         if method in ("frozen base", "full"):
             self.model = base.requires_grad_(method == "full")
         else:
-            self.model = get_peft_model(
-                base, copy.deepcopy(METHODS[method]), autocast_adapter_dtype=not method.endswith(BFLOAT16)
-            )
+            self.model = get_peft_model(base, self._adapter(base), autocast_adapter_dtype=not method.endswith(BFLOAT16))
         _wait(device)
         self.setup = time.perf_counter() - started
         self.model.train()
         if size.checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        if compiled:
-            for layer in base.layers:
-                layer.compile()
+        self._make_ready(base, compiled)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.trained = sum(p.numel() for p in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda") if trained else None
         torch.manual_seed(1)
-        shape = (size.batch, size.tokens, size.hidden)
-        self.inputs = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
-        self.gradient = torch.randn(shape, device=device, dtype=dtype) / self.inputs.numel()
+        self._make_batch()
+
+    def _adapter(self, base: torch.nn.Module) -> PeftConfig:
+        return copy.deepcopy(METHODS[self.method])
+
+    def _make_ready(self, base: torch.nn.Module, compiled: bool) -> None:
+        if compiled:
+            for layer in base.layers:
+                layer.compile()
+
+    def _make_batch(self) -> None:
+        shape = (self.size.batch, self.size.tokens, self.size.hidden)
+        self.inputs = torch.randn(shape, device=self.device, dtype=self.dtype).requires_grad_()
+        self.gradient = torch.randn(shape, device=self.device, dtype=self.dtype) / self.inputs.numel()
 
     def _base(self, quantized: bool) -> LlamaModel:
         config = LlamaConfig(
@@ -107,11 +150,10 @@ class Run:
             num_key_value_heads=self.size.heads,
             use_cache=False,
         )
-        torch.manual_seed(0)
         with self.device:
             model = LlamaModel(config).to(self.dtype)
         if quantized:
-            _quantize(model, self.dtype)
+            _quantize(model, model, self.dtype)
         return model.requires_grad_(False)
 
     def step(self) -> float:
@@ -119,14 +161,17 @@ class Run:
         _wait(self.device)
         started = time.perf_counter()
         with torch.autocast(self.device.type, self.dtype, enabled=self.method.endswith(AUTOCAST)):
-            output = self.model(inputs_embeds=self.inputs).last_hidden_state
-        output.backward(self.gradient.to(output.dtype))
+            self._forward_and_backward()
         if self.optimizer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.inputs.grad = None
         _wait(self.device)
         return time.perf_counter() - started
+
+    def _forward_and_backward(self) -> None:
+        output = self.model(inputs_embeds=self.inputs).last_hidden_state
+        output.backward(self.gradient.to(output.dtype))
+        self.inputs.grad = None
 
     def adapter(self) -> tuple[float, float, float] | None:
         """Size of the saved adapter in MiB, seconds to load it, largest relative difference of outputs once merged."""
@@ -147,11 +192,104 @@ class Run:
         return mebibytes, seconds, ((merged - expected).norm() / expected.norm()).item()
 
 
-def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Puts 4-bit layers (NF4, double quantisation) in the place of the linear ones, as transformers does in loading."""
+class PictureRun(Run):
+    """One method over the whole of Qwen2.5-VL, its step a call with labels as in training."""
+
+    def _base(self, quantized: bool) -> torch.nn.Module:
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        from fura_vlm.families.registry import family_class
+
+        size = self.size
+        # The last ids of the vocabulary stand for pictures.
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        tokens = {name: size.vocabulary - 1 - number for number, name in enumerate(names)}
+        head = size.hidden // size.heads
+        sections = [head // 8, head * 3 // 16, head * 3 // 16]  # M-RoPE's: 16, 24, 24 for heads of 128
+        config = Qwen2_5_VLConfig(
+            vision_config={"patch_size": 14, "window_size": 112, "spatial_merge_size": 2} | size.vision,
+            text_config={
+                "vocab_size": size.vocabulary,
+                "hidden_size": size.hidden,
+                "intermediate_size": size.intermediate,
+                "num_hidden_layers": size.layers,
+                "num_attention_heads": size.heads,
+                "num_key_value_heads": size.kv_heads,
+                "max_position_embeddings": 32_768,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
+                "bos_token_id": None,
+                "eos_token_id": None,
+            },
+            tie_word_embeddings=False,
+            **tokens,
+        )
+        self.config, self.family = config, family_class(config)(None, config)
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                model = Qwen2_5_VLForConditionalGeneration(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        if quantized:
+            _quantize(model, self.family.parts(model).decoder, self.dtype)
+        return model
+
+    def _adapter(self, base: torch.nn.Module) -> PeftConfig:
+        from fura_vlm.training.config import TrainConfig
+        from fura_vlm.training.methods import adapter_config
+
+        adapter = super()._adapter(base)
+        adapter.target_modules = adapter_config(TrainConfig(method="fura"), self.family, base).target_modules
+        return adapter
+
+    def _make_ready(self, base: torch.nn.Module, compiled: bool) -> None:
+        from fura_vlm.training.loss import train_on_labels_only
+        from fura_vlm.training.methods import compile_layers
+
+        if self.method == "frozen base":
+            base.enable_input_require_grads()  # else there would be nothing to go backward to
+        if compiled:
+            compile_layers(self.model, self.family, compiler.activation_memory_budget)
+        train_on_labels_only(base, self.family)
+
+    def _make_batch(self) -> None:
+        from fura_vlm.training.loss import positions
+
+        size, vision = self.size, self.config.vision_config
+        edge = size.picture // vision.patch_size
+        merged = edge**2 // vision.spatial_merge_size**2
+        ids = torch.randint(0, size.vocabulary - 8, (size.batch, size.tokens), device=self.device)
+        ids[:, 1] = self.config.vision_start_token_id
+        pictured = slice(2, 2 + merged)
+        ids[:, pictured] = self.config.image_token_id
+        ids[:, 2 + merged] = self.config.vision_end_token_id
+        kinds, labels = torch.zeros_like(ids), ids.clone()
+        kinds[:, pictured] = 1
+        labels[:, : -((size.tokens - merged) // 2)] = -100
+        features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        self.batch = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": labels,
+            "mm_token_type_ids": kinds,
+            "pixel_values": torch.randn(size.batch * edge**2, features, device=self.device, dtype=self.dtype),
+            "image_grid_thw": torch.tensor([[1, edge, edge]] * size.batch, device=self.device),
+        }
+        self.batch |= positions(self.batch, self.config.image_token_id)
+
+    def _forward_and_backward(self) -> None:
+        self.model(**self.batch).loss.backward()
+
+    def adapter(self) -> None:
+        """Left to the smaller sizes."""
+
+
+def _quantize(model: torch.nn.Module, part: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Puts 4-bit layers (NF4, double quantisation) in the place of a part's linear ones, as transformers does in
+    loading."""
     import bitsandbytes as bnb
 
-    for name, layer in list(model.named_modules()):
+    for name, layer in list(part.named_modules()):
         if not isinstance(layer, torch.nn.Linear):
             continue
         small = bnb.nn.Linear4bit(
@@ -160,7 +298,7 @@ def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
         weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
         small.weight = weight.to(layer.weight.device)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, small)
+        setattr(part.get_submodule(parent), child, small)
     model.is_loaded_in_4bit = True
 
 
@@ -175,7 +313,7 @@ def measure(method: str, size: Size, device: torch.device, dtype: torch.dtype, c
     torch._dynamo.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    run = Run(method, size, device, dtype, compiled)
+    run = (PictureRun if size.picture else Run)(method, size, device, dtype, compiled)
     for _ in range(3):
         run.step()
     if device.type == "cuda":
@@ -197,18 +335,21 @@ def measure(method: str, size: Size, device: torch.device, dtype: torch.dtype, c
 def table(rows: list[dict]) -> str:
     """The rows as Markdown; ratios to the frozen base in the same form."""
     lines = [
-        "| method | form | step, ms | of frozen base | tokens/s | peak, GiB | trained | set-up, s | adapter, MiB "
-        "| load, s | merged, rel. diff. |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| method | form | step, ms | of frozen base | of LoRA r=128 | tokens/s | peak, GiB | trained "
+        "| set-up, s | adapter, MiB | load, s | merged, rel. diff. |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     limit = {row["compiled"]: row["seconds"] for row in rows if row["method"] == "frozen base"}
+    lora = {row["compiled"]: row["seconds"] for row in rows if row["method"] == "LoRA r=128" + BFLOAT16}
     for row in rows:
         form = "compiled" if row["compiled"] else "eager"
         peak = "" if row["peak"] is None else f"{row['peak']:.1f}"
-        ratio = f"{row['seconds'] / limit[row['compiled']]:.3f}" if row["compiled"] in limit else ""
+        ratios = " | ".join(
+            f"{row['seconds'] / base[row['compiled']]:.3f}" if row["compiled"] in base else "" for base in (limit, lora)
+        )
         adapter = "| | |" if row["adapter"] is None else "| {:.1f} | {:.2f} | {:.1e} |".format(*row["adapter"])
         lines.append(
-            f"| {row['method']} | {form} | {1000 * row['seconds']:.1f} | {ratio} | {row['tokens_s']:,.0f} | {peak} "
+            f"| {row['method']} | {form} | {1000 * row['seconds']:.1f} | {ratios} | {row['tokens_s']:,.0f} | {peak} "
             f"| {row['trained']:,} | {row['setup']:.2f} {adapter}"
         )
     return "\n".join(lines)
@@ -239,7 +380,7 @@ def chart(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="llama-4" if torch.cuda.is_available() else "small")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if not m.startswith("Q")])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all without Q; with pictures three")
     parser.add_argument("--forms", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--budget", type=float, default=1.0, help="the compiler's activation_memory_budget")
@@ -251,6 +392,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size, form = SIZES[args.size], ""
+    if args.methods is None:
+        args.methods = PICTURE_METHODS if size.picture else [m for m in METHODS if not m.startswith("Q")]
     if args.checkpointing not in (None, size.checkpointing):
         size.checkpointing = args.checkpointing
         form = " --checkpointing" if args.checkpointing else " --no-checkpointing"
@@ -266,6 +409,7 @@ def main() -> None:
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     head = (
         f"# {args.size}: {size.layers} layers of {size.hidden}, {size.batch} x {size.tokens} tokens, {dtype}"
+        f"{f', a picture of {size.picture} pixels each' if size.picture else ''}"
         f"{', checkpointed' if size.checkpointing else ''}\n\n"
         f"{time.strftime('%Y-%m-%d')}, {hardware}, torch {torch.__version__}, Python {platform.python_version()}; "
         f"median of {args.steps} steps after 3; activation budget of the compiler {args.budget}.\n"

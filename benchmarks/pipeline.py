@@ -37,17 +37,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is no
 
 import numpy as np
 import torch
-from shapes import processor_of_336, random_llava
+from shapes import family_of_336, random_llava
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from fura_vlm.data.collator import Collator
-from fura_vlm.data.conversation import encode
 from fura_vlm.data.images import load_image
-from fura_vlm.data.records import Turn
 from fura_vlm.data.sampler import ModalityLengthSampler
-from fura_vlm.data.scenes import draw, make_scene
-from fura_vlm.modelling.load import load_base, load_processor
+from fura_vlm.embedded.scenes import draw, make_scene
+from fura_vlm.families.messages import Message, Picture, Text
+from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import compile_layers, prepare
 from fura_vlm.training.trainer import FuraTrainer
@@ -141,16 +140,16 @@ def write_picture(task: tuple[int, int, str]) -> None:
 
 
 class Rows(Dataset):
-    """Rows of the drawn lengths. ``encode`` goes through ``tokenize``, ``cut`` and ``spread`` for each row;
-    ``ConversationDataset`` has the first two behind it and only calls ``spread``.
+    """Rows of the drawn lengths. Each is encoded, cut and spread when it is asked for; ``ConversationDataset`` has the
+    first two behind it.
     """
 
-    def __init__(self, processor, folder: Path, image_tokens: int, setting: Setting):
-        self.processor, self.image_tokens, self.files = processor, image_tokens, sorted(folder.glob("*.*g"))
+    def __init__(self, family, folder: Path, image_tokens: int, setting: Setting):
+        self.family, self.files = family, sorted(folder.glob("*.*g"))
         self.max_length = 400 if setting.tiny else MAX_LENGTH
         scale = 0.1 if setting.tiny else 1.0
         wanted, self.has_image, self.answers = mixture(setting.rows, image_tokens, self.max_length, scale)
-        tokenizer = processor.tokenizer
+        tokenizer = family.tokenizer
         self.word = next(w for w in ("red", "the", "a") if len(tokenizer.encode(f" {w} {w}")) == 3)
         bare = [len(self._tokens(n, 1, 1)["input_ids"]) for n in (self._first(False), self._first(True))]
         self.words = np.maximum(wanted - np.array(bare)[self.has_image * 1] + 2, 2)
@@ -159,23 +158,24 @@ class Rows(Dataset):
     def _first(self, with_image: bool) -> int:
         return int(np.flatnonzero(self.has_image == with_image)[0])
 
-    def _tokens(self, row: int, asked: int, answered: int) -> dict[str, list[int]]:
-        question = ("<image>\n" if self.has_image[row] else "") + " ".join([self.word] * asked)
-        turns = [Turn("human", question), Turn("gpt", " ".join([self.word] * answered))]
-        return encode(turns, self.processor.tokenizer, self.image_tokens, self.max_length)
+    def _tokens(self, row: int, asked: int, answered: int) -> dict[str, np.ndarray]:
+        pictures = (Picture(""),) * int(self.has_image[row])
+        question = Message("user", (*pictures, Text(" ".join([self.word] * asked))))
+        answer = Message("assistant", (Text(" ".join([self.word] * answered)),))
+        [encoded] = self.family.encode([([question, answer], [(336, 336)] * len(pictures))])
+        ids, labels = self.family.spread(self.family.cut(encoded, self.max_length))
+        return {"input_ids": ids, "labels": labels}
 
     def __len__(self) -> int:
         return len(self.words)
 
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, row: int) -> dict:
         room = int(min(self.words[row], self.max_length * 0.9))  # a question that leaves room for an answer
         answered = max(1, round(self.answers[row] * room))
         item = self._tokens(row, max(1, int(self.words[row]) - answered), answered)
-        item = {key: torch.tensor(value) for key, value in item.items()}
-        if self.has_image[row]:
-            image = load_image(self.files[row % len(self.files)])
-            item["pixel_values"] = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
-        return item
+        item = {key: torch.from_numpy(value) for key, value in item.items()}
+        images = [load_image(self.files[row % len(self.files)])] if self.has_image[row] else []
+        return item | {"pictures": self.family.pixels(images)}
 
 
 def decoding_rate(rows: Rows, seconds: float = 3.0) -> float:
@@ -198,12 +198,12 @@ def decoding_rate(rows: Rows, seconds: float = 3.0) -> float:
 EMBEDDED = str(ROOT / "data/tiny-llava")
 
 
-def processor_for(tiny: bool):
-    return load_processor(EMBEDDED) if tiny else processor_of_336(EMBEDDED)
+def family_for(tiny: bool):
+    return load_family(EMBEDDED) if tiny else family_of_336(EMBEDDED)
 
 
-def model_for(tiny: bool, processor):
-    return load_base(EMBEDDED, torch.float32) if tiny else random_llava(processor.image_token_id)
+def model_for(tiny: bool, family):
+    return load_base(EMBEDDED, torch.float32) if tiny else random_llava(family.run_id)
 
 
 class Timed(FuraTrainer):
@@ -294,22 +294,23 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
         ),
     )
     started = time.perf_counter()
-    processor = processor_for(setting.tiny)
-    model = prepare(model_for(setting.tiny, processor), TrainConfig(method=method))
+    family = family_for(setting.tiny)
+    model = prepare(model_for(setting.tiny, family), TrainConfig(method=method), family)
     synchronize()
     print(f"  {method}: model and adapter in {time.perf_counter() - started:.0f} s", flush=True)
     if setting.static:
         torch._dynamo.config.recompile_limit = 128
-        for layer in model.get_base_model().model.language_model.layers:
+        for layer in family.parts(model).decoder.layers:
             layer.compile(dynamic=False)
     elif setting.compile:
-        compile_layers(model, setting.budget)
-    rows = Rows(processor, folder, model.config.image_seq_length, setting)
+        compile_layers(model, family, setting.budget)
+    rows = Rows(family, folder, family.picture_tokens, setting)
     trainer = Timed(
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=Collator(processor.tokenizer, pad_to_multiple_of=64 if setting.static else 8),
+        data_collator=Collator(family, pad_to_multiple_of=64 if setting.static else 8),
+        family=family,
         mm_projector_lr=2e-5,
         group_by_modality_length=True,
         warmup=setting.warmup,
@@ -423,8 +424,8 @@ def main() -> None:
             tasks = [(number, size, folder) for number in range(options.files)]
             list(pool.map(write_picture, tasks, chunksize=16))
         print(f"{options.files} pictures of {size} pixels in {time.perf_counter() - started:.0f} s", flush=True)
-        processor = processor_for(options.tiny)
-        a_core = decoding_rate(Rows(processor, Path(folder), image_tokens, setting))
+        family = family_for(options.tiny)
+        a_core = decoding_rate(Rows(family, Path(folder), image_tokens, setting))
         print(f"one core makes {a_core:.0f} rows with pictures a second", flush=True)
         for method in options.methods:
             command = [sys.executable, __file__, *sys.argv[1:], "--child", method, "--output", folder]

@@ -19,8 +19,10 @@ import torch
 import yaml
 from transformers import AutoConfig
 
+from fura_vlm.plan.costs import GIB, GPUS, Setting, memory, step_seconds
+from fura_vlm.plan.page import zero_of
+from fura_vlm.plan.shapes import Counts
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.plan import GIB, GPUS, Counts, Setting, memory, step_seconds, zero_of
 from fura_vlm.training.report import read_metrics
 
 
@@ -33,13 +35,13 @@ def row(run: Path, args) -> str:
     batch = train.per_device_train_batch_size
     compiled = train.compile_layers
     setting = Setting(train.method, args.gpus, *zero_of(train), train.gradient_checkpointing, batch, compiled)
-    parts = memory(model, train, counts, setting, args.labelled)
+    parts = memory(train, counts, setting, args.labelled)
     planned = (sum(parts.values()) - parts["reserve"]) / GIB  # torch's own peak has no context and no slack
     logged = [row for row in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in row]
     measured = max(row["peak_memory_gib"] for row in logged)
     speed = statistics.median(row["tokens_per_second"] for row in logged[len(logged) // 3 :])
     tokens = args.tokens or train.model_max_length
-    seconds = step_seconds(model, counts, setting, batch * tokens, dataclasses.replace(GPUS[80], peak=args.peak * 1e12))
+    seconds = step_seconds(counts, setting, batch * tokens, dataclasses.replace(GPUS[80], peak=args.peak * 1e12))
     told = args.gpus * batch * tokens / seconds
     by_part = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if name != "reserve")
     return (

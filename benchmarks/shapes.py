@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration
 
-from fura_vlm.modelling.load import load_processor
-from fura_vlm.families.llava import make_processor
-from fura_vlm.training.plan import named_model
+from fura_vlm.families.llava import Llava, make_processor, named_config
+from fura_vlm.modelling.load import load_family
 
 
 def random_llava(image_token_id: int) -> LlavaForConditionalGeneration:
     """In bfloat16, made on the GPU."""
-    config = named_model("7b")
+    config = named_config("7b")
     config.image_token_id = image_token_id
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -23,7 +22,10 @@ def random_llava(image_token_id: int) -> LlavaForConditionalGeneration:
         torch.set_default_dtype(default)
 
 
-def processor_of_336(path: str) -> LlavaProcessor:
+def family_of_336(path: str) -> Llava:
     """The tokenizer at ``path`` and pictures of LLaVA-1.5's size: 576 tokens each."""
-    vision = named_model("7b").vision_config
-    return make_processor(load_processor(path).tokenizer, vision.image_size, vision.patch_size)
+    config = named_config("7b")
+    vision = config.vision_config
+    processor = make_processor(load_family(path).tokenizer, vision.image_size, vision.patch_size)
+    config.image_token_id = processor.image_token_id
+    return Llava(processor, config)

@@ -15,7 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from fura_vlm import __version__
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.data.config import DownloadConfig, VerifyConfig
-from fura_vlm.data.embedded import EmbeddedConfig, write_embedded
+from fura_vlm.embedded.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
 from fura_vlm.modelling.config import AssembleConfig, InspectConfig, MergeConfig
@@ -108,7 +108,7 @@ def _run(command: str, options: dict) -> None:
 
         train(TrainConfig(**options))
     elif command == "plan":
-        from fura_vlm.training.plan import plan
+        from fura_vlm.plan.page import plan
 
         plan(PlanConfig(**options))
     elif command == "eval":

@@ -5,4 +5,4 @@
 set -euo pipefail
 source "$(dirname "$0")/env.sh" core
 cd "$ROOT"
-exec python -m fura_vlm.training.pretrain_tiny "$@"
+exec python -m fura_vlm.embedded.pretrain_tiny "$@"

@@ -11,8 +11,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import LlavaProcessor
 
-from fura_vlm.data.questions import FAMILIES, ask
-from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.embedded.questions import FAMILIES, ask
+from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.errors import first_line
 from fura_vlm.modelling.load import ModelError, find_adapter, load_adapter, load_any
 

@@ -61,7 +61,7 @@ def evaluate(config: EvalConfig) -> Path | None:
     """
     if config.offline:  # read by the libraries when they are imported
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    from fura_vlm.data.benchmarks import write_benchmarks
+    from fura_vlm.embedded.benchmarks import write_benchmarks
     from fura_vlm.evaluation import report
     from fura_vlm.evaluation.source import find_model
     from fura_vlm.evaluation.tasks import TASKS, load_tasks
@@ -192,7 +192,7 @@ def _data(data: str, source) -> str | None:
     if data == "hub":
         return None
     if data == "auto":
-        from fura_vlm.modelling.tiny import IMAGE_SIZE, VOCAB_SIZE
+        from fura_vlm.embedded.tiny import IMAGE_SIZE, VOCAB_SIZE
 
         config = source.config()
         small = config.vision_config.image_size == IMAGE_SIZE and config.text_config.vocab_size == VOCAB_SIZE

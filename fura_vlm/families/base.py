@@ -97,7 +97,8 @@ class Family:
     """A kind of model, bound to a processor.
 
     Args:
-        processor: transformers' processor, or the tokenizer of a language model.
+        processor: transformers' processor, or the tokenizer of a language model; ``None`` where only the model is
+            looked at: ``parts``, ``names``, ``picture_tokens`` and, of families with a file, ``patches``.
         config: the model's configuration.
         ends: the tokens that may end an answer, as text; by default the tokenizer's.
         conversation: one of ``conversations``.
@@ -105,6 +106,7 @@ class Family:
     Attributes:
         model_types: the ``config.model_type`` that a family is for.
         projector_names: where the projector is below ``model.model``; by default what is neither tower nor decoder.
+        compiles_tower: whether the tower's layers are one graph for pictures of every number and size.
         needs_sizes: whether a picture's tokens depend on its size, so that indexing has to look at its header.
     """
 
@@ -112,6 +114,7 @@ class Family:
     conversations: tuple[str, ...] = ("template",)
     """The forms of a conversation that it has; the first is its own."""
     projector_names: tuple[str, ...] | None = None
+    compiles_tower = True
     needs_sizes = True
 
     def __init__(self, processor, config, ends: Sequence[str] = (), conversation: str | None = None):
@@ -122,6 +125,8 @@ class Family:
                 f"conversation is {conversation}, and a model of the type {getattr(config, 'model_type', None)} has "
                 f"{' and '.join(self.conversations)}: leave it out, or take one of them"
             )
+        if processor is None:
+            return
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.ends = tuple(ends) or (self.tokenizer.eos_token,)
         if self.token_types is None and getattr(processor, "return_mm_token_type_ids", False):
@@ -550,10 +555,20 @@ class Family:
         """
         return None
 
+    @property
+    def picture_tokens(self) -> int:
+        """Tokens of a usual picture, by the configuration alone: where all take as many, that number; else of one
+        tile; else LLaVA-1.5's."""
+        found = (getattr(self.config, name, None) for name in ("image_seq_length", "mm_tokens_per_image"))
+        return next(filter(None, found), 576)
+
     def patches(self) -> Patches:
-        """Of the tower, for the arithmetic of a step: of a square picture of twice the size that the tower takes."""
+        """Of the tower, for the arithmetic of a step: of a square picture of twice the size that the tower takes. By
+        default the processor is asked, and without one, four patches a token are assumed, as most models have them."""
         vision = self.config.vision_config
         size, patch = (_edge(getattr(vision, name, 0)) for name in ("image_size", "patch_size"))
+        if self.processor is None:
+            return Patches(4.0, (size // patch) ** 2 or 32**2)
         edge = 2 * (size or 448)
         elements = self.pixels([Image.new("RGB", (edge, edge))])["pixel_values"].numel()
         number = elements / (3 * patch**2 * getattr(vision, "temporal_patch_size", 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fura_vlm.families.base import Family
+from fura_vlm.families.base import Family, Patches
 
 
 class Gemma3(Family):
@@ -20,3 +20,8 @@ class Gemma3(Family):
     def needs_sizes(self) -> bool:
         """Only crops of long pictures ("pan and scan") make a difference."""
         return bool(getattr(self.processor.image_processor, "do_pan_and_scan", False))
+
+    def patches(self) -> Patches:
+        vision = self.config.vision_config
+        number = (vision.image_size // vision.patch_size) ** 2
+        return Patches(number / self.config.mm_tokens_per_image, number)

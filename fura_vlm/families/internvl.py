@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fura_vlm.families.base import Family
+from fura_vlm.families.base import Family, Patches
 
 
 class InternVL(Family):
@@ -19,3 +19,8 @@ class InternVL(Family):
             + self.run_token * (processor.image_seq_length * tiles)
             + processor.end_image_token
         )
+
+    def patches(self) -> Patches:
+        (height, width), (down, across) = self.config.vision_config.image_size, self.config.vision_config.patch_size
+        together = (height // down) * (width // across) + 1  # with the class token
+        return Patches(self.config.downsample_ratio**-2, together)

@@ -12,11 +12,20 @@ labels do not match its tokens and it drops all of them ("tokenization mismatch"
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from pathlib import PurePath
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from fura_vlm.errors import ModelError
@@ -24,6 +33,9 @@ from fura_vlm.families import vicuna
 from fura_vlm.families.base import Encoded, EncodingError, Family, Patches, Rendered
 from fura_vlm.families.messages import Message, pictures
 from fura_vlm.families.vicuna import IMAGE
+
+PUBLISHED = {"7b": (4096, 11_008, 32), "13b": (5120, 13_824, 40)}
+"""Of the sizes that were published: width, that of the MLP, layers."""
 
 
 class Llava(Family):
@@ -126,6 +138,42 @@ class Llava(Family):
         vision = self.config.vision_config
         number = (vision.image_size // vision.patch_size) ** 2
         return Patches((number + 1) / number, number + 1)  # with the class token
+
+
+def named_config(name: str) -> LlavaConfig:
+    """LLaVA-1.5's configuration, ``"7b"`` or ``"13b"``."""
+    hidden, intermediate, layers = PUBLISHED[name]
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=32_064,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 128,
+            num_key_value_heads=hidden // 128,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+        ),
+        image_seq_length=576,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+
+
+def published(name: str) -> tuple[str, LlavaConfig] | None:
+    """Size and configuration of LLaVA-1.5 by ``7b``, ``13b`` or a name on the hub; None for other names."""
+    found = re.match(r"(?:.*llava-v?1\.5-)?(7b|13b)\b", PurePath(name).name.lower())
+    return found and (found[1], named_config(found[1]))
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, image_size: int, patch_size: int) -> LlavaProcessor:

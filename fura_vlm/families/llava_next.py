@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fura_vlm.families.base import Family
+from fura_vlm.families.base import Family, Patches
 
 
 class LlavaNext(Family):
@@ -10,3 +10,8 @@ class LlavaNext(Family):
 
     model_types = ("llava_next",)
     projector_names = ("multi_modal_projector",)
+
+    def patches(self) -> Patches:
+        """As LLaVA's: the vectors at the ends of rows are about as many as the class tokens."""
+        vision = self.config.vision_config
+        return Patches(1.0, (vision.image_size // vision.patch_size) ** 2 + 1)

@@ -6,13 +6,15 @@ position lies before the token's place in the sequence.
 
 from __future__ import annotations
 
-from fura_vlm.families.base import EncodingError, Family, Parts
+from fura_vlm.families.base import EncodingError, Family, Parts, Patches
 
 
 class QwenVL(Family):
     """Qwen2-VL, 2.5 and 3, also with experts."""
 
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    compiles_tower = False
+    """Its attention splits the patches by picture and window: another number of them would be another graph."""
 
     def expansion(self, width: int, height: int) -> str:
         images = self.processor.image_processor
@@ -27,3 +29,11 @@ class QwenVL(Family):
         found = super().parts(model)
         deep = list(getattr(found.tower, "deepstack_merger_list", ()))
         return found._replace(projectors=[found.tower.merger, *deep])
+
+    def patches(self) -> Patches:
+        """Qwen2.5-VL's attention is within windows in most layers; a whole picture is taken for one of 32 x 32."""
+        vision = self.config.vision_config
+        window = getattr(vision, "window_size", None)
+        whole = len(vision.fullatt_block_indexes) / vision.depth if window else 1.0
+        within = (window // vision.patch_size) ** 2 if window else 0
+        return Patches(vision.spatial_merge_size**2, round(whole * 32**2 + (1 - whole) * within))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fura_vlm.families.base import Family
+from fura_vlm.families.base import Family, Patches
 
 
 class SmolVLM(Family):
@@ -10,3 +10,7 @@ class SmolVLM(Family):
 
     model_types = ("smolvlm", "idefics3")
     projector_names = ("connector",)
+
+    def patches(self) -> Patches:
+        vision = self.config.vision_config
+        return Patches(self.config.scale_factor**2, (vision.image_size // vision.patch_size) ** 2)

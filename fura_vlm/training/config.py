@@ -123,13 +123,15 @@ class PlanConfig:
 
     Args:
         recipe: a YAML file of training settings.
-        model: 7b or 13b (LLaVA-1.5's shapes), or a folder or hub name of a LLaVA of which config.json is read; by
+        model: 7b or 13b (LLaVA-1.5's shapes), or a folder or hub name of any model, of which config.json is read; by
             default the recipe's model.
         methods: what to compare, beside the recipe's own.
         gpus: numbers of GPUs.
         memory: of each GPU, in GB as its name says.
         records: of one epoch; by default those of LLaVA-1.5's mixture.
         tokens: of a record, on average; image included. Memory is planned for ``model_max_length``.
+        picture_tokens: those of the tokens that stand for pictures; by default a picture's, and where a model takes
+            pictures of any size, LLaVA-1.5's 576.
         labelled: share of the tokens that have a loss.
         output_path: a Markdown file for what is printed.
     """
@@ -141,5 +143,6 @@ class PlanConfig:
     memory: list[int] = field(default_factory=lambda: [24, 48, 80])
     records: int = 665_298
     tokens: int = 832
+    picture_tokens: int | None = None
     labelled: float = 0.25
     output_path: str | None = None

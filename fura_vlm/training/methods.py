@@ -140,12 +140,18 @@ def adapter_config(config: TrainConfig, family: Family, model: PreTrainedModel) 
 
 
 def _linear(model: nn.Module, parts: Iterable[str], but: set[str] = frozenset()) -> set[str]:
-    """Patterns of the names of all linear layers in some parts: with any number for each number in them."""
+    """Patterns of the names of all linear layers in some parts: with any number for each number in them, if no other
+    module has such a name (a projector's activation may stand between its layers)."""
     found = set()
     for part in parts:
-        for name, module in model.get_submodule(part).named_modules(prefix=part):
+        modules = dict(model.get_submodule(part).named_modules(prefix=part))
+        others = "\n".join(name for name, module in modules.items() if not isinstance(module, nn.Linear))
+        for name, module in modules.items():
             if isinstance(module, nn.Linear) and not any(name.startswith(other) for other in but):
-                found.add(re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name)))
+                exact = re.escape(name)
+                general = re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact)
+                if general not in found:
+                    found.add(exact if re.search(f"^{general}$", others, re.MULTILINE) else general)
     return found
 
 
@@ -173,7 +179,7 @@ def prepare(model: PreTrainedModel, config: TrainConfig, family: Family) -> PreT
 
 def compile_layers(model: PreTrainedModel | PeftModel, family: Family, activation_memory_budget: float = 1.0) -> None:
     """``torch.compile`` on each layer of the language model and of the vision tower, once for all of each and for
-    batches of every size and length.
+    batches of every size and length; on a tower's only where that can be.
 
     Args:
         activation_memory_budget: of the compiler, for the whole process: below 1 it computes cheap results again in
@@ -186,7 +192,7 @@ def compile_layers(model: PreTrainedModel | PeftModel, family: Family, activatio
         # Only then are there gradients to the first layer's input; without pictures it would be another graph.
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         base.enable_input_require_grads()
-    for part in (parts.tower, parts.decoder):
+    for part in (parts.tower if family.compiles_tower else None, parts.decoder):
         for layer in part.modules() if part is not None else ():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.compile(dynamic=True)

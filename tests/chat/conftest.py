@@ -8,7 +8,7 @@ from chat_server import ROOT, TINY, serving
 from peft import get_peft_model
 
 from fura_vlm import FuraConfig
-from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.modelling.load import load_base
 from fura_vlm.training.config import TARGET_MODULES
 

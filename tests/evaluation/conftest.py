@@ -6,7 +6,7 @@ import datasets
 import pytest
 from eval_models import make_adapter
 
-from fura_vlm.data.benchmarks import write_benchmarks
+from fura_vlm.embedded.benchmarks import write_benchmarks
 
 
 @pytest.fixture(scope="session", autouse=True)

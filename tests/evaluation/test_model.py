@@ -15,7 +15,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.evaluation.answers import AnswerStore
 from fura_vlm.evaluation.generation import EvaluationError, prompt_of
 from fura_vlm.evaluation.lmms_model import FuraLlava, generation_arguments

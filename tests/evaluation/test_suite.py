@@ -19,8 +19,8 @@ from PIL import Image as Pillow
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from fura_vlm.data.benchmarks import write_benchmarks
-from fura_vlm.data.embedded import EmbeddedConfig, EmbeddedError, write_embedded
+from fura_vlm.embedded.benchmarks import write_benchmarks
+from fura_vlm.embedded.embedded import EmbeddedConfig, EmbeddedError, write_embedded
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.compare import compare
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig

@@ -20,10 +20,10 @@ import torch
 import yaml
 
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
-from fura_vlm.data.benchmarks import write_benchmarks
 from fura_vlm.data.collator import Collator
-from fura_vlm.data.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.data.index import open_index
+from fura_vlm.embedded.benchmarks import write_benchmarks
+from fura_vlm.embedded.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.evaluation.generation import Prepared, prompt_of
 from fura_vlm.evaluation.lmms_model import FuraLlava
 from fura_vlm.evaluation.tasks import TASKS, load_tasks

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fura_vlm.data.embedded import EmbeddedConfig, write_embedded
+from fura_vlm.embedded.embedded import EmbeddedConfig, write_embedded
 
 ROOT = Path(__file__).parents[2]
 

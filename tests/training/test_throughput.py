@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from fura_vlm.data.conversation import IGNORE
 from torch.utils.flop_counter import FlopCounterMode
 
 from fura_vlm.data.collator import Collator

@@ -26,8 +26,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from fura_vlm.data.captions import caption, text
-from fura_vlm.data.scenes import make_scene
+from fura_vlm.embedded.captions import caption, text
+from fura_vlm.embedded.scenes import make_scene
 
 IMAGE_SIZE, PATCH_SIZE, VOCAB_SIZE, CONTEXT = 112, 14, 768, 1024
 

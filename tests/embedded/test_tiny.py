@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoProcessor, CLIPVisionModel, LlamaModel, LlavaForConditionalGeneration
 
-from fura_vlm.modelling.tiny import train_tokenizer
-from fura_vlm.training.pretrain_tiny import Pretraining, collate
+from fura_vlm.embedded.pretrain_tiny import Pretraining, collate
+from fura_vlm.embedded.tiny import train_tokenizer
 
 MODEL = Path(__file__).parents[2] / "data" / "tiny-llava"
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fura_vlm.data.questions import FAMILIES, SHORT, ask
-from fura_vlm.data.scenes import Scene, draw, make_scene
+from fura_vlm.embedded.questions import FAMILIES, SHORT, ask
+from fura_vlm.embedded.scenes import Scene, draw, make_scene
 from fura_vlm.errors import FuraVLMError
 
 

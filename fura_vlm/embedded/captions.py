@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 
-from fura_vlm.data.questions import LETTER, PLACES, ROLES, SHORT, options, plural, relation, role
-from fura_vlm.data.scenes import COLORS, SHAPES, SIGN_COLORS, WORDS, Scene
+from fura_vlm.embedded.questions import LETTER, PLACES, ROLES, SHORT, options, plural, relation, role
+from fura_vlm.embedded.scenes import COLORS, SHAPES, SIGN_COLORS, WORDS, Scene
 from fura_vlm.families.vicuna import SYSTEM_PROMPT
 
 

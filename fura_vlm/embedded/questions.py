@@ -19,7 +19,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fura_vlm.data.scenes import COLORS, COLUMNS, COMPANY, ROWS, SHAPES, WORDS, Scene, Thing
+from fura_vlm.embedded.scenes import COLORS, COLUMNS, COMPANY, ROWS, SHAPES, WORDS, Scene, Thing
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

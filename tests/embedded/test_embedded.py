@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fura_vlm.data.captions import caption
-from fura_vlm.data.embedded import EmbeddedConfig, write_embedded
-from fura_vlm.data.questions import FAMILIES, PLACES, ask
-from fura_vlm.data.scenes import COLORS, SHAPES, Scene, Sign, Thing, draw, make_scene
+from fura_vlm.embedded.captions import caption
+from fura_vlm.embedded.embedded import EmbeddedConfig, write_embedded
+from fura_vlm.embedded.questions import FAMILIES, PLACES, ask
+from fura_vlm.embedded.scenes import COLORS, SHAPES, Scene, Sign, Thing, draw, make_scene
 
 SMALL = {"train_records": 60, "eval_per_family": 12}
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import yaml
 from datasets import Dataset, Features, Image, List, Value
 
-from fura_vlm.data.embedded import EmbeddedError, held_out_questions, is_made
-from fura_vlm.data.scenes import Scene, draw
+from fura_vlm.embedded.embedded import EmbeddedError, held_out_questions, is_made
+from fura_vlm.embedded.scenes import Scene, draw
 
 VERSION = 1  # raised when the same settings give other files
 

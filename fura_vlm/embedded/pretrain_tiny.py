@@ -21,10 +21,10 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from fura_vlm.data.captions import caption, text
-from fura_vlm.data.scenes import draw, make_scene
+from fura_vlm.embedded.captions import caption, text
+from fura_vlm.embedded.scenes import draw, make_scene
+from fura_vlm.embedded.tiny import IMAGE_SIZE, PATCH_SIZE, make_model, train_tokenizer
 from fura_vlm.families.llava import make_processor
-from fura_vlm.modelling.tiny import IMAGE_SIZE, PATCH_SIZE, make_model, train_tokenizer
 
 LENGTH = 192  # tokens a row, image tokens included
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2

@@ -1,0 +1,162 @@
+"""How much memory and time a recipe takes, computed from shapes: ``fura-vlm plan``. GiB and hours are printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import ArgumentError
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from transformers import PreTrainedConfig
+
+from fura_vlm.errors import FuraVLMError, ModelError, first_line
+from fura_vlm.families.base import model_class
+from fura_vlm.families.llava import published
+from fura_vlm.files import write_text
+from fura_vlm.modelling.load import read_config
+from fura_vlm.plan.costs import GIB, Setting, best, gpu_of, host_memory, memory
+from fura_vlm.plan.shapes import Counts
+from fura_vlm.training.config import PlanConfig, TrainConfig
+from fura_vlm.training.processes import TrainingError
+
+
+class PlanError(FuraVLMError):
+    """A recipe that cannot be planned."""
+
+
+def plan(config: PlanConfig) -> str:
+    """Prints, and returns as Markdown, the recipe's memory by part and a table of what fits where.
+
+    Raises:
+        PlanError: the recipe or the model's config.json cannot be read, or a number is out of its range.
+    """
+    _check_numbers(config)
+    train = _recipe(config.recipe)
+    model, said = _model(config.model, train)
+    methods = config.methods if train.method in config.methods else [train.method, *config.methods]
+    try:
+        counted = {
+            method: Counts(model, dataclasses.replace(train, method=method), config.picture_tokens)
+            for method in methods
+        }
+    except (TrainingError, ValueError) as error:  # this project or PEFT refuses the settings
+        raise PlanError(f"{config.recipe} cannot be set up for this model: {first_line(error)}") from error
+    own = Setting(
+        train.method,
+        max(config.gpus),
+        *zero_of(train),
+        train.gradient_checkpointing,
+        train.per_device_train_batch_size,
+        train.compile_layers,
+    )
+    parts = memory(train, counted[train.method], own, config.labelled)
+    lines = [said, "", f"The recipe as it is, {_named(own)}, on each of {own.gpus} GPUs, GiB:", ""]
+    lines += ["| " + " | ".join([*parts, "together"]) + " |", "|" + "---:|" * (len(parts) + 1)]
+    lines += ["| " + " | ".join(f"{size / GIB:.1f}" for size in [*parts.values(), sum(parts.values())]) + " |", ""]
+    at_once = own.batch * own.gpus
+    if train.train_batch_size and train.train_batch_size % at_once:
+        lines += [
+            f"Training refuses it so: a step's {train.train_batch_size} records are no multiple of {at_once}.",
+            "",
+        ]
+    if own.offload:
+        needed = host_memory(counted[train.method], own) / GIB
+        lines += [f"In the memory of the host, for all GPUs together: {needed:.0f} GiB.", ""]
+    length = f"{config.records:,} records"
+    if train.max_steps > 0:
+        length = f"{train.max_steps:,} steps with records"
+    elif train.num_train_epochs != 1:
+        length = f"{train.num_train_epochs:g} times {length}"
+    records = f"{train.train_batch_size} records"
+    if not train.train_batch_size:
+        records = f"{train.gradient_accumulation_steps} times what all GPUs have at once"
+    lines += [
+        f"What fits, the fastest way: ZeRO stage, records at once on a GPU (of {train.model_max_length} tokens), GiB "
+        f"on it, hours for {length} of {config.tokens} tokens in steps of {records}. *c*: with "
+        "gradient checkpointing, *o*: with offload, and the GiB of the host's memory that all GPUs together need.",
+        "",
+    ]
+    for gigabytes in config.memory:
+        gpu = gpu_of(gigabytes)
+        lines += [f"GPUs of {gigabytes} GB; hours for {gpu.name}:", ""]
+        lines += ["| method | " + " | ".join(f"{n} GPU{'s' if n > 1 else ''}" for n in config.gpus) + " |"]
+        lines += ["|---" * (len(config.gpus) + 1) + "|"]
+        for method, counts in counted.items():
+            mine = dataclasses.replace(train, method=method)
+            cells = []
+            for n in config.gpus:
+                found = best(config, mine, counts, n, gigabytes)
+                divided = not train.train_batch_size or train.train_batch_size % n == 0
+                none = "no" if divided else f"{train.train_batch_size} cannot be divided by {n}"
+                cells.append(none if found is None else _cell(counts, *found))
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+    text = "\n".join(lines)
+    print(text)
+    if config.output_path:
+        write_text(config.output_path, text)
+    return text
+
+
+def _check_numbers(config: PlanConfig) -> None:
+    for name in ("gpus", "memory", "records", "tokens"):
+        given = getattr(config, name)
+        numbers = given if isinstance(given, list) else [given]
+        if not numbers or min(numbers) < 1:
+            raise PlanError(f"{name} is {given}: it takes numbers from 1 on")
+    if config.picture_tokens is not None and not 0 <= config.picture_tokens <= config.tokens:
+        raise PlanError(f"picture_tokens is {config.picture_tokens}: it is at most tokens, which is {config.tokens}")
+    if not 0 < config.labelled <= 1:
+        raise PlanError(f"labelled is {config.labelled}: it is a share, above 0 and at most 1")
+
+
+def _recipe(path: str) -> TrainConfig:
+    """Read as ``fura-vlm train`` reads it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    try:
+        train = TrainConfig(**parser.parse_string(Path(path).read_text("utf-8")).as_dict())
+    except OSError as error:
+        raise PlanError(f"There is no recipe at {path}: scripts/configs has some") from error
+    except (ArgumentError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
+        if getattr(train, name) < 1:
+            raise PlanError(f"{name} is {getattr(train, name)} in {path}: it has to be at least 1")
+    return train
+
+
+def _model(name: str | None, train: TrainConfig) -> tuple[PreTrainedConfig, str]:
+    wanted = name or train.model_name_or_path
+    if not (Path(wanted) / "config.json").is_file() and (found := published(wanted)):
+        size, config = found
+        return config, f"The shapes of LLaVA-1.5-{size.upper()}."
+    try:
+        config = read_config(wanted)
+        model_class(config)
+    except ModelError as error:
+        raise PlanError(f"{error}; or name another one with --model (7b and 13b are LLaVA-1.5's shapes)") from error
+    return config, f"The shapes of {wanted}."
+
+
+def zero_of(train: TrainConfig) -> tuple[int, bool]:
+    """Stage and offload of the recipe's DeepSpeed configuration."""
+    try:
+        zero = json.loads(Path(train.deepspeed).read_text())["zero_optimization"]
+        return zero["stage"], "offload_optimizer" in zero
+    except (OSError, ValueError, KeyError) as error:
+        raise PlanError(f"There is no DeepSpeed configuration with a ZeRO stage at {train.deepspeed}") from error
+
+
+def _named(setting: Setting) -> str:
+    words = [setting.method, f"ZeRO-{setting.stage}", f"{setting.batch} records at once"]
+    words += ["gradient checkpointing"] * setting.checkpointing + ["offload"] * setting.offload
+    return ", ".join(words + ["compiled layers"] * setting.compiled)
+
+
+def _cell(counts: Counts, setting: Setting, parts: dict, hours: float) -> str:
+    host = f" *o* ({host_memory(counts, setting) / GIB:.0f} GiB)"
+    marks = "".join([" *c*"] * setting.checkpointing + [host] * setting.offload)
+    size = sum(parts.values()) / GIB
+    return f"Z{setting.stage}{marks}, {setting.batch}, {size:.0f} GiB, {hours:.3g} h"
