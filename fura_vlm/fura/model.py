@@ -17,6 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolv
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
+from fura_vlm.fura.basis import effective_values
 from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.gate import join_gate
@@ -203,6 +204,11 @@ class FuraModel(BaseTuner):
         if waiting:  # the state dict was taken before, with zeros for the basis
             now = model.state_dict()
             selected = {key: now.get(key, value) for key, value in selected.items()}
+        for name, layer in model.named_modules():
+            # what the adapter was trained with, so that it is the same one over a base of a finer dtype
+            key = f"{name}.fura_s0.{adapter_name}"
+            if key in selected and isinstance(layer, FuraLayer):
+                selected[key] = effective_values(selected[key], layer.base_dtype)
         return selected
 
     @property
