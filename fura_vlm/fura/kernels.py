@@ -356,6 +356,8 @@ class Delta(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, dR, ds, V, s0, fraction, least):
+        dR, V, s0 = dR.contiguous(), V.contiguous(), s0.contiguous()
+        ds = None if ds is None else ds.contiguous()
         ctx.save_for_backward(dR, ds, V, s0)
         ctx.floor = fraction, least
         N, r, b = dR.shape

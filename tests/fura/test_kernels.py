@@ -62,6 +62,20 @@ def test_layers_are_the_explicit_factorisation(reported):
             assert row[what] < 2e-5, (name, what, row)
 
 
+def test_the_block_matrices_are_those_of_block_delta(reported):
+    """The kernels hold its formula, and its gradients, once more."""
+    cases = {name: row for name, row in reported.items() if name.startswith("delta")}
+    assert len(cases) == 5
+    for name, row in cases.items():
+        assert row["kernel"] and max(row[what] for what in ("D", "dR", "ds")) < 2e-6, (name, row)
+
+
+def test_switched_off_no_kernel_runs(reported):
+    row = reported["switched off"]
+    assert row["kernels"] == [] and row["nodes"] > 50
+    assert row["changed"] > 1e-3
+
+
 def test_large_blocks_are_left_to_plain_operations(reported):
     assert reported["large blocks"] == {"used": False}
 
