@@ -293,9 +293,9 @@ def _form(x: torch.Tensor, rows: int, is_gated: bool = False) -> tuple[int, dict
 
 def _shares(x: torch.Tensor, blocks: int, rows: int, sums: bool = False) -> int:
     """Into how many the rows are divided: 2 programs for each of the multiprocessors of x's GPU or, where there are
-    sums to add up afterwards, 1 if that leaves few idle (a tenth; measured with the 132 of an H200). In a short batch, which waits for launches and not
-    for the GPU, two sums are not worth a kernel that adds them up. Other lengths make no difference: the compiler makes
-    code for each that does.
+    sums to add up afterwards, 1 if that leaves few idle: at most a tenth, found with the 132 of an H200. In a short
+    batch, which waits for launches and not for the GPU, two sums are not worth a kernel that adds them up. Other
+    lengths make no difference: the compiler makes code for each that does.
     """
     available = MULTIPROCESSORS[x.device.index] if x.is_cuda else 132  # the interpreter's programs run in turn
     shares = available // blocks

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from fura_vlm.fura.basis import (
     apply_blocks,
@@ -18,7 +19,6 @@ from fura_vlm.fura.basis import (
     block_shape,
     computing_dtype,
     decompose,
-    effective_values,
     fold_pays,
     folded_linear,
     mix,
@@ -32,6 +32,7 @@ from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.kernels import gated
 from fura_vlm.fura.weights import (
+    LINEAR,
     SavedWeight,
     dense_weight,
     fingerprint,
@@ -174,6 +175,11 @@ class FuraLayer(BaseTunerLayer):
                 "one, and load the adapter over this one."
             ) from error
 
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Put a dense weight ``(out, in)`` in the place of the base's, quantised anew if need be."""
+        is_transposed = isinstance(self.get_base_layer(), Conv1D)
+        super().set_base_weight(weight_data.T.contiguous() if is_transposed else weight_data)
+
     @torch.inference_mode(False)  # the basis may be made by the first use, and trained with later
     @torch.no_grad()
     def compute_basis(self, adapter_name: str) -> None:
@@ -245,7 +251,8 @@ class FuraLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """What the adapter adds to the base weight: ``(out, in)``, in float32 or wider.
+        """What the adapter adds to the base weight: ``(out, in)``, in float32 or wider; like PEFT, as the base layer
+        holds it: for GPT-2's Conv1D ``(in, out)``.
 
         Raises:
             FuraError: an adapter is merged, so that the base weight is not what it was.
@@ -254,7 +261,8 @@ class FuraLayer(BaseTunerLayer):
             merged = ", ".join(self.merged_adapters)
             raise FuraError(f"{self.module_name}: {merged} is merged into its weight; call unmerge_adapter() first.")
         weight = self.get_base_weight()
-        return self._adapted(weight, [adapter_name]) - weight
+        delta = self._adapted(weight, [adapter_name]) - weight
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's `convert_to_lora` takes what `get_delta_weight` gives, and approximates it at the rank asked for."""
@@ -294,7 +302,7 @@ class FuraLayer(BaseTunerLayer):
 
 
 class FuraLinear(nn.Module, FuraLayer):
-    """A Linear, plain or quantised, with FuRA adapters."""
+    """A Linear, plain or quantised, or GPT-2's Conv1D, with FuRA adapters."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: FuraConfig, module_name: str, **kwargs
@@ -384,7 +392,7 @@ class FuraLinear(nn.Module, FuraLayer):
         """
         return (
             dtype.itemsize < 4
-            and type(self.base_layer) is nn.Linear
+            and type(self.base_layer) in LINEAR
             and self.base_layer.weight.dtype.itemsize >= 4
             and self._is_plain()
         )
@@ -432,7 +440,7 @@ class FuraLinear(nn.Module, FuraLayer):
             return None
 
     def _is_plain(self) -> bool:
-        """Whether all that calling the base layer, an nn.Linear, does is multiply by its frozen weight and add its
+        """Whether all that calling the base layer, one of LINEAR, does is multiply by its frozen weight and add its
         frozen bias."""
         layer = self.base_layer
         return (

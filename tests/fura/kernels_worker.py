@@ -96,7 +96,8 @@ def delta(N, b, r, resolution, train_s=True):
     s0 = torch.logspace(0, -4, r).expand(N, r).contiguous()  # some below the floor of each 16-bit dtype
     grad = torch.randn(N, b, b)
     found, exact = [
-        [part.detach().to(dtype).requires_grad_(i < 2) for i, part in enumerate(parts)] for dtype in (torch.float32, torch.float64)
+        [part.detach().to(dtype).requires_grad_(i < 2) for i, part in enumerate(parts)]
+        for dtype in (torch.float32, torch.float64)
     ]
     ds, theirs = (found[1], exact[1]) if train_s else (None, None)
     D = block_delta(found[0], ds, found[2], s0, resolution)

@@ -13,7 +13,8 @@ from fura_vlm.modelling.shards import ModelError, WeightFiles, parameter_names
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz,
     torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2, torch.complex64,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+    torch.bool,
 ]  # fmt: skip
 
 
@@ -64,5 +65,7 @@ def test_a_quantised_weight_is_no_plain_one(dtype, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=rf"is quantised: {name} is {str(dtype)[6:]} there.*name the model it was made"):
+    with pytest.raises(
+        ModelError, match=rf"is quantised: {name} is {str(dtype)[6:]} there.*name the model it was made"
+    ):
         parameter_names(model, WeightFiles(str(tmp_path), "Llama"))
