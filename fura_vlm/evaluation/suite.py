@@ -210,7 +210,8 @@ def _command(config: EvalConfig) -> str:
 @contextmanager
 def _alone_in(folder: Path):
     """Makes the folder and keeps other evaluations out of it: two at once would write over each other's files."""
-    lock = FileLock(folder / "lock")
+    # Some libraries make locks of a path one for the whole process: a second evaluation in it would be let in.
+    lock = FileLock(folder / "lock", is_singleton=False)
 
     def take() -> None:
         folder.mkdir(parents=True, exist_ok=True)
