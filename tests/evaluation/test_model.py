@@ -10,6 +10,7 @@ import torch
 from eval_models import BASE, ROOT
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
+from loguru import logger
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -228,6 +229,25 @@ def test_answers_survive_line_separators_and_cut_characters(tmp_path):
     assert store.get("one") == "a\u2028b\x85c" and store.get("two") is None
     store.add({"two": "b"})
     assert AnswerStore(tmp_path).get("two") == "b"
+
+
+def test_rows_that_are_no_answers_are_skipped_with_a_word(tmp_path):
+    for rank in (0, 1):
+        AnswerStore(tmp_path, rank).add({f"{rank} one": "a", f"{rank} two": "b"})
+    broken = [b"null", b"[1]", b"{}", b'{"key": 1, "answer": "a"}', b'{"key": "k"}', b"\xff\xfe", b"", b"[" * 100_000]
+    for rank in (0, 1):
+        file = tmp_path / f"answers-{rank}.jsonl"
+        first, second = file.read_bytes().splitlines()
+        file.write_bytes(b"\n".join([first, *broken, second, b'{"key": "cut']))
+    said = []
+    sink = logger.add(said.append, level="WARNING")
+    store = AnswerStore(tmp_path)
+    assert [store.get(f"{rank} {name}") for rank in (0, 1) for name in ("one", "two")] == ["a", "b"] * 2
+    assert len(said) == 2 and "answers-0.jsonl: these lines are no answers, and skipped: 2, 3, 4," in said[0]
+    AnswerStore(tmp_path)
+    logger.remove(sink)
+    assert len(said) == 3 and "answers-1.jsonl" in said[2]  # its own file is mended, the other's is left to the other
+    assert (tmp_path / "answers-1.jsonl").read_bytes().endswith(b'{"key": "cut')
 
 
 def test_what_ends_an_answer_is_part_of_the_fingerprint(tmp_path):
