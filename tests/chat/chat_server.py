@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fura_vlm.data.images import MAX_PIXELS
+from fura_vlm.chat.prompt import MAX_PIXELS
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "data" / "tiny-llava")
@@ -60,14 +60,14 @@ def bad_files(folder):
     """Files that are no pictures to work with, and what is said of them."""
     (folder / "text.png").write_text("not a picture")
     (folder / "drawing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>')
-    Image.new("1", (10_000, MAX_PIXELS // 10_000)).save(folder / "huge.png")
+    Image.new("1", (5_000, MAX_PIXELS // 5_000)).save(folder / "huge.png")
     Image.new("RGB", (80, 80), "red").save(folder / "whole.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:90])
     (folder / "empty.png").touch()
     return {
         "text.png": "not an image",
         "drawing.svg": "not an image",
-        "huge.png": "100,000,000 or more are refused",
+        "huge.png": "25,000,000 or more are refused",
         "cut.png": "truncated or damaged",
         "empty.png": "is empty",
         "gone.png": "does not exist",
