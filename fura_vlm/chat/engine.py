@@ -123,12 +123,12 @@ class Engine:
         """How many answers are being written, and how many questions wait."""
         return sum(not generation.done for generation in self._writing), len(self._waiting)
 
-    def close(self) -> None:
-        """Ends the thread; what is being written ends as if cancelled."""
+    def close(self, seconds: float | None = None) -> None:
+        """Ends the thread, or stops waiting for it after so long; what is being written ends as if cancelled."""
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(seconds)
 
     # ------------------------------------------------------------------------------------------ the engine's thread
 

@@ -8,38 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import html
-import os
 import re
-import shutil
-import signal
-import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
 import numpy as np
-from gradio_client.utils import is_http_url_like, traverse
 from markdown_it import MarkdownIt
 from PIL import Image, ImageDraw
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError, Engine, Generation, Sampling
-from fura_vlm.chat.models import BASE, Models, describe, examples, load_models
-from fura_vlm.chat.prompt import Exchange, build_prompt, encode, is_animation, read_image
+from fura_vlm.chat.guard import Page
+from fura_vlm.chat.models import BASE, Models, describe, examples
+from fura_vlm.chat.prompt import Exchange, build_prompt, encode, is_animation, picture_size, read_image
+from fura_vlm.chat.readers import Readers
 
 # How often the browser gets what has been written. For each time, Gradio keeps the interpreter busy for milliseconds,
 # in which the engine cannot launch what the next token needs.
 POLL_SECONDS = 0.1
 KEEP_SECONDS = 4 * 3600  # how long an uploaded picture is kept
-MAX_UPLOAD = "50mb"
 NOTHING = "nothing"
-URLS = "/gradio_api/file=http{rest:path}", "/gradio_api/file/http{rest:path}"  # where Gradio would fetch an address
 JOINER = "\u2060"  # takes no room and breaks no line
-MARKDOWN = MarkdownIt("commonmark")
+MARKDOWN = MarkdownIt("commonmark").disable("inline")  # only where code begins and ends is asked
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container {width: 100% !important; max-width: 72rem !important; margin: auto}
@@ -122,6 +114,7 @@ class Chat:
     def __init__(self, models: Models, max_users: int):
         self.models = models
         self.engine = Engine(models.model, max_rows=max_users)
+        self.readers = Readers()
 
     async def ask(
         self, session: Session, question: str, image: str | None, sides: list[str], sampling: Sampling
@@ -140,7 +133,7 @@ class Chat:
         turn, running = Turn(question, image, sides), session.running
         session.busy = True
         try:
-            inputs, notices = await asyncio.to_thread(self._read, session, turn, sampling)
+            inputs, notices = await self.readers.run(self._read, session, turn, sampling)
             for notice in notices:
                 gr.Warning(notice)
             session.turns.append(turn)
@@ -183,19 +176,6 @@ class Chat:
             text = self.models.processor.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
             # A character of several tokens is not whole before its last one.
             turn.answers[side] = text if generation.done else text.rstrip("\ufffd")
-
-
-class Page(gr.Blocks):
-    """Blocks that take pictures as uploads only: Gradio would fetch the URL that a client names instead."""
-
-    async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
-        def check(found: dict) -> dict:
-            if is_http_url_like(found["path"]):
-                raise gr.Error("Pictures are not fetched from the network: upload the file", print_exception=False)
-            return found
-
-        traverse(inputs, check, lambda value: isinstance(value, dict) and isinstance(value.get("path"), str))
-        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
 def build(models: Models, config: ChatConfig, folder: Path) -> Page:
@@ -392,83 +372,18 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
     return page
 
 
-def launch(models: Models, config: ChatConfig, folder: Path, block: bool = True) -> Page:
-    """Serves the page. With ``block`` it returns when the server ends, on Ctrl-C or SIGTERM.
-
-    Raises:
-        ChatError: if the address cannot be used.
-    """
-    page = build(models, config, folder)
-
-    async def health(request):
-        writing, waiting = page.chat.engine.load
-        waiting += len(page._queue)  # those that have not reached the engine
-        return JSONResponse({"status": "ok", "model": Path(models.path).name, "writing": writing, "waiting": waiting})
-
-    async def not_fetched(request):
-        return JSONResponse({"detail": "Files are not fetched from the network"}, 403)
-
-    try:
-        page.launch(
-            server_name=config.host,
-            server_port=config.port,
-            share=config.share,
-            auth=tuple(config.auth.split(":", 1)) if config.auth else None,
-            max_file_size=MAX_UPLOAD,
-            max_threads=config.max_users + 16,
-            state_session_capacity=1000,
-            prevent_thread_lock=not block,
-            footer_links=["api"],
-            run_history=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-            app_kwargs={"routes": [Route("/health", health), *(Route(path, not_fetched) for path in URLS)]},
-            theme=THEME,
-            css=CSS,
-        )
-    except OSError as error:
-        raise ChatError(f"Cannot listen on {config.host} port {config.port}: name another --host or --port") from error
-    return page
-
-
-def serve(config: ChatConfig) -> None:
-    """The command: loads the model and serves the chat until it is stopped.
-
-    Raises:
-        ChatError: before the model is loaded, if a setting cannot be used; or if the address cannot be.
-        ModelError: if a model cannot be used.
-    """
-    for name, most in (("port", 65535), ("max_users", None), ("max_waiting", None), ("max_new_tokens", None)):
-        value = getattr(config, name)
-        if value < 1 or most and value > most:
-            raise ChatError(f"{name} is {value}: give a number from 1{f' to {most}' if most else ''}")
-    if config.auth and not all(config.auth.partition(":")):
-        raise ChatError("auth must be NAME:PASSWORD")
-    folder = Path(tempfile.mkdtemp(prefix="fura-chat-"))
-    # A folder of our own: Gradio's is shared with all other Gradio applications of this machine.
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # it ends as on Ctrl-C, and users' pictures are removed
-    try:
-        models = load_models(config.model, config.adapters)
-        print(f"Talking with {models.path}", flush=True)
-        launch(models, config, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def as_seen(path: str, processor) -> tuple[Image.Image, str]:
     """The picture as the model gets it, its own part framed, and a sentence about what was padded."""
     image, settings = read_image(path), processor.image_processor
     pixels = settings(images=image, return_tensors="np")["pixel_values"][0]
     mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
     seen = Image.fromarray(((pixels * std + mean).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
-    width, height = image.size
+    width, height = picture_size(path)
     size = f"{width} x {height} pixels become {seen.width} x {seen.height}"
     if width == height:
         return seen, f"{size}; nothing is padded."
     where = "left and right" if width < height else "above and below"
-    share = 1 - min(image.size) / max(image.size)
+    share = 1 - min(width, height) / max(width, height)
     margin = round(share / 2 * seen.width)
     box = (margin, 0) if width < height else (0, margin)
     ImageDraw.Draw(seen).rectangle((*box, seen.width - 1 - box[0], seen.height - 1 - box[1]), outline="red")
