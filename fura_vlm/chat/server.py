@@ -134,7 +134,7 @@ def launch(models: Models, config: ChatConfig, folder: Path, sockets: list[socke
         return Response(page.pictures[name], media_type=mimetypes.guess_type(name)[0])
 
     routes = [Route("/health", health), Route("/examples/{name}", example)]
-    outer = FastAPI(routes=routes, **_APP)
+    outer = FastAPI(routes=routes, **APP)
     guard = Guard(outer, hosts, signed_in, folder / "uploads")
     gr.mount_gradio_app(
         outer,
@@ -149,7 +149,7 @@ def launch(models: Models, config: ChatConfig, folder: Path, sockets: list[socke
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
-        app_kwargs=dict(_APP),
+        app_kwargs=dict(APP),
         theme=THEME,
         css=CSS,
     )
@@ -268,7 +268,7 @@ async def _failed(request, error: Exception) -> Response:
     return JSONResponse({"detail": "The request cannot be carried out: check what it holds"}, 400)
 
 
-_APP = {
+APP = {
     "docs_url": None,
     "redoc_url": None,
     "openapi_url": None,
