@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -25,8 +26,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str):
-    """The chat command in a process of its own. Yields its address and the process."""
+def serving(*arguments: str, files: int | None = None):
+    """The chat command in a process of its own, which may have so many files open. Yields its address and itself."""
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     environment["OMP_NUM_THREADS"] = "1"
@@ -38,6 +39,8 @@ def serving(*arguments: str):
         stderr=subprocess.STDOUT,
         text=True,
     )
+    if files is not None:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files, files))
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 180
