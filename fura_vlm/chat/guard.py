@@ -31,14 +31,16 @@ logger = logging.getLogger(__name__)
 UPLOAD = "/gradio_api/upload"
 MAX_UPLOAD = 50_000_000
 """Bytes of one picture's file."""
-MAX_UPLOADS = 100_000_000
+MAX_UPLOADS = 60_000_000
 """Bytes that one request may bring when it uploads."""
 MAX_BODY = 4_000_000
 """Bytes of any other request: the longest question in any script, ten times."""
 BODY_SECONDS = 120
 """In which a request must have come."""
-UPLOADING = 8
-"""Requests that may bring pictures at the same time."""
+UPLOADING = 32
+"""Requests that may bring pictures at the same time; more wait."""
+UPLOAD_SECONDS = 30
+"""How long a request waits until it may bring its pictures."""
 ROOM = 2_000_000_000
 """Bytes of all pictures that are kept. Where there are more, the oldest go first."""
 MAX_FILES = 10_000
@@ -158,7 +160,7 @@ class Guard:
     def __init__(self, app: ASGIApp, hosts: Hosts, signed_in: Callable[[Scope], bool], uploads: Path):
         self.app, self.hosts, self.signed_in, self.uploads = app, hosts, signed_in, uploads
         self.reading = 0  # requests that have not come in full
-        self._uploading = 0
+        self._uploading = asyncio.Semaphore(UPLOADING)
         self._guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -191,23 +193,22 @@ class Guard:
             raise Refused(401, "Log in first")
         if path.rstrip("/") == "/login" and (seconds := self._guesses.wait(_client(scope))):
             whole = int(seconds) + 1
-            raise Refused(
-                429, f"Too many wrong passwords: try again in {whole} seconds", **{"retry-after": str(whole)}
-            )
+            raise Refused(429, f"Too many wrong passwords: try again in {whole} seconds", **{"retry-after": str(whole)})
 
     async def _run(self, exchange: _Exchange) -> None:
         scope = exchange.scope
         if scope["path"].rstrip("/") == "/login" and scope["method"] == "POST":
             await self._login(exchange)
         elif scope["path"].rstrip("/") == UPLOAD:
-            if self._uploading >= UPLOADING:
-                raise Refused(503, "Too many pictures are being uploaded: send it again", **{"retry-after": "2"})
-            self._uploading += 1
+            try:
+                await asyncio.wait_for(self._uploading.acquire(), UPLOAD_SECONDS)
+            except asyncio.TimeoutError:
+                raise Refused(503, "Too many pictures are being uploaded: send it again later") from None
             try:
                 await asyncio.to_thread(make_room, self.uploads, ROOM - MAX_UPLOADS, MAX_FILES)
                 await exchange.run(self.app)
             finally:
-                self._uploading -= 1
+                self._uploading.release()
         else:
             await exchange.run(self.app)
 

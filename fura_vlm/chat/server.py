@@ -154,6 +154,7 @@ def launch(models: Models, config: ChatConfig, folder: Path, sockets: list[socke
         css=CSS,
     )
     gradio = outer.routes[-1].app
+    page.has_launched = True  # as ``launch`` says; until then Gradio would take any file of this machine as an upload
 
     for name in ("asyncio", "uvicorn.error", "fura_vlm.chat.guard"):
         logging.getLogger(name).addFilter(FewLines())

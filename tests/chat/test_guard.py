@@ -16,8 +16,8 @@ from starlette.routing import Route
 
 from fura_vlm.chat import guard as guard_module
 from fura_vlm.chat import server as server_module
-from fura_vlm.chat.guard import MAX_BODY, MAX_UPLOADS, Guard, Guesses, Hosts, make_room
 from fura_vlm.chat.engine import ChatError
+from fura_vlm.chat.guard import MAX_BODY, MAX_UPLOADS, Guard, Guesses, Hosts, make_room
 from fura_vlm.chat.readers import Readers
 from fura_vlm.chat.server import Connection, FewLines, listen
 
@@ -145,7 +145,6 @@ def test_too_large_a_request_is_refused(tmp_path, path, most):
             sent.append(1)
             yield bytes(1_000_000)
 
-
     guard = guarded(tmp_path)
     whole, said, unsaid = ask(
         guard,
@@ -176,6 +175,7 @@ def test_a_request_that_does_not_come_ends(tmp_path, monkeypatch):
 
 def test_of_many_uploads_at_once_some_wait(tmp_path, monkeypatch):
     monkeypatch.setattr(guard_module, "UPLOADING", 2)
+    monkeypatch.setattr(guard_module, "UPLOAD_SECONDS", 0.2)
     guard = guarded(tmp_path)
 
     async def answers():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from chat_server import TINY, bad_files
 from PIL import Image
-
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
