@@ -122,7 +122,7 @@ def _run(command: str, options: dict) -> None:
     elif command == "chat":
         config = ChatConfig(**options)
         if config.web:
-            from fura_vlm.chat.web import serve
+            from fura_vlm.chat.server import serve
 
             serve(config)
         else:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import gradio as gr
 import numpy as np
-from gradio_client.utils import is_http_url_like, traverse
 from PIL import Image, ImageDraw
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError, Generation, Sampling
+from fura_vlm.chat.guard import Page
 from fura_vlm.chat.markdown import JOINER, literal
 from fura_vlm.chat.models import BASE, Models, describe, examples
-from fura_vlm.chat.prompt import read_image
+from fura_vlm.chat.prompt import picture_size, read_image
 from fura_vlm.chat.session import KEEP_SECONDS, Chat, Session, Turn
 
 NOTHING = "nothing"
@@ -32,19 +32,6 @@ THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
     input_placeholder_color="*neutral_500",
     input_placeholder_color_dark="*neutral_400",
 )
-
-
-class Page(gr.Blocks):
-    """Blocks that take pictures as uploads only: Gradio would fetch the URL that a client names instead."""
-
-    async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
-        def check(found: dict) -> dict:
-            if is_http_url_like(found["path"]):
-                raise gr.Error("Pictures are not fetched from the network: upload the file", print_exception=False)
-            return found
-
-        traverse(inputs, check, lambda value: isinstance(value, dict) and isinstance(value.get("path"), str))
-        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
 def build(models: Models, config: ChatConfig, folder: Path) -> Page:
@@ -277,12 +264,12 @@ def as_seen(path: str, processor) -> tuple[Image.Image, str]:
     pixels = settings(images=image, return_tensors="np")["pixel_values"][0]
     mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
     seen = Image.fromarray(((pixels * std + mean).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
-    width, height = image.size
+    width, height = picture_size(path)
     size = f"{width} x {height} pixels become {seen.width} x {seen.height}"
     if width == height:
         return seen, f"{size}; nothing is padded."
     where = "left and right" if width < height else "above and below"
-    share = 1 - min(image.size) / max(image.size)
+    share = 1 - min(width, height) / max(width, height)
     margin = round(share / 2 * seen.width)
     box = (margin, 0) if width < height else (0, margin)
     ImageDraw.Draw(seen).rectangle((*box, seen.width - 1 - box[0], seen.height - 1 - box[1]), outline="red")

@@ -1,5 +1,6 @@
 """The page as a user gets it: a server of its own process, and a Chromium."""
 
+import os
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from fura_vlm.data.scenes import draw, make_scene
 from fura_vlm.modelling.load import load_base
 from fura_vlm.training.config import TARGET_MODULES
 
+os.environ["OMP_NUM_THREADS"] = "1"  # engines keep it
 torch.set_num_threads(1)  # the model is small, and threads that wait for each other are slow beside other processes
 ARTEFACTS = ROOT / "runs" / "test-artefacts"
 
