@@ -210,8 +210,7 @@ def _command(config: EvalConfig) -> str:
 @contextmanager
 def _alone_in(folder: Path):
     """Makes the folder and keeps other evaluations out of it: two at once would write over each other's files."""
-    # Some libraries make locks of a path one for the whole process: a second evaluation in it would be let in.
-    lock = FileLock(folder / "lock", is_singleton=False)
+    lock = FileLock(folder / "lock")
 
     def take() -> None:
         folder.mkdir(parents=True, exist_ok=True)
