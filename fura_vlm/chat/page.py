@@ -236,7 +236,15 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         ]
         box.stop(stop, session, None, queue=False, **private)
         page.load(restore, [session, kept], [kept, left, right, model, other], **private)
-        gr.on([model.change, other.change], compare, [session, model, other], [left, right], **private)
+        # One after the other: answers to two changes may come in any order.
+        gr.on(
+            [model.change, other.change],
+            compare,
+            [session, model, other],
+            [left, right],
+            trigger_mode="always_last",
+            **private,
+        )
         # Also when it is opened: a closed accordion does not keep the picture that it was sent.
         for then in [inside.expand, *(event.then for event in asking)]:
             then(look, session, [seen, padding], **private)
