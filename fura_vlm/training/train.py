@@ -22,11 +22,13 @@ from fura_vlm.training.checkpoint import WrittenBy, make_universal
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.memory import advice_on_memory
 from fura_vlm.training.methods import compile_layers, prepare, quantization
-from fura_vlm.training.processes import agree, alike, join
+from fura_vlm.training.processes import agree, refusing, together
 from fura_vlm.training.report import adapter_card, write_report
 from fura_vlm.training.run_folder import alone_in, begin, choose_run, describe, save, write_projector
 from fura_vlm.training.settings import accumulation_steps, check, training_arguments, training_dtype
 from fura_vlm.training.trainer import FuraTrainer
+
+REFUSED = "These settings are refused"
 
 
 def train(config: TrainConfig) -> Path:
@@ -39,13 +41,13 @@ def train(config: TrainConfig) -> Path:
         TrainingError, ModelError, DataError: with one sentence each, before anything is trained.
         SystemExit: 143 after SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    state = join()
-    agree(lambda: check(config))
-    set_seed(config.seed)
-    run = agree(lambda: choose_run(config))
-    with alone_in(run):
-        agree(lambda: begin(config, run))
-        _train(config, run, state)
+    with together() as state:
+        check(config)
+        set_seed(config.seed)
+        run = agree(lambda: choose_run(config))
+        with alone_in(run):
+            agree(lambda: begin(config, run))
+            _train(config, run, state)
     return run
 
 
@@ -54,17 +56,19 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
     accumulation = agree(lambda: accumulation_steps(config, checkpoint))
     universal = checkpoint is not None and WrittenBy.of(checkpoint).processes != state.num_processes
     # Before the model: ZeRO-3 partitions it while loading.
-    arguments = alike(lambda: training_arguments(config, run, accumulation, universal))
+    with refusing(REFUSED):
+        arguments = training_arguments(config, run, accumulation, universal)
     console = Console(quiet=not state.is_main_process)
 
-    processor = alike(lambda: load_processor(config.model_name_or_path))
+    processor = load_processor(config.model_name_or_path)
     dataset, questions, said = agree(lambda: _load_data(config, processor, run))
     if said:
         console.print(said, style="yellow", soft_wrap=True)
-    quantized = quantization(config.method, training_dtype(arguments))
-    attention = config.attn_implementation
-    model = alike(lambda: load_base(config.model_name_or_path, training_dtype(arguments), attention, quantized))
-    model = alike(lambda: prepare(model, config), f"{config.method} cannot be set up with these settings")
+    dtype = training_dtype(arguments)
+    quantized = quantization(config.method, dtype)
+    model = load_base(config.model_name_or_path, dtype, config.attn_implementation, quantized)
+    with refusing(f"{config.method} cannot be set up with these settings"):
+        model = prepare(model, config)
     # ZeRO-3 also takes the last gradients again of what a batch leaves out.
     if state.num_processes > 1 or is_deepspeed_zero3_enabled():
         use_all_parts(model)
@@ -75,8 +79,8 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
         describe(config, run, processor, model, dataset, checkpoint, console)
     signals = SaveOnSignal()
     held_out = HeldOut(config, run, processor, questions, signals)
-    trainer = alike(
-        lambda: FuraTrainer(
+    with refusing(REFUSED):
+        trainer = FuraTrainer(
             model=model,
             args=arguments,
             train_dataset=dataset,
@@ -86,7 +90,6 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
             group_by_modality_length=config.group_by_modality_length,
             universal=universal,
         )
-    )
     if universal:
         agree(lambda: make_universal(checkpoint))
     with advice_on_memory(config, run):
