@@ -38,11 +38,17 @@ def load_processor(path: str) -> LlavaProcessor:
         ModelError: if there is none at ``path``, or it does not belong to the model there.
     """
     check_folder(path)
+    alone = Path(path).is_dir() and not (Path(path) / "config.json").is_file()  # as in a run folder
+    config = None if alone else _config(path, "processor")
     try:
         processor = AutoProcessor.from_pretrained(path, backend="pil")
-        config = None if Path(path).is_dir() and not (Path(path) / "config.json").is_file() else _config(path)
-    except (OSError, ValueError, StrictDataclassError) as error:  # the last: a config.json that contradicts itself
+    except (OSError, ValueError, ImportError) as error:  # the last: of another model, with parts that Pillow has not
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
+    if not isinstance(processor, LlavaProcessor):
+        raise ModelError(
+            f"{path} has a {type(processor).__name__} where a LlavaProcessor belongs: take the files that were published "
+            "with the model"
+        )
     size, patch = processor.image_processor.crop_size["height"], processor.patch_size
     if config is not None:
         _check_processor(path, processor, config)
@@ -54,9 +60,25 @@ def load_processor(path: str) -> LlavaProcessor:
     return processor
 
 
-def _config(path: str) -> LlavaConfig | None:
-    config = AutoConfig.from_pretrained(path)
-    return config if isinstance(config, LlavaConfig) else None
+def _config(path: str, what: str) -> LlavaConfig:
+    """The model's configuration.
+
+    Args:
+        what: how messages call what is wanted.
+
+    Raises:
+        ModelError: there is none, it contradicts itself, or it is that of another family.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
+    if not isinstance(config, LlavaConfig):
+        raise ModelError(
+            f"{path} is a model of the type {config.model_type!r}: what is trained here is LLaVA-1.5 (type 'llava'), such "
+            "as llava-hf/llava-1.5-7b-hf"
+        )
+    return config
 
 
 def _check_processor(path: str, processor: LlavaProcessor, config: LlavaConfig) -> None:
@@ -108,6 +130,7 @@ def load_base(
         ModelError: if ``path`` holds no LLaVA or its files are damaged.
     """
     check_folder(path)
+    _config(path, "LLaVA")
     model = load_pretrained(
         LlavaForConditionalGeneration,
         path,

@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import fura_vlm.fura.layer
 from fura_vlm.fura import FuraConfig, FuraError, FuraLinear
-from fura_vlm.training.train import unlink_shared_memory
+from fura_vlm.training.processes import unlink_shared_memory
 
 STEPS, LR = 4, 1e-2
 

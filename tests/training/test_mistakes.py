@@ -17,7 +17,10 @@ import yaml
 from PIL import Image
 
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.train import AT_LEAST, TrainingError, _begin, _check, _choose_run, advice_on_memory
+from fura_vlm.training.errors import TrainingError
+from fura_vlm.training.memory import advice_on_memory
+from fura_vlm.training.run_folder import begin, choose_run
+from fura_vlm.training.settings import AT_LEAST, check
 
 
 def said(job) -> str:
@@ -84,7 +87,7 @@ def test_deepspeed_configuration_that_is_none(launch):
     path = launch.folder / "cut.json"
     path.write_text('{"zero_optimization": {')
     with pytest.raises(TrainingError, match=f"^{path} is no DeepSpeed configuration in JSON: .*line 1"):
-        _check(TrainConfig(deepspeed=str(path)))
+        check(TrainConfig(deepspeed=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -101,12 +104,12 @@ def test_settings_that_a_library_refuses(settings, words, launch):
 def test_numbers_that_are_none():
     for name, least in AT_LEAST.items():
         with pytest.raises(TrainingError, match=f"^{name} is {least - 1} and has to be at least {least}$"):
-            _check(TrainConfig(**{name: least - 1}))
+            check(TrainConfig(**{name: least - 1}))
 
 
 def test_a_folder_with_braces_in_its_name(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path / "{seed}-{method}"))
-    assert _choose_run(config) == tmp_path / "{seed}-fura"
+    assert choose_run(config) == tmp_path / "{seed}-fura"
 
 
 def test_deepspeed_configuration_for_more_gpus(launch):
@@ -191,11 +194,11 @@ def test_target_modules_that_match_nothing(method, launch):
 def test_answers_of_a_run_with_other_settings_are_not_kept(tmp_path):
     config = TrainConfig(eval_data_path="data/embedded/eval.json")
     answers = tmp_path / "answers-before.jsonl"
-    _begin(config, tmp_path)
+    begin(config, tmp_path)
     answers.write_text("")
-    _begin(dataclasses.replace(config, save_steps=7, gradient_checkpointing=True), tmp_path)
+    begin(dataclasses.replace(config, save_steps=7, gradient_checkpointing=True), tmp_path)
     assert answers.exists()  # they are the same whatever the memory
-    _begin(dataclasses.replace(config, eval_data_path="other.json"), tmp_path)
+    begin(dataclasses.replace(config, eval_data_path="other.json"), tmp_path)
     assert not answers.exists()
 
 

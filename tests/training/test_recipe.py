@@ -14,7 +14,7 @@ from peft import PeftModel
 from fura_vlm.modelling.load import load_base
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import learning_rate, prepare
-from fura_vlm.training.train import _training_arguments
+from fura_vlm.training.settings import training_arguments
 
 ROOT = Path(__file__).parents[2]
 STAGE2 = {
@@ -62,7 +62,7 @@ def test_what_reaches_the_trainer(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in ("ACCELERATE_USE_DEEPSPEED", "TENSORBOARD_LOGGING_DIR"):  # what it sets, taken back at the end
         monkeypatch.setenv(name, "")
-    arguments = _training_arguments(recipe("llava-1.5-7b.yaml", bf16=False), tmp_path, 8, universal=False)
+    arguments = training_arguments(recipe("llava-1.5-7b.yaml", bf16=False), tmp_path, 8, universal=False)
     assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert arguments.learning_rate == 2e-4 and arguments.weight_decay == 0 and arguments.max_grad_norm == 1
     assert arguments.get_warmup_steps(5198) == 156  # 3 % of an epoch of 665,298 records, 128 a step

@@ -1,0 +1,59 @@
+"""What to do where the memory does not suffice."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.errors import TrainingError
+from fura_vlm.training.settings import zero
+
+
+@contextmanager
+def advice_on_memory(config: TrainConfig, run: Path):
+    """Where memory runs out within: a TrainingError that says what to change and is accepted for this run."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not any(word in str(error) for word in words):
+            raise
+        batch, four_bits = config.per_device_train_batch_size, config.method in ("qfura", "qlora")
+        advice = []
+        if batch > 1:  # a divisor, so that train_batch_size stays a multiple
+            less = next(n for n in range(batch // 2, 0, -1) if batch % n == 0)
+            kept = "with train_batch_size a step has as many records as before"
+            advice.append(f"--per_device_train_batch_size {less} ({kept})")
+        if not config.gradient_checkpointing:
+            advice.append("--gradient_checkpointing true")
+        others = []  # of another run, by what a checkpoint holds
+        if zero(config).get("stage") != 3:
+            if not four_bits:
+                eager = " --compile_layers false" * config.compile_layers
+                others.append(f"--deepspeed scripts/zero3.json{eager} on several GPUs")
+            if config.method in ("fura", "lora"):
+                others.append(f"--method q{config.method}")
+        elif "offload_param" not in zero(config):
+            others.append("--deepspeed scripts/zero3_offload.json")
+        if get_last_checkpoint(str(run)):
+            others = [f"{other} in another --output_dir" for other in others]
+        if advice or others:
+            tried = f"try {', or '.join(advice + others)}"
+        else:
+            tried = (
+                "no setting is left that takes less, so take a larger GPU or a smaller model (fura-vlm plan says what "
+                "fits), or cut the records with --model_max_length in another --output_dir"
+            )
+        if torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+            where = f"a GPU of {total:.0f} GiB"
+        else:
+            where = "this machine"
+        raise TrainingError(
+            f"The memory of {where} does not suffice for {config.per_device_train_batch_size} records of up to "
+            f"{config.model_max_length} tokens with {config.method}: {tried}"
+        ) from error

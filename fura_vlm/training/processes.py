@@ -1,0 +1,258 @@
+"""The processes of a run: how they meet, how the main one decides for all, and how they end.
+
+They end together. A process that fails writes its reason into the store that all of them met at; a thread in each of
+the others looks there, since the others may be waiting for it in a collective that will never be complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import active_children
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch.distributed.rendezvous import rendezvous
+from torch.utils import cpp_extension
+from transformers.utils import logging
+
+from fura_vlm.errors import sentence
+from fura_vlm.training.errors import TrainingError
+
+PATIENCE = timedelta(hours=1)  # for one another: the main process may have many images to check
+LOOK = 0.5  # seconds between two looks at the store
+GRACE = 2.0  # seconds in which a failure may turn out to be that of all processes
+
+LOST = "lost the connection to another process, which was killed; often the system does that where memory is short"
+# How Gloo, NCCL and the store say that the other side is gone.
+CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+@contextmanager
+def together():
+    """Meets the other processes, and parts from them at the end. Yields accelerate's ``PartialState``.
+
+    Where one process raises within, all of them end in a few seconds with exit status 1, and its sentence is on the
+    screen of each machine once, with its rank unless all say the same. A process by itself just raises. SystemExit and
+    KeyboardInterrupt are not a failure: all processes have to raise them.
+
+    Raises:
+        TrainingError: the port they meet on is in use.
+    """
+    cuda = torch.cuda.is_available()
+    set_environment(cuda)
+    store, rank, size = _meet()
+    watch = Watch(store, rank, size) if size > 1 else None
+    if watch:
+        watch.start()
+    try:
+        yield _join(store, rank, size, cuda)
+        if watch:
+            watch.part()
+    except SystemExit:
+        if watch:
+            watch.part()
+        raise
+    except Exception as error:
+        if watch:
+            watch.end_all(error)
+        raise
+    finally:
+        _leave()
+
+
+def set_environment(cuda: bool) -> None:
+    """What torch and DeepSpeed read from the environment, before either looks."""
+    # PyTorch writes this path as it is into the shell command that links what DeepSpeed compiles: a space would cut it.
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
+    # Batches of ever new lengths would leave holes in the GPU's memory that nothing fits into.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Empty rather than unset: torch would find a compiler for GPUs by itself, and warn that there is no GPU.
+        os.environ |= {"CUDA_HOME": "", "CUDA_PATH": ""}
+    if "RANK" not in os.environ:  # started without a launcher: DeepSpeed would ask for MPI
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """The store that all processes share, the rank of this one, and how many there are."""
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise TrainingError(f"Port {port} is in use: set MASTER_PORT to a free one, or leave it unset") from error
+    # torchrun's store outlives the processes that it starts again.
+    return dist.PrefixStore(f"run{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size
+
+
+def _join(store: dist.Store, rank: int, size: int, cuda: bool) -> PartialState:
+    import deepspeed
+
+    backend = "nccl" if cuda else "gloo"
+    if rank == 0:
+        store.set("backend", backend)
+    elif store.get("backend").decode() != backend:
+        raise TrainingError(
+            f"It sees {'GPUs and the main process none' if cuda else 'no GPU and the main process does'}: start all "
+            "processes on machines alike"
+        )
+    device = None
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    # With its device a barrier knows where to wait. DeepSpeed would not tell it to a process by itself.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE, device_id=device)
+    deepspeed.init_distributed(backend, timeout=PATIENCE, auto_mpi_discovery=False)
+    if not cuda:
+        unlink_shared_memory()
+    state = PartialState(cpu=not cuda)
+    if not state.is_main_process:  # one bar for each thing that is loaded, not one a process
+        logging.disable_progress_bar()
+    return state
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        from deepspeed import comm
+
+        comm.destroy_process_group()
+
+
+def unlink_shared_memory() -> None:
+    """Takes the name off the 66 MiB that a process shares on a CPU, once all have opened it. DeepSpeed never does: the
+    memory would stay taken after the run, until the machine starts anew. Without a name it goes with the processes."""
+    dist.barrier()
+    address, port, rank = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
+
+
+def agree(decide):
+    """What the main process decides, on all of them."""
+    state = PartialState()
+    outcome = [decide() if state.is_main_process else None]
+    if state.num_processes > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    return outcome[0]
+
+
+@contextmanager
+def refusing(words: str):
+    """A library's ValueError within becomes a TrainingError that begins with ``words``."""
+    try:
+        yield
+    except ValueError as error:
+        raise TrainingError(f"{words}: {error}") from error
+
+
+class Watch(threading.Thread):
+    """Ends this process when another one has failed, and the others when this one has.
+
+    In the store: ``failed/RANK``, JSON with ``text``, ``lost`` (only the connection to another one that has failed) and
+    ``host``; ``failures``, how many there are; ``speaker/HOST``, the rank that tells people on this machine.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        super().__init__(name="watch", daemon=True)
+        self.store, self.rank, self.size = store.clone(), rank, size  # its own connection: a wait blocks the other one
+        self.host = socket.gethostname()
+        self._parted = threading.Event()
+        self._ending = threading.Lock()
+
+    def part(self) -> None:
+        """To be called by all processes when they have nothing to do with one another any longer."""
+        dist.barrier()
+        self._parted.set()
+        dist.barrier()  # the main process keeps the store, and leaves when nobody looks any longer
+
+    def run(self) -> None:
+        while not self._parted.wait(LOOK):
+            try:
+                failed = self.store.check(["failures"])
+            except Exception:  # the main process is gone, and the store with it
+                if not self._parted.is_set():
+                    self._end(self._reasons())
+                return
+            if failed:
+                self._end(self._reasons())
+
+    def end_all(self, error: Exception) -> None:
+        """Ends this process, which has failed, and the others."""
+        text = sentence(error)
+        lost = text is None and any(words in str(error) for words in CLOSED)
+        if lost:
+            text = LOST
+        reason = {"text": text or _traceback(error), "lost": lost, "host": self.host}
+        try:
+            self.store.set(f"failed/{self.rank}", json.dumps(reason))
+            self.store.add("failures", 1)
+        except Exception:  # the main process is gone
+            pass
+        self._end({self.rank: reason})
+
+    def _reasons(self) -> dict[int, dict]:
+        keys = {rank: f"failed/{rank}" for rank in range(self.size)}
+        try:
+            return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}
+        except Exception:
+            return {}
+
+    def _end(self, reasons: dict[int, dict]) -> None:
+        """Says why, if that is this process's part, and ends it without waiting for anything."""
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()  # the other thread is about to end this process
+        deadline = time.monotonic() + GRACE
+        while len(reasons) < self.size and time.monotonic() < deadline:
+            time.sleep(0.1)
+            reasons |= self._reasons()
+        if self._speaks():
+            print(f"fura-vlm train: {explain(reasons, self.size)}", file=sys.stderr)
+        if self.rank == 0:
+            time.sleep(GRACE)  # the store goes with it, and others may still want to read
+        for child in active_children():
+            child.terminate()  # data workers would stay for some seconds
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    def _speaks(self) -> bool:
+        try:
+            return self.store.compare_set(f"speaker/{self.host}", "", str(self.rank)).decode() == str(self.rank)
+        except Exception:  # the main process is gone
+            return self.rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+
+
+def explain(reasons: dict[int, dict], size: int) -> str:
+    """What to tell people of the reasons why processes of ``size`` failed, by rank: what came first, and where.
+
+    Args:
+        reasons: by rank, as ``Watch`` has them; empty if a process was killed.
+    """
+    if not reasons:
+        return f"A process {LOST}"
+    causes = {rank: reason for rank, reason in reasons.items() if not reason["lost"]} or reasons
+    first = min(causes)
+    reason = causes[first]
+    if len(causes) == size and all(other["text"] == reason["text"] for other in causes.values()):
+        return reason["text"]
+    return f"process {first} of {size}, on {reason['host']}: {reason['text']}"
+
+
+def _traceback(error: Exception) -> str:
+    return "it failed\n" + "".join(traceback.format_exception(error)).rstrip()

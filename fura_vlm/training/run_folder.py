@@ -1,0 +1,150 @@
+"""The folder of a run: which one it is, that it is one run's alone, and what is written into it.
+
+<output_dir>/adapter/            the PEFT adapter; model/, a whole LLaVA, where every weight was trained
+<output_dir>/mm_projector.safetensors  by LLaVA's names, for ``fura-vlm assemble``, where the projector was pretrained
+<output_dir>/processor/          the processor it was trained with
+<output_dir>/config.yaml         every setting, defaults included
+<output_dir>/versions.json       the libraries
+<output_dir>/metrics.jsonl       a row each time something was logged
+<output_dir>/skipped.jsonl       records that could not be used, with the reason
+<output_dir>/answers-*.jsonl     the held-out questions with the answers before and after
+<output_dir>/report.md, *.png    for people
+<output_dir>/checkpoint-*/       DeepSpeed checkpoints; tensorboard/ the event files; lock, held while a run goes on
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from accelerate import PartialState
+from filelock import FileLock, Timeout
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import get_last_checkpoint
+
+from fura_vlm.data.records import write_text
+from fura_vlm.modelling.assemble import PROJECTOR_KEYS
+from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.errors import TrainingError
+from fura_vlm.training.methods import PROJECTOR
+from fura_vlm.training.processes import agree
+from fura_vlm.training.trainer import FuraTrainer
+
+FINISHED = "report.md"  # written last
+ANSWERS_BEFORE = "answers-before.jsonl"
+BATCH = ("train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")  # how a step is made up
+# What an interrupted run may go on with otherwise than it began: its result stays the same. Of BATCH,
+# ``accumulation_steps`` sees to that.
+MAY_CHANGE = (
+    *BATCH,
+    "gradient_checkpointing",
+    "compile_layers",
+    "activation_memory_budget",
+    "dataloader_num_workers",
+    "eval_batch_size",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+)
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
+
+
+def choose_run(config: TrainConfig) -> Path:
+    """The folder to run in: a new one, or that of the same run interrupted. Numbered after a finished run."""
+    first = Path(config.output_dir.replace("{method}", config.method))
+    number = 1
+    run = first
+    while (run / FINISHED).exists():
+        number += 1
+        run = first.with_name(f"{first.name}-{number}")
+    return run
+
+
+@contextmanager
+def alone_in(run: Path):
+    """Makes the folder and keeps other runs out of it: two at once would write over each other's files."""
+    lock = FileLock(run / "lock")
+
+    def take() -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=10)  # the data workers of a run that was killed hold on to it for some seconds
+        except Timeout:
+            raise TrainingError(
+                f"Another run is under way in {run}: wait for its end, stop it, or choose another --output_dir"
+            ) from None
+
+    agree(take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def begin(config: TrainConfig, run: Path) -> None:
+    """Writes ``config.yaml``, unless the folder holds a run that cannot go on so."""
+    settings = dataclasses.asdict(config)
+    saved = run / "config.yaml"
+    if saved.is_file():
+        previous = yaml.safe_load(saved.read_text())
+        changed = sorted(key for key in settings if previous.get(key) != settings[key] and key not in MAY_CHANGE)
+        if changed and get_last_checkpoint(str(run)):
+            key = changed[0]
+            raise TrainingError(
+                f"{run} holds an interrupted run with another {key} ({previous.get(key)!r} there, {settings[key]!r} "
+                "here): go on with its settings, or choose another --output_dir"
+            )
+        if changed:  # it begins anew, and perhaps with another base or other questions
+            (run / ANSWERS_BEFORE).unlink(missing_ok=True)
+    write_text(saved, yaml.safe_dump(settings, sort_keys=False))
+
+
+def describe(config, run, processor, model, dataset, checkpoint, console) -> None:
+    """Writes what the run is before it starts, and says it."""
+    processor.save_pretrained(run / "processor")
+    versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+    write_text(run / "versions.json", json.dumps(versions, indent=1))
+    if isinstance(model, PeftModel):
+        trained, total = model.get_nb_trainable_parameters()
+    else:
+        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    console.print(
+        f"{config.method} trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of "
+        f"{config.model_name_or_path} on {len(dataset):,} records; the run folder is {run}",
+        soft_wrap=True,
+    )
+    if checkpoint:
+        console.print(f"Going on where the interrupted run stopped: {checkpoint}", soft_wrap=True)
+
+
+def save(trainer: FuraTrainer, folder: Path, card: str | None = None) -> None:
+    """The adapter as PEFT saves it or the whole model, gathered from all processes under ZeRO-3; written beside and
+    renamed. PEFT's own card is a form that nobody has filled in."""
+    building = folder.with_name(folder.name + ".tmp")
+    trainer.save_model(str(building))
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        if card is not None:
+            write_text(building / "README.md", card)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(building, folder)
+
+
+def write_projector(run: Path) -> None:
+    """The pretrained projector out of its adapter, as LLaVA calls its parts."""
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    weights = {}
+    for theirs, ours in PROJECTOR_KEYS.items():
+        [weights[theirs]] = (weight for name, weight in trained.items() if name.endswith(f"{PROJECTOR}.{ours}"))
+    building = run / "mm_projector.tmp"
+    save_file(weights, building)
+    os.replace(building, run / "mm_projector.safetensors")

@@ -1,0 +1,134 @@
+"""The settings of a run: whether they can be, and what transformers' Trainer is given of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from fura_vlm.training.checkpoint import WrittenBy
+from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.errors import TrainingError
+from fura_vlm.training.methods import learning_rate
+
+# Less than this libraries refuse late, or not at all.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "mm_projector_lr": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "seed": 0,
+    "dataloader_num_workers": 0,
+    "model_max_length": 1,
+    "logging_steps": 1,
+    "eval_batch_size": 1,
+    "eval_max_new_tokens": 1,
+}
+
+
+def check(config: TrainConfig) -> None:
+    """Looks at the settings: numbers that are none, and what they say together."""
+    for name, least in AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise TrainingError(f"{name} is {value} and has to be at least {least}")
+    if not Path(config.deepspeed).is_file():
+        raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
+    try:
+        stage = zero(config).get("stage")
+    except (ValueError, AttributeError) as error:  # no JSON, or no object
+        raise TrainingError(f"{config.deepspeed} is no DeepSpeed configuration in JSON: {error}") from error
+    if stage == 3 and config.compile_layers:
+        raise TrainingError(
+            "compile_layers and ZeRO-3 do not go together, because DeepSpeed gathers weights in the midst of a layer: "
+            "take --compile_layers false, or --deepspeed scripts/zero2.json where memory allows"
+        )
+    if stage == 3 and config.method in ("qfura", "qlora"):
+        raise TrainingError(
+            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
+            "scripts/zero2.json, or the method without q"
+        )
+    accumulation_steps(config, None)
+
+
+def zero(config: TrainConfig) -> dict:
+    return json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {})
+
+
+def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
+    """The gradient accumulation steps. Those of a resumed run make its steps as large as they were, so that they take
+    the same records in the same order on any number of processes."""
+    records = config.train_batch_size
+    if checkpoint is not None:
+        records = WrittenBy.of(checkpoint).train_batch_size
+        if config.train_batch_size not in (None, records):
+            raise TrainingError(
+                f"{checkpoint} was written by a run of {records} records a step, and train_batch_size is "
+                f"{config.train_batch_size}: leave it as it was, or choose another --output_dir"
+            )
+    if records is None:
+        return config.gradient_accumulation_steps
+    processes = PartialState().num_processes
+    at_once = config.per_device_train_batch_size * processes
+    if records % at_once:
+        raise TrainingError(
+            f"train_batch_size {records} is no multiple of the {at_once} records that {processes} processes take at "
+            f"once: change per_device_train_batch_size ({config.per_device_train_batch_size}) or the number of "
+            "processes"
+        )
+    return records // at_once
+
+
+def training_arguments(config: TrainConfig, run: Path, accumulation: int, universal: bool) -> TrainingArguments:
+    cuda = torch.cuda.is_available()
+    bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
+    deepspeed_config = json.loads(Path(config.deepspeed).read_text())
+    deepspeed_config["checkpoint"] = deepspeed_config.get("checkpoint", {}) | {"load_universal": universal}
+    same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
+    shared = {k: v for k, v in dataclasses.asdict(config).items() if k in same_name}
+    shared |= {
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": learning_rate(config),
+        "output_dir": str(run),
+        "deepspeed": deepspeed_config,
+        "bf16": bf16,
+        "tf32": config.tf32 if cuda else None,
+    }
+    if not config.gradient_checkpointing:
+        del shared["gradient_checkpointing"]  # newer versions of transformers warn of its coming new name
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
+    arguments = TrainingArguments(
+        **shared,
+        optim="adamw_torch_fused" if cuda else "adamw_torch",
+        use_cpu=not cuda,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        eval_strategy="no",
+        logging_first_step=True,
+        dataloader_persistent_workers=config.dataloader_num_workers > 0,
+        accelerator_config={"non_blocking": True} if cuda else None,  # batches are copied from pinned memory
+    )
+    clashes = [
+        clash.removeprefix("- ds ").replace(" vs hf ", " there, ") + " here"
+        for clash in arguments.hf_deepspeed_config.mismatches
+    ]
+    if clashes:
+        raise TrainingError(
+            f"{config.deepspeed} says otherwise than the recipe on {PartialState().num_processes} processes "
+            f'({"; ".join(clashes)}): put "auto" in its place, or change the recipe'
+        )
+    return arguments
+
+
+def training_dtype(arguments: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if arguments.bf16 else torch.float32
