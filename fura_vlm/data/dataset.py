@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -190,6 +190,13 @@ class ConversationDataset(Dataset):
                 raise DataError(f"{file}, {place} (id {name}): {error}") from error
             item["pixel_values"] = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
         return item
+
+    def answers(self, most: int = 1000) -> Iterator[np.ndarray]:
+        """The supervised token ids, (n,), of at most so many rows, spread evenly over the dataset."""
+        table = self._table if self._table is not None else read_table(self._files)
+        for row in self._rows[:: max(1, len(self) // most)]:
+            ids = table["input_ids"][int(row)].values.to_numpy()
+            yield ids[table["supervised"][int(row)].values.to_numpy(zero_copy_only=False)]
 
 
 def read_table(files: Sequence[str]) -> pa.Table:

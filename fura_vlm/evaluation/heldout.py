@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fura_vlm.data.conversation import prompt
 from fura_vlm.data.images import load_image
-from fura_vlm.data.records import DataError, Record, check_images, read_records, write_text
+from fura_vlm.data.records import DataError, Record, check_images, default_image_folder, read_records, write_text
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ def load_questions(path: str | Path, image_folder: str | Path | None = None) -> 
     records, broken = check_images(records, "decode")
     for problem in problems + broken:
         if problem.skipped:
-            raise DataError(f"{problem.file}, {problem.place} (id {problem.record}): {problem.reason}")
+            where = Path(image_folder) if image_folder is not None else default_image_folder(path)
+            hint = f"; --eval_image_folder says where the questions' image paths start (now {where})"
+            reason = problem.reason + (hint if problem in broken else "")
+            raise DataError(f"{problem.file}, {problem.place} (id {problem.record}): {reason}")
     return records
 
 

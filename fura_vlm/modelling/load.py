@@ -46,8 +46,8 @@ def load_processor(path: str) -> LlavaProcessor:
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
     if not isinstance(processor, LlavaProcessor):
         raise ModelError(
-            f"{path} has a {type(processor).__name__} where a LlavaProcessor belongs: take the files that were published "
-            "with the model"
+            f"{path} has a {type(processor).__name__} where a LlavaProcessor belongs: take the files that were "
+            "published with the model"
         )
     size, patch = processor.image_processor.crop_size["height"], processor.patch_size
     if config is not None:
@@ -75,8 +75,8 @@ def _config(path: str, what: str) -> LlavaConfig:
         raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
     if not isinstance(config, LlavaConfig):
         raise ModelError(
-            f"{path} is a model of the type {config.model_type!r}: what is trained here is LLaVA-1.5 (type 'llava'), such "
-            "as llava-hf/llava-1.5-7b-hf"
+            f"{path} is a model of the type {config.model_type!r}: what is trained here is LLaVA-1.5 (type 'llava'), "
+            "such as llava-hf/llava-1.5-7b-hf"
         )
     return config
 

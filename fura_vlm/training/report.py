@@ -34,8 +34,24 @@ def score_table(before: dict[str, float], after: dict[str, float], blind: dict[s
     lines = ["| family | blind guess | before | after | gain |", "|---|---:|---:|---:|---:|"]
     for family in after:
         b, a, g = (100 * scores[family] for scores in (before, after, blind))
-        lines.append(f"| {family} | {g:.1f} | {b:.1f} | {a:.1f} | {a - b:+.1f} |")
+        below = ", below the guess" if a < g else ""
+        lines.append(f"| {family} | {g:.1f} | {b:.1f} | {a:.1f} | {a - b:+.1f}{below} |")
     return "\n".join(lines)
+
+
+def below_the_guess(after: dict[str, float], blind: dict[str, float]) -> str:
+    """What to say where the trained model answers worse than somebody who never looks; "" where it does not."""
+    worse = [family for family in after if family != "mean" and after[family] < blind[family]]
+    if not worse:
+        return ""
+    named = ", ".join(f"{kind} ({100 * after[kind]:.1f} %, the guess {100 * blind[kind]:.1f} %)" for kind in worse)
+    return (
+        "After training the answers are still worse than the commonest answer given to every question: "
+        f"{named}. "
+        "Likely causes: too few steps; a learning rate that is too low, or so high that the loss does not fall; answers that "
+        "the model's tokenizer spells letter by letter (there is a warning before the training); or held-out questions "
+        "asked in other words than those trained. Look at the loss curve and the sample answers"
+    )
 
 
 def write_report(config: TrainConfig, run: Path, before: list[Answer], after: list[Answer], console: Console) -> None:
@@ -48,9 +64,13 @@ def write_report(config: TrainConfig, run: Path, before: list[Answer], after: li
         plot_scores(*scores, run / "scores.png")
         plot_samples(before, after, run / "samples.png")
         table = score_table(*scores)
-        lines += ["Held-out questions, exact match in percent:", "", table, "", "![scores](scores.png)", ""]
+        below = below_the_guess(scores[1], scores[2])
+        lines += ["Held-out questions, exact match in percent:", "", table, "", *([below, ""] if below else [])]
+        lines += ["![scores](scores.png)", ""]
         lines += ["![samples](samples.png)", ""]
         console.print(Markdown("Held-out questions, exact match in percent\n\n" + table))
+        if below:
+            console.print(below, style="yellow", soft_wrap=True)
     write_text(run / FINISHED, "\n".join(lines))
     full = config.method == "full"
     console.print(f"{'model  ' if full else 'adapter'}     {run / ('model' if full else 'adapter')}")

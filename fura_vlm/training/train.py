@@ -11,6 +11,7 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
+from fura_vlm.data.answer_tokens import warning
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.dataset import ConversationDataset
 from fura_vlm.data.index import open_index
@@ -52,6 +53,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
+    questions = agree(lambda: _questions(config))  # first: what is wrong with their files shows at once
     checkpoint = agree(lambda: get_last_checkpoint(str(run)))
     accumulation = agree(lambda: accumulation_steps(config, checkpoint))
     universal = checkpoint is not None and WrittenBy.of(checkpoint).processes != state.num_processes
@@ -61,7 +63,7 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
     console = Console(quiet=not state.is_main_process)
 
     processor = load_processor(config.model_name_or_path)
-    dataset, questions, said = agree(lambda: _load_data(config, processor, run))
+    dataset, said = agree(lambda: _load_data(config, processor, run))
     if said:
         console.print(said, style="yellow", soft_wrap=True)
     dtype = training_dtype(arguments)
@@ -113,11 +115,13 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
     state.wait_for_everyone()
 
 
-def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationDataset, list[Record], str]:
-    """The mixture, the held-out questions, and a line about records that cannot be used (``skipped.jsonl``)."""
-    questions = []
-    if config.eval_data_path:
-        questions = load_questions(config.eval_data_path, config.eval_image_folder)
+def _questions(config: TrainConfig) -> list[Record]:
+    return load_questions(config.eval_data_path, config.eval_image_folder) if config.eval_data_path else []
+
+
+def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationDataset, str]:
+    """The mixture, and what to say of it: records that cannot be used (``skipped.jsonl``), images that are missing,
+    answers that the tokenizer spells."""
     index = open_index(
         config.data_path,
         config.image_folder,
@@ -128,4 +132,5 @@ def _load_data(config: TrainConfig, processor, run: Path) -> tuple[ConversationD
     )
     dataset, advice = index.dataset(processor, config.verify_images)
     said = report_problems(dataset.problems, len(dataset), run / "skipped.jsonl", config.strict)
-    return dataset, questions, "\n".join(line for line in (said, advice) if line)
+    spelt = warning(dataset.answers(), processor.tokenizer)
+    return dataset, "\n".join(line for line in (said, advice, spelt) if line)

@@ -16,11 +16,13 @@ import torch
 import yaml
 from PIL import Image
 
+from fura_vlm.data.records import DataError
+from fura_vlm.evaluation.heldout import load_questions
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.memory import advice_on_memory
 from fura_vlm.training.run_folder import begin, choose_run
-from fura_vlm.training.settings import AT_LEAST, check
+from fura_vlm.training.settings import check
 
 
 def said(job) -> str:
@@ -101,10 +103,38 @@ def test_settings_that_a_library_refuses(settings, words, launch):
     assert words in said(launch("refused", **settings, processes=2))
 
 
-def test_numbers_that_are_none():
-    for name, least in AT_LEAST.items():
-        with pytest.raises(TrainingError, match=f"^{name} is {least - 1} and has to be at least {least}$"):
-            check(TrainConfig(**{name: least - 1}))
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("per_device_train_batch_size", 0, 1),
+        ("train_batch_size", 0, 1),
+        ("gradient_accumulation_steps", -3, 1),
+        ("num_train_epochs", -0.5, 0),
+        ("learning_rate", -1e-4, 0),
+        ("mm_projector_lr", -2e-5, 0),
+        ("warmup_steps", -0.03, 0),
+        ("weight_decay", -0.1, 0),
+        ("seed", -1, 0),
+        ("dataloader_num_workers", -1, 0),
+        ("model_max_length", 0, 1),
+        ("logging_steps", 0, 1),
+        ("eval_batch_size", 0, 1),
+        ("eval_max_new_tokens", 0, 1),
+    ],
+)
+def test_numbers_out_of_range(name, value, least):
+    with pytest.raises(TrainingError, match=f"^{name} is {value} and has to be at least {least}$"):
+        check(TrainConfig(**{name: value}))
+    check(TrainConfig(**{name: least * 16}))  # 0, or as many as a batch has by default
+
+
+def test_questions_without_their_pictures_are_told_at_once(tmp_path, mixture):
+    """Before the mixture or the model is looked at, with the name of the setting."""
+    questions = tmp_path / "questions.json"
+    questions.write_text((mixture / "eval.json").read_text())
+    with pytest.raises(DataError, match=f"--eval_image_folder says where .* start \\(now {tmp_path}\\)"):
+        load_questions(questions)
+    assert load_questions(questions, mixture)
 
 
 def test_a_folder_with_braces_in_its_name(tmp_path):
