@@ -44,6 +44,7 @@ def _shared_memory() -> int:
     if triton is None or torch.version.hip or not torch.cuda.is_available():
         return 0
     try:
+        torch.cuda.init()  # Triton asks the driver itself, which answers nobody before
         properties = triton.runtime.driver.active.utils.get_device_properties
         return min(properties(device)["max_shared_mem"] for device in range(torch.cuda.device_count()))
     except Exception as error:
