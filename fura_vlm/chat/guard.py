@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import gradio as gr
-from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
+from gradio_client.utils import is_file_obj, is_file_obj_with_meta, is_http_url_like, traverse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -336,9 +336,12 @@ class Page(gr.Blocks):
         traverse(inputs, check, lambda value: isinstance(value, dict) and isinstance(value.get("path"), str))
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
-    async def process_api(self, *args, **kwargs):
+    async def process_api(self, *args, event_data: gr.EventData | None = None, **kwargs):
+        if event_data is not None:
+            # Nothing is taken from files that a browser names with a click: an example's has a name of our own.
+            event_data._data = traverse(event_data._data, lambda found: None, is_file_obj)
         try:
-            return await super().process_api(*args, **kwargs)
+            return await super().process_api(*args, event_data=event_data, **kwargs)
         except (gr.Error, StopAsyncIteration, StopIteration):
             raise
         except Exception as error:

@@ -218,6 +218,8 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             await session.idle()
 
         private = {"api_visibility": "private", "show_progress": "hidden"}
+        # What does not use the model is answered by itself, and not by way of the queue.
+        quick = private | {"queue": False}
         # All that use the model share one limit; more of them wait in Gradio's queue, first come, first served.
         # Beside the speed Gradio shows how long the queue is and how long it takes.
         slow = private | {
@@ -234,8 +236,8 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             left.undo(undo, [session, other], [left, right, box, notice], **private),
             gr.on([left.clear, right.clear], start_over, session, [left, right, speed, notice], **private),
         ]
-        box.stop(stop, session, None, queue=False, **private)
-        page.load(restore, [session, kept], [kept, left, right, model, other], **private)
+        box.stop(stop, session, None, **quick)
+        page.load(restore, [session, kept], [kept, left, right, model, other], **quick)
         # One after the other: answers to two changes may come in any order.
         gr.on(
             [model.change, other.change],
@@ -243,11 +245,11 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             [session, model, other],
             [left, right],
             trigger_mode="always_last",
-            **private,
+            **quick,
         )
         # Also when it is opened: a closed accordion does not keep the picture that it was sent.
         for then in [inside.expand, *(event.then for event in asking)]:
-            then(look, session, [seen, padding], **private)
+            then(look, session, [seen, padding], **quick)
         camera.input(lambda path, message: message | {"files": [path] if path else []}, [camera, box], box, **private)
 
         answered = gr.Textbox(label="answer", visible=False)

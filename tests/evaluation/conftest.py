@@ -1,6 +1,5 @@
 """The embedded model with an adapter of random weights, and small embedded benchmarks."""
 
-import shutil
 from pathlib import Path
 
 import datasets
@@ -76,16 +75,3 @@ def known(adapter, typed_benchmarks, tmp_path_factory) -> Path:
         patch.setattr(FuraLlava, "generate_until", given)
         folder = str(tmp_path_factory.mktemp("known") / "eval")
         return evaluate(EvalConfig(str(adapter.parent), data=str(typed_benchmarks), output_dir=folder))
-
-
-@pytest.fixture(scope="session")
-def browser():
-    executable = shutil.which("chromium")
-    if executable is None:
-        pytest.skip("no Chromium here: apt-get install chromium, then the tests of the page run too")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
