@@ -34,6 +34,4 @@ def test_only_words_that_are_spelt_are_warned_of(tokenizer):
     spelt = ["qzxj", "wvkq", "jjxz", "xqwz"] * 6
     assert "tokens a word" in warning(ids(tokenizer, spelt), tokenizer)
     assert warning(ids(tokenizer, spelt[:5]), tokenizer) == ""  # too few to tell
-    assert (
-        warning(ids(tokenizer, ["12", "3.5", "猫", "ไทย"] * 20), tokenizer) == ""
-    )
+    assert warning(ids(tokenizer, ["12", "3.5", "猫", "ไทย"] * 20), tokenizer) == ""
