@@ -1,15 +1,46 @@
 """FuRA-VLM: instruction-tune vision-language models with FuRA (full-rank adaptation, arXiv 2605.22869).
 
 Importing the package registers FuRA with PEFT under the type ``"FURA"``, so that ``peft.get_peft_model``,
-``peft.PeftModel.from_pretrained`` and transformers' adapter methods know it.
+``peft.PeftModel.from_pretrained`` and transformers' adapter methods know it. Where PEFT is not imported yet, that is
+done as soon as it is: the package by itself imports neither PEFT nor torch, and its command line answers at once.
 """
 
-import os
+import importlib
+import importlib.util
 import sys
 
 __version__ = "0.1.0"
 
-# The command line answers --help in well under a second, which torch and PEFT do not allow: it imports
-# fura_vlm.fura itself, when a command needs it. Everybody else gets FuRA by importing the package.
-if os.path.basename(sys.argv[0] if sys.argv else "") != "fura-vlm":
-    from fura_vlm.fura import FuraConfig, FuraModel  # noqa: F401
+__all__ = ["FuraConfig", "FuraModel"]
+
+
+class _RegisterWithPeft:
+    """Waits in ``sys.meta_path`` for the import of PEFT, and has FuRA registered right after it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module):
+                execute(module)
+                importlib.import_module("fura_vlm.fura")
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if "peft" in sys.modules:
+    import fura_vlm.fura  # noqa: F401
+else:
+    sys.meta_path.insert(0, _RegisterWithPeft())
+
+
+def __getattr__(name: str):
+    if name == "fura" or name in __all__:
+        fura = importlib.import_module("fura_vlm.fura")
+        return fura if name == "fura" else getattr(fura, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

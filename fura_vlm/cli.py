@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import logging
 import re
 import sys
@@ -16,7 +15,7 @@ from fura_vlm import __version__
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.data.config import DownloadConfig, VerifyConfig
 from fura_vlm.embedded.embedded import EmbeddedConfig, write_embedded
-from fura_vlm.errors import FuraVLMError
+from fura_vlm.errors import sentence
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
 from fura_vlm.modelling.config import AssembleConfig, InspectConfig, MergeConfig
 from fura_vlm.training.config import PlanConfig, TrainConfig
@@ -122,7 +121,7 @@ def _run(command: str, options: dict) -> None:
     elif command == "chat":
         config = ChatConfig(**options)
         if config.web:
-            from fura_vlm.chat.web import serve
+            from fura_vlm.chat.server import serve
 
             serve(config)
         else:
@@ -154,16 +153,6 @@ def _run(command: str, options: dict) -> None:
         download(DownloadConfig(**options))
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether this is the reason, be it said by Python, by safetensors or by torch's writer of checkpoints."""
-    while error is not None:
-        words = ("No space left on device", "file write failed", "unexpected pos")
-        if getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in words):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def parse(arguments: list[str]) -> tuple[str, dict]:
     """The command, of one word or two, and its settings. What is typed overrides ``--config``, wherever that stands."""
     words, rest, files = arguments[:1], arguments[1:], []
@@ -192,8 +181,6 @@ def main(arguments: list[str] | None = None) -> None:
     command, options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(command, options)
-    except FuraVLMError as error:
-        sys.exit(f"fura-vlm {command}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)  # as shells have it
     except ModuleNotFoundError as error:
@@ -205,11 +192,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"pip install --editable '.[{extra}]' --constraint constraints.txt"
         )
     except Exception as error:
-        if _disk_is_full(error):
-            sys.exit(f"fura-vlm {command}: the disk is full: make room and start the same command again")
-        if isinstance(error, OSError) and error.filename:
-            sys.exit(f"fura-vlm {command}: {error.filename}: {error.strerror}: check the path and its permissions")
-        raise
+        said = sentence(error)
+        if said is None:
+            raise
+        sys.exit(f"fura-vlm {command}: {said}")
 
 
 if __name__ == "__main__":

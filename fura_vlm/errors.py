@@ -1,4 +1,8 @@
-"""The root of the project's own errors."""
+"""The root of the project's own errors, and what is said of any error."""
+
+from __future__ import annotations
+
+import errno
 
 
 class FuraVLMError(Exception):
@@ -12,3 +16,24 @@ class ModelError(FuraVLMError):
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its name if it has none."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to tell the user of an error instead of a traceback; None if it is none of the user's."""
+    if isinstance(error, FuraVLMError):
+        return str(error)
+    if _disk_is_full(error):
+        return "the disk is full: make room and start the same command again"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}: check the path and its permissions"
+    return None
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether this is the reason, be it said by Python, by safetensors or by torch's writer of checkpoints."""
+    while error is not None:
+        words = ("No space left on device", "file write failed", "unexpected pos")
+        if getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

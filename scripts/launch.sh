@@ -92,9 +92,10 @@ launch() {
         where=(${processes:+--num_gpus "$processes"} --master_port "${MASTER_PORT:-$(python -c "$port")}")
     fi
     set -m  # a process group of its own
-    # The launcher's own log and the libraries' notices to programmers would bury what the run has to say.
+    # The launcher's own log and the libraries' notices to programmers would bury what the run has to say. Of a run that
+    # saved and stopped the launcher says ERROR, too; what it alone knows is said below.
     PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" \
-        deepspeed --quiet --no_local_rank "${where[@]}" ${DEEPSPEED_ARGS:-} --module fura_vlm.cli "$@" &
+        deepspeed --log_level critical --no_local_rank "${where[@]}" ${DEEPSPEED_ARGS:-} --module fura_vlm.cli "$@" &
     job=$!
     set +m
     trap 'echo; echo "Stopping: the run saves a checkpoint first."; stop_training launcher "$job"' INT TERM
@@ -104,5 +105,9 @@ launch() {
     done
     trap - INT TERM
     [ -z "$hosts" ] || rm -f "$hosts"
+    if [ "$status" -gt 192 ]; then  # minus the number of a signal
+        echo "A training process was ended by signal $((256 - status))$(
+            [ "$status" != 247 ] || echo '; often the system does that where memory is short')." >&2
+    fi
     return "$status"
 }

@@ -1,6 +1,8 @@
-"""A small Llama tokenizer and, with it, LLaVA-1.5's family for pictures of 28 x 28 pixels, which take 4 tokens."""
+"""What tests of several parts share: a browser; a small Llama tokenizer and, with it, LLaVA-1.5's family for pictures
+of 28 x 28 pixels, which take 4 tokens."""
 
 import json
+import shutil
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
@@ -68,3 +70,31 @@ def llava_of():
 @pytest.fixture(scope="session")
 def llava(tokenizer):
     return make_llava(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """One for all: Playwright's synchronous form runs once in a process."""
+    executable = shutil.which("chromium")
+    if executable is None:
+        pytest.skip("no Chromium here: apt-get install chromium, then the tests of the page run too")
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=60_000)  # a busy machine is slow, and not wrong
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=executable,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--use-fake-device-for-media-stream",  # a camera that shows a test pattern
+                "--use-fake-ui-for-media-stream",
+            ],
+        )
+        yield browser
+        browser.close()

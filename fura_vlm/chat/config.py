@@ -19,6 +19,8 @@ class ChatConfig:
         max_new_tokens: length limit of an answer.
         host: the address to listen on; by default only this machine can connect.
         port: the port to listen on.
+        allowed_hosts: names that browsers may open the chat by, such as chat.example.org or *.example.org behind a
+            proxy; an address in figures, localhost and this machine's own name always work.
         auth: NAME:PASSWORD that the browser asks for.
         share: make a public link through Gradio's servers.
         max_users: answers written at the same time.
@@ -33,6 +35,7 @@ class ChatConfig:
     max_new_tokens: int = 256
     host: str = "127.0.0.1"
     port: int = 7860
+    allowed_hosts: list[str] = field(default_factory=list)
     auth: str | None = None
     share: bool = False
     max_users: int = 24

@@ -20,9 +20,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
+from fura_vlm.chat.threads import thread_tuner
 from fura_vlm.errors import FuraVLMError, first_line
 
 SWITCHED = BaseTunerLayer, AuxiliaryTrainingWrapper  # what PEFT turns on and off
+
+
+START_SECONDS = 2  # for choosing the number of threads before the first question
 
 
 class ChatError(FuraVLMError):
@@ -99,6 +103,7 @@ class Engine:
         self._batches: dict[str | None, _Batch] = {}
         self._wake = threading.Condition()
         self._closed = False
+        self._threads = {phase: thread_tuner(self._llava.device) for phase in ("prompt", "token")}
         self._thread = threading.Thread(target=self._run, name="chat-engine", daemon=True)
         self._thread.start()
 
@@ -123,17 +128,18 @@ class Engine:
         """How many answers are being written, and how many questions wait."""
         return sum(not generation.done for generation in self._writing), len(self._waiting)
 
-    def close(self) -> None:
-        """Ends the thread; what is being written ends as if cancelled."""
+    def close(self, seconds: float | None = None) -> None:
+        """Ends the thread, or stops waiting for it after so long; what is being written ends as if cancelled."""
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(seconds)
 
     # ------------------------------------------------------------------------------------------ the engine's thread
 
     @torch.inference_mode()
     def _run(self) -> None:
+        self._choose_threads()
         while not self._closed:
             newcomer = None
             with self._wake:
@@ -151,6 +157,15 @@ class Engine:
         for generation in [*self._waiting, *self._writing]:
             if not generation.done:
                 self._finish(generation)
+
+    def _choose_threads(self) -> None:
+        """Before the first question, on tokens that nobody asked for. It goes on with those of the answers."""
+        tuner, token = self._threads["token"], torch.zeros(1, 1, dtype=torch.long, device=self._llava.device)
+        end = time.monotonic() + START_SECONDS
+        while tuner.tunes and not (tuner.settled or self._waiting or self._closed) and time.monotonic() < end:
+            with tuner.step("start"):
+                self._llava.model.language_model(input_ids=token, use_cache=False)
+        self._threads["prompt"].threads = tuner.threads
 
     def _guarded(self, concerned: list[Generation], step, *arguments) -> None:
         """Runs a step. If it fails, the answers it concerned fail, and nothing else does."""
@@ -180,7 +195,9 @@ class Engine:
             inputs["pixel_values"] = inputs["pixel_values"].to(self._llava.dtype)
         generation.inputs = {}  # the picture is needed no longer
         cache = DynamicCache(config=self._llava.config.get_text_config())
-        output = self._llava(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # Prompts of about the same length take about as long.
+        with self._threads["prompt"].step((len(inputs), inputs["input_ids"].shape[1].bit_length())):
+            output = self._llava(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = self._write([generation], output.logits[:, -1])
         if not generation.done:
             batch = self._batches.setdefault(generation.adapter, _Batch(self._llava))
@@ -194,7 +211,9 @@ class Engine:
         batch.drop_done()
         if batch.rows:
             self._use(batch.rows[0].adapter)
-            batch.last = self._write(batch.rows, batch.step())
+            with self._threads["token"].step((batch.rows[0].adapter, len(batch.rows))):
+                logits = batch.step()
+            batch.last = self._write(batch.rows, logits)
             batch.drop_done()
 
     def _use(self, adapter: str | None) -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import gradio as gr
 import numpy as np
-from gradio_client.utils import is_http_url_like, traverse
 from PIL import Image, ImageDraw
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError, Generation, Sampling
+from fura_vlm.chat.guard import Page
 from fura_vlm.chat.markdown import JOINER, literal
 from fura_vlm.chat.models import BASE, Models, describe, examples
-from fura_vlm.chat.prompt import read_image
+from fura_vlm.chat.prompt import picture_size, read_image
 from fura_vlm.chat.session import KEEP_SECONDS, Chat, Session, Turn
 
 NOTHING = "nothing"
@@ -32,19 +32,6 @@ THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
     input_placeholder_color="*neutral_500",
     input_placeholder_color_dark="*neutral_400",
 )
-
-
-class Page(gr.Blocks):
-    """Blocks that take pictures as uploads only: Gradio would fetch the URL that a client names instead."""
-
-    async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
-        def check(found: dict) -> dict:
-            if is_http_url_like(found["path"]):
-                raise gr.Error("Pictures are not fetched from the network: upload the file", print_exception=False)
-            return found
-
-        traverse(inputs, check, lambda value: isinstance(value, dict) and isinstance(value.get("path"), str))
-        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
 def build(models: Models, config: ChatConfig, folder: Path) -> Page:
@@ -231,6 +218,8 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             await session.idle()
 
         private = {"api_visibility": "private", "show_progress": "hidden"}
+        # What does not use the model is answered by itself, and not by way of the queue.
+        quick = private | {"queue": False}
         # All that use the model share one limit; more of them wait in Gradio's queue, first come, first served.
         # Beside the speed Gradio shows how long the queue is and how long it takes.
         slow = private | {
@@ -247,12 +236,20 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             left.undo(undo, [session, other], [left, right, box, notice], **private),
             gr.on([left.clear, right.clear], start_over, session, [left, right, speed, notice], **private),
         ]
-        box.stop(stop, session, None, queue=False, **private)
-        page.load(restore, [session, kept], [kept, left, right, model, other], **private)
-        gr.on([model.change, other.change], compare, [session, model, other], [left, right], **private)
+        box.stop(stop, session, None, **quick)
+        page.load(restore, [session, kept], [kept, left, right, model, other], **quick)
+        # One after the other: answers to two changes may come in any order.
+        gr.on(
+            [model.change, other.change],
+            compare,
+            [session, model, other],
+            [left, right],
+            trigger_mode="always_last",
+            **quick,
+        )
         # Also when it is opened: a closed accordion does not keep the picture that it was sent.
         for then in [inside.expand, *(event.then for event in asking)]:
-            then(look, session, [seen, padding], **private)
+            then(look, session, [seen, padding], **quick)
         camera.input(lambda path, message: message | {"files": [path] if path else []}, [camera, box], box, **private)
 
         answered = gr.Textbox(label="answer", visible=False)
@@ -277,12 +274,12 @@ def as_seen(path: str, processor) -> tuple[Image.Image, str]:
     pixels = settings(images=image, return_tensors="np")["pixel_values"][0]
     mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
     seen = Image.fromarray(((pixels * std + mean).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
-    width, height = image.size
+    width, height = picture_size(path)
     size = f"{width} x {height} pixels become {seen.width} x {seen.height}"
     if width == height:
         return seen, f"{size}; nothing is padded."
     where = "left and right" if width < height else "above and below"
-    share = 1 - min(image.size) / max(image.size)
+    share = 1 - min(width, height) / max(width, height)
     margin = round(share / 2 * seen.width)
     box = (margin, 0) if width < height else (0, margin)
     ImageDraw.Draw(seen).rectangle((*box, seen.width - 1 - box[0], seen.height - 1 - box[1]), outline="red")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -10,8 +11,20 @@ from PIL import Image
 from fura_vlm.chat.engine import ChatError
 from fura_vlm.data.conversation import prompt
 from fura_vlm.data.dataset import count_image_tokens
-from fura_vlm.data.images import ImageError, load_image
+from fura_vlm.data.images import ImageError, load_image, upright_size
 from fura_vlm.data.records import IMAGE, Turn
+
+MAX_QUESTION = 100_000
+"""Characters of a question; no model here reads half as many."""
+MAX_CONVERSATION = 400_000
+"""Characters of a conversation: all of it goes to the browser with every piece of an answer."""
+MAX_PIXELS = 25_000_000
+"""Pixels of a picture: what a good camera takes. Decoded they are 75 MB."""
+DRAFT = (1344, 1344)
+"""Width and height at which a picture is still whole to a model: four times a tower's 336 pixels."""
+FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"
+"""What browsers and cameras send. Pillow knows forty more; each is a parser that a stranger's file would reach."""
+_decoding = threading.Lock()
 
 
 @dataclass
@@ -48,7 +61,8 @@ def build_prompt(exchanges: list[Exchange], processor, max_tokens: int) -> Promp
     """The prompt for the last question of a conversation.
 
     Too long a conversation loses its oldest exchanges first, but never the latest picture, which moves to the oldest
-    question that is kept; then the last question is cut at its end.
+    question that is kept; then the last question is cut at its end. The work is bounded by what is kept and by
+    ``MAX_QUESTION``, whatever the tokenizer makes of the text.
 
     Args:
         exchanges: the conversation; the last one has no answer yet.
@@ -56,29 +70,42 @@ def build_prompt(exchanges: list[Exchange], processor, max_tokens: int) -> Promp
         max_tokens: tokens the prompt may have, image tokens included.
 
     Raises:
-        ChatError: if there is no question, or if ``max_tokens`` has no room even for the picture.
+        ChatError: if there is no question, if the question or the conversation has too many characters, or if
+            ``max_tokens`` has no room even for the picture.
     """
     tokenizer = processor.tokenizer
-    kept = [
-        Exchange(_plain(e.question, tokenizer), e.image, e.answer and _plain(e.answer, tokenizer)) for e in exchanges
-    ]
-    if not kept[-1].question:
+    asked, characters = len(exchanges[-1].question), sum(len(e.question) + len(e.answer or "") for e in exchanges)
+    if asked > MAX_QUESTION:
+        raise ChatError(f"The question has {asked:,} characters: ask with {MAX_QUESTION:,} at most")
+    if characters > MAX_CONVERSATION:
+        raise ChatError(
+            f"The conversation has {characters:,} characters, {MAX_CONVERSATION:,} at most are kept: start a new one"
+        )
+
+    def fits(exchanges: list[Exchange]) -> bool:
+        return _length(exchanges, tokenizer, count_image_tokens(processor)) <= max_tokens
+
+    newest = _newest(exchanges, tokenizer, max_tokens)
+    if not newest[-1].question:
         raise ChatError("There is no question: type one")
-    image_tokens, dropped, cut = count_image_tokens(processor), 0, False
-    while (excess := _length(kept, tokenizer, image_tokens) - max_tokens) > 0:
-        if len(kept) > 1:
-            oldest = kept.pop(0)
-            if oldest.image and not any(exchange.image for exchange in kept):
-                kept[0].image = oldest.image
-            dropped += 1
-            continue
-        ends = [end for _, end in tokenizer(kept[0].question, return_offsets_mapping=True)["offset_mapping"] if end]
-        if len(ends) <= excess:
+
+    def last(number: int) -> list[Exchange]:
+        return _with_latest_picture(newest[len(newest) - number :], exchanges)
+
+    number = _most(len(newest), lambda number: fits(last(number)))
+    kept, cut = last(max(number, 1)), number == 0
+    if cut:
+        question = kept[0].question
+
+        def beginning(characters: int) -> list[Exchange]:
+            return [replace(kept[0], question=question[:characters].strip())]
+
+        kept = beginning(_most(len(question), lambda characters: fits(beginning(characters))))
+        if not kept[0].question:
             raise ChatError(
                 f"The picture and the question do not fit into {max_tokens} tokens: ask for a shorter answer"
             )
-        kept[0].question = kept[0].question[: ends[-excess - 1]].strip()
-        cut = True
+    dropped = len(exchanges) - len(kept)
     notice = None
     if cut:
         notice = "The question is longer than the model can read: only its beginning was used."
@@ -102,30 +129,92 @@ def encode(prompt: Prompt, processor) -> dict:
 
 
 def read_image(path: str) -> Image.Image:
-    """A user's picture as 8-bit RGB.
+    """A user's picture as 8-bit RGB, upright. Pictures are decoded one at a time, which bounds the memory.
+
+    A picture of twice ``DRAFT`` or more comes at a half, a third, ... of its size; it stays far larger than what a
+    vision tower of 336 pixels sees.
 
     Raises:
         ChatError: if it cannot be used. The message has the file's name, and not where the server keeps it.
     """
     try:
-        return load_image(path)
+        with _decoding:
+            return load_image(path, MAX_PIXELS, formats=FORMATS, draft=DRAFT)
     except ImageError as error:
         raise ChatError(str(error).replace(str(path), Path(path).name)) from error
 
 
+def picture_size(path: str) -> tuple[int, int]:
+    """Width and height of a picture that can be read, upright, from its header."""
+    with Image.open(path, formats=FORMATS) as image:
+        return upright_size(image)
+
+
 def is_animation(path: str) -> bool:
-    """Whether a picture that can be read has more than one frame."""
-    with Image.open(path) as image:
-        return getattr(image, "n_frames", 1) > 1
+    """Whether a picture that can be read has more than one frame. Frames are not counted: there may be millions."""
+    with Image.open(path, formats=FORMATS) as image:
+        return getattr(image, "is_animated", False) and image.format != "MPO"  # a phone's JPEG with a preview
+
+
+def _newest(exchanges: list[Exchange], tokenizer, max_tokens: int) -> list[Exchange]:
+    """Of the newest exchanges at least as many as fit into ``max_tokens``, without special tokens; one at least.
+
+    They are measured one by one, so that what is far too old is not read at all. Where one ends and another begins,
+    their tokens may join: a few of each are not counted.
+    """
+    kept, room = [], max_tokens
+    frame = len(tokenizer(_text([], tokenizer))["input_ids"])
+    for exchange in reversed(exchanges):
+        answer = exchange.answer and _plain(exchange.answer, tokenizer)
+        exchange = Exchange(_plain(exchange.question, tokenizer), exchange.image, answer)
+        room -= max(len(tokenizer(_text([exchange], tokenizer))["input_ids"]) - frame - 4, 1)
+        if kept and room < 0:
+            break
+        kept.append(exchange)
+    return kept[::-1]
+
+
+def _with_latest_picture(kept: list[Exchange], exchanges: list[Exchange]) -> list[Exchange]:
+    """The latest picture moves to the oldest question that is kept, unless a kept one has a picture."""
+    image = next((exchange.image for exchange in reversed(exchanges) if exchange.image), None)
+    if image is None or any(exchange.image for exchange in kept):
+        return kept
+    return [replace(kept[0], image=image), *kept[1:]]
+
+
+def _most(number: int, fits) -> int:
+    """The largest count from 1 to ``number`` that fits, by bisection; 0 if none does. What it returns was found to fit.
+
+    It ends after as many passes as ``number`` has binary digits, whatever the tokenizer does. Where tokens end is not
+    asked: several can end in one place (the bytes of a Chinese character or an emoji), and some texts have none.
+    """
+    if fits(number):
+        return number
+    low, high = 0, number
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _plain(text: str, tokenizer) -> str:
-    """Without the tokenizer's special tokens: what a user types is text, neither an image nor the end of a turn."""
-    special = {IMAGE, *tokenizer.all_special_tokens}
-    while found := [token for token in special if token in text]:
-        for token in found:  # again and again: taking one out may join the pieces of another
-            text = text.replace(token, "")
-    return text.strip()
+    """Without the tokenizer's special tokens: what a user types is text, neither an image nor the end of a turn.
+
+    In one pass: whenever the text so far ends in a special token, the token goes. So none is left, not even one whose
+    pieces came together when another was taken out of it.
+    """
+    special = sorted({IMAGE, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+    if not any(token in text for token in special):
+        return text.strip()
+    by_end = {token[-1]: [other for other in special if other[-1] == token[-1]] for token in special}
+    plain: list[str] = []
+    for character in text:
+        plain.append(character)
+        for token in by_end.get(character, ()):
+            if "".join(plain[-len(token) :]) == token:
+                del plain[-len(token) :]
+                break
+    return "".join(plain).strip()
 
 
 def _text(exchanges: list[Exchange], tokenizer) -> str:

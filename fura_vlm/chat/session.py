@@ -13,6 +13,7 @@ from fura_vlm.chat.engine import ChatError, Engine, Generation, Sampling
 from fura_vlm.chat.markdown import literal
 from fura_vlm.chat.models import Models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode, is_animation, read_image
+from fura_vlm.chat.readers import Readers
 
 # How often the browser gets what has been written. For each time, Gradio keeps the interpreter busy for milliseconds,
 # in which the engine cannot launch what the next token needs.
@@ -105,6 +106,7 @@ class Chat:
     def __init__(self, models: Models, max_users: int):
         self.models = models
         self.engine = Engine(models.model, max_rows=max_users)
+        self.readers = Readers()
         self.kept: dict[str, Session] = {}  # by key, the one used last at the end
 
     def restore(self, session: Session, key: str | None) -> None:
@@ -153,7 +155,7 @@ class Chat:
         session.turns.append(turn)
         try:
             yield running
-            inputs = await asyncio.to_thread(self._read, session, sampling)
+            inputs = await self.readers.run(self._read, session, sampling)
             for tensors, side in zip(inputs, sides, strict=True):
                 running.append(self.engine.submit(tensors, self.models.adapters[side], sampling))
             seen, done = None, False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import datasets
@@ -193,6 +193,13 @@ class ConversationDataset(Dataset):
             raise DataError(f"{file}, {place} (id {name}): {error}") from error
         return item | self.family.token_type_ids(ids) | {"pictures": self.family.pixels(images)}
 
+    def answers(self, most: int = 1000) -> Iterator[np.ndarray]:
+        """The supervised token ids, (n,), of at most so many rows, spread evenly over the dataset."""
+        table = self._table if self._table is not None else read_table(self._files)
+        for row in self._rows[:: max(1, len(self) // most)]:
+            ids = table["input_ids"][int(row)].values.to_numpy()
+            yield ids[table["supervised"][int(row)].values.to_numpy(zero_copy_only=False)]
+
 
 def rows_with(table: pa.Table, sources: Sequence[str]) -> np.ndarray:
     """(rows,) bool: those that have one of these pictures."""
@@ -201,7 +208,6 @@ def rows_with(table: pa.Table, sources: Sequence[str]) -> np.ndarray:
     there = pc.is_in(pc.list_flatten(images), pa.array(sources, pa.string())).to_numpy(zero_copy_only=False)
     found[pc.list_parent_indices(images).to_numpy()[there]] = True
     return found
-
 
 def read_table(files: Sequence[str]) -> pa.Table:
     """Arrow streams with the same columns as one table, mapped into memory.

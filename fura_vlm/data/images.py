@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -45,8 +46,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-_ON_ITS_SIDE = (5, 6, 7, 8)
+_SIDEWAYS = 5, 6, 7, 8  # width and height change places
 
 
 class ImageError(FuraVLMError):
@@ -63,7 +63,12 @@ def find_image(path: str | os.PathLike) -> str | None:
     return next((os.fspath(name) for name in names if os.path.isfile(name)), None)
 
 
-def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    path: str | os.PathLike,
+    max_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] | None = None,
+    draft: tuple[int, int] | None = None,
+) -> Image.Image:
     """Reads an image file as 8-bit RGB, detached from the file.
 
     The content decides the format, not the name. Of an animation it is the first frame. What is transparent
@@ -75,15 +80,24 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.I
             in a column, as in ``fura_vlm.data.columns``.
         max_pixels: images of this many pixels or more are refused before they are decoded. Pillow itself
             refuses twice ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million), whatever is given here.
+        formats: Pillow's names of the formats that are opened; by default all that it knows.
+        draft: width and height that are enough. A larger image comes at the half, the third, ... of its size that is
+            still as wide and as high: JPEG is decoded so (to a half, a quarter or an eighth), which saves time and
+            memory; others are reduced when they are decoded.
 
     Raises:
-        ImageError: if the file is missing, empty, truncated, too large or not an image.
+        ImageError: if the file is missing, empty, truncated, too large, not an image or of another format.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries turn it on for all: what is missing would be grey
-    with _open(path, max_pixels) as image:
+    with _open(path, max_pixels, formats) as image:
         try:
+            enough = None if draft is None else draft if upright_size(image) == image.size else draft[::-1]
+            if enough is not None:
+                image.draft(None, enough)
             image.load()
-            return _rgb(_upright(image), path)
+            rgb = _rgb(_upright(image), path)
+            factor = 1 if draft is None else min(rgb.width // draft[0], rgb.height // draft[1])
+            return rgb.reduce(factor) if factor > 1 else rgb
         except ImageError:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
@@ -113,21 +127,22 @@ def image_size(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> tuple[i
         ImageError: as ``check_image`` without decoding.
     """
     with _open(path, max_pixels) as image:
-        try:
-            turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
-        except Exception:  # a damaged EXIF block: ``_upright`` ignores it, too
-            turned = False
-        return image.size[::-1] if turned else image.size
+        return upright_size(image)
 
 
-def _open(path: str | os.PathLike, max_pixels: int) -> Image.Image:
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once EXIF orientation is applied; nothing is decoded."""
+    return image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
+
+
+def _open(path: str | os.PathLike, max_pixels: int, formats: Sequence[str] | None = None) -> Image.Image:
     """The image with its header read and its size checked, nothing decoded."""
     too_large = f"{path} has {{}} pixels, {max_pixels:,} or more are refused: make it smaller"
     try:
         file = _file(path)
         if not (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)):
             raise ImageError(f"{path} is empty (0 bytes): fetch it again or remove it")
-        image = Image.open(file)
+        image = Image.open(file, formats=formats)
     except FileNotFoundError as error:
         raise ImageError(f"{path} does not exist: check the path, or the image folder of the mixture") from error
     except IsADirectoryError as error:
@@ -156,11 +171,15 @@ def _file(path: str | os.PathLike) -> str | os.PathLike | io.BytesIO:
     return path if os.path.exists(path) else find_image(path) or path
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int | None:
     try:
-        orientation = image.getexif().get(_ORIENTATION)
+        return image.getexif().get(_ORIENTATION)
     except Exception:  # damaged metadata does not make the picture unreadable; it has no orientation then
-        orientation = None
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
     # Of a TIFF, Pillow has applied the tag while loading and has removed it.
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 

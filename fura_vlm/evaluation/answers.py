@@ -6,6 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
+from loguru import logger
+
+from fura_vlm.files import write_text
+
 
 def request_key(**parts) -> str:
     """A hash of all that an answer depends on; ``parts`` are values that JSON can hold."""
@@ -16,7 +20,8 @@ class AnswerStore:
     """Answers by :func:`request_key`, in a folder of JSONL files, one for each process that writes.
 
     lmms-eval's own response cache writes when all requests of all tasks are answered. This one has every finished
-    batch, and of a last line that a crash cut off, nothing.
+    batch. A row that cannot be read, such as a last line that a crash cut off, is skipped with a word, and its question
+    is asked again.
 
     Args:
         folder: made if it is not there. All its files are read.
@@ -26,18 +31,25 @@ class AnswerStore:
     def __init__(self, folder: str | Path, rank: int = 0):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"answers-{rank}.jsonl"
         self._answers: dict[str, str] = {}
         for path in sorted(folder.glob("answers-*.jsonl")):
-            for line in path.read_bytes().split(b"\n"):  # splitlines() would also cut at a U+2028 in an answer
-                try:
-                    row = json.loads(line)
-                except ValueError:  # JSON, or a character, that was cut off
-                    continue
-                self._answers[row["key"]] = row["answer"]
-        self._path = folder / f"answers-{rank}.jsonl"
-        if self._path.is_file() and not self._path.read_bytes().endswith(b"\n"):
-            with self._path.open("a") as file:
-                file.write("\n")  # the next answer does not continue the line that was cut off
+            own = path == self._path
+            # splitlines() would also cut at a U+2028 in an answer. What follows the last end of a line is nothing, or a
+            # row that was cut off, or, in a file of another process, one that is being written now.
+            *lines, rest = path.read_bytes().split(b"\n")
+            lines += [rest] if own and rest else []
+            rows = [_row(line) for line in lines]
+            self._answers |= dict(row for row in rows if row)
+            broken = [number for number, row in enumerate(rows, 1) if row is None]
+            if broken and (own or rank == 0):
+                listed = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
+                logger.warning(
+                    f"{path}: {'this line is no answer' if len(broken) == 1 else 'these lines are no answers'}, and "
+                    f"skipped: {listed}; what is not answered is asked again"
+                )
+            if own and (broken or rest):  # the next answer must not continue a line that was cut off
+                write_text(path, "".join(_line(*row) for row in rows if row))
 
     def get(self, key: str) -> str | None:
         """The answer, or ``None`` where there is none yet."""
@@ -46,6 +58,19 @@ class AnswerStore:
     def add(self, answers: dict[str, str]) -> None:
         """Keeps answers, in memory and on disk."""
         self._answers |= answers
-        lines = (json.dumps({"key": key, "answer": text}, ensure_ascii=False) + "\n" for key, text in answers.items())
         with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+            file.write("".join(_line(key, text) for key, text in answers.items()))
+
+
+def _line(key: str, answer: str) -> str:
+    return json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n"
+
+
+def _row(line: bytes) -> tuple[str, str] | None:
+    """Key and answer, or ``None`` where the line is something else."""
+    try:
+        row = json.loads(line)
+        key, answer = row["key"], row["answer"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, not UTF-8, or JSON of another shape
+        return None
+    return (key, answer) if isinstance(key, str) and isinstance(answer, str) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -14,50 +15,65 @@ from fura_vlm.files import write_text
 
 
 class CompareError(FuraVLMError):
-    """Results that are missing or not of the same questions."""
+    """Results that are missing or have no document in common."""
+
+
+Document = tuple[str, str, str, int]
+"""What tells a document from the others of its task: question, expected answer, hash of the picture, and which one it
+is of those that are alike in these."""
 
 
 def compare(config: CompareConfig) -> str:
     """Prints the table, writes it where ``config`` says, and returns it.
 
-    POPE's documents count as right or wrong here, so its figures are accuracies, whatever its metric.
+    The documents that both have are compared; what only one has is said. POPE's documents count as right or wrong here,
+    so its figures are accuracies, whatever its metric.
 
     Raises:
-        CompareError: if a folder holds no results, or the two have no task, or other questions, in common.
+        CompareError: if a folder holds no results, or the two have no documents in common.
     """
     from fura_vlm.evaluation.statistics import paired_test
 
     first, second = _read(config.first), _read(config.second)
-    tasks = [task for task in first if task in second]
-    if not tasks:
-        raise CompareError(f"{config.first} and {config.second} have no task in common: evaluate both on the same")
-    lines = [
+    rows, said = [], []
+    for task in [*first, *(task for task in second if task not in first)]:
+        a, b = first.get(task), second.get(task)
+        if a is None or b is None:
+            said.append(f"{task}: only {'B' if a is None else 'A'} was asked it; it is left out.")
+            continue
+        common = [document for document in a if document in b]
+        if len(common) < max(len(a), len(b)):
+            compared = f"the {len(common)} that both have are compared" if common else "none in common; it is left out"
+            said.append(f"{task}: the documents differ, {len(a)} in A and {len(b)} in B: {compared}.")
+        if common:
+            test = paired_test([a[document] for document in common], [b[document] for document in common])
+            rows.append(
+                f"| {task} | {test.n} | {100 * test.first:.1f} | {100 * test.second:.1f} "
+                f"| {100 * test.difference:+.1f} | {test.first_better} | {test.second_better} | {test.p_value:.2g} "
+                f"| {test.method} |"
+            )
+    if not rows:
+        raise CompareError(
+            f"{config.first} and {config.second} have no documents in common (A was asked {', '.join(first)}; "
+            f"B {', '.join(second)}): evaluate both on the same tasks and data"
+        )
+    if any(row.startswith("| pope") for row in rows):
+        said.append("POPE's answers count as right or wrong here: these are accuracies, where its score is an F1.")
+    head = [
         f"A: {config.first}  \nB: {config.second}",
         "",
-        "| task | n | A, % | B, % | B - A | p | test |",
-        "|---|---:|---:|---:|---:|---:|---|",
+        "| task | n | A, % | B, % | B - A | A better | B better | p | test |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for task in tasks:
-        a, b = first[task], second[task]
-        common = sorted(a.keys() & b.keys())
-        if [a[n]["question"] for n in common] != [b[n]["question"] for n in common] or not common:
-            raise CompareError(f"{task}: the two were asked other questions: evaluate both on the same data")
-        test = paired_test([a[n]["score"] for n in common], [b[n]["score"] for n in common])
-        lines.append(
-            f"| {task} | {test.n} | {100 * test.first:.1f} | {100 * test.second:.1f} | {100 * test.difference:+.1f} "
-            f"| {test.p_value:.2g} | {test.method} |"
-        )
-    if any(task.startswith("pope") for task in tasks):
-        lines += ["", "POPE's answers count as right or wrong here: these are accuracies, where its score is an F1."]
-    table = "\n".join(lines) + "\n"
+    table = "\n".join([*head, *rows, *([""] if said else []), *(f"- {each}" for each in said)]) + "\n"
     Console().print(Markdown(table))
     if config.output_path:
         write_text(config.output_path, table)
     return table
 
 
-def _read(path: str) -> dict[str, dict[int, dict]]:
-    """Samples by task and document."""
+def _read(path: str) -> dict[str, dict[Document, float]]:
+    """Scores by task and document."""
     from fura_vlm.evaluation.report import read_samples
 
     folder = Path(path)
@@ -69,11 +85,14 @@ def _read(path: str) -> dict[str, dict[int, dict]]:
             found = f"several results ({', '.join(str(each) for each in inside)}): name one" if inside else "no results"
             raise CompareError(f"{path} holds {found}; fura-vlm eval writes them")
         folder = inside[0]
-    by_task: dict[str, dict[int, dict]] = {}
+    by_task: dict[str, dict[Document, float]] = {}
+    alike: Counter = Counter()
     try:
-        names = list(json.loads((folder / "results.json").read_text())["scores"])
+        names = list(json.loads((folder / "results.json").read_text("utf-8"))["scores"])
         for row in read_samples(folder / f"samples-{names[0]}.jsonl"):
-            by_task.setdefault(row["task"], {})[row["document"]] = row
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            task, content = row["task"], (row["question"], row["expected"], row["picture"])
+            by_task.setdefault(task, {})[(*content, alike[task, content])] = row["score"]
+            alike[task, content] += 1
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise CompareError(f"{folder} holds no whole results ({error!r}): evaluate again with fura-vlm eval") from error
     return by_task

@@ -13,7 +13,8 @@ class EvalConfig:
     Args:
         model: a run folder, an adapter, or a LLaVA, merged or not (a folder or a name on the hub).
         adapter: an adapter to put over ``model``; not needed for a run folder or an adapter's own folder.
-        tasks: names of lmms-eval's tasks or of those in eval/; by default the four of the protocol.
+        tasks: names of lmms-eval's tasks or of those in eval/, as a list or with commas (pope,gqa); by default the
+            four of the protocol.
         protocol: the four tasks as lmms-eval defines them, or as the LLaVA-1.5 paper scores them (eval/paper).
         data: where the benchmarks come from: embedded (made here), hub (or its cache), or a folder with the folders
             GQA, ScienceQA, textvqa and POPE as they are on the hub; auto is embedded for models of the embedded size
@@ -32,7 +33,7 @@ class EvalConfig:
 
     model: str
     adapter: str | None = None
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] | str = field(default_factory=list)
     protocol: Literal["lmms-eval", "paper"] = "lmms-eval"
     data: str = "auto"
     base: bool = True
@@ -43,6 +44,10 @@ class EvalConfig:
     offline: bool = False
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str):
+            self.tasks = [name.strip() for name in self.tasks.split(",") if name.strip()]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fura_vlm.data.image_checks import check_images
 from fura_vlm.data.images import load_image
 from fura_vlm.data.messages import DataError, Record
-from fura_vlm.data.records import read_records
+from fura_vlm.data.records import default_image_folder, read_records
 from fura_vlm.families.base import Family
 from fura_vlm.families.messages import Message, pictures
 from fura_vlm.files import write_text
@@ -53,7 +53,10 @@ def load_questions(path: str | Path, image_folder: str | Path | None = None) -> 
     records, broken = check_images(records, "decode")
     for problem in problems + broken:
         if problem.skipped:
-            raise DataError(f"{problem.file}, {problem.place} (id {problem.record}): {problem.reason}")
+            where = Path(image_folder) if image_folder is not None else default_image_folder(path)
+            hint = f"; --eval_image_folder says where the questions' image paths start (now {where})"
+            reason = problem.reason + (hint if problem in broken else "")
+            raise DataError(f"{problem.file}, {problem.place} (id {problem.record}): {reason}")
     return records
 
 

@@ -1,10 +1,11 @@
-"""What an evaluation leaves for people: a Markdown table and a page with bars and samples."""
+"""What an evaluation leaves for people: Markdown tables, and a page with charts and samples to search."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -38,37 +39,54 @@ PUBLISHED = {
 }
 """Published results of LLaVA-1.5-7B on the real benchmarks, in percent, in the paper's protocol."""
 
-SAMPLES = 4  # right ones, and wrong ones, of each task on the page
+SAMPLES = 2000  # of each task on the page; all are in the JSONL files
+PICTURED = 20  # of each task and outcome that are shown with their pictures
+RIGHT = 0.5  # a score from which an answer counts as right here
 THUMBNAIL = 224
 
 
 def markdown(results: dict) -> str:
-    """The table of an evaluation: one row a task and their average, in percent.
+    """The tables of an evaluation: one row a task and their average, in percent, and tuned against base.
 
     Args:
         results: what ``results.json`` holds.
     """
-    head, rows = _table(results)
-    lines = [f"# {results['model']}", "", _row(head), _row(["---", *["---:"] * (len(head) - 1)]), *map(_row, rows)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(results))]) + "\n"
+    lines = [f"# {results['model']}", "", f"{results['date']}: `{results['command']}`", ""]
+    for title, head, rows in _tables(results):
+        align = ["---", *["---:"] * (len(head) - 1)]
+        lines += [*([f"## {title}", ""] if title else []), _row(head), _row(align), *map(_row, rows), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes(results))]) + "\n"
 
 
 def show(results: dict, console: Console) -> None:
     """The same on a terminal, where the names of the tasks stay whole."""
-    head, rows = _table(results)
-    table = Table(title=results["model"], box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for number, name in enumerate(head):
-        longest = max(len(word) for word in name.split())
-        table.add_column(name, justify="right" if number else "left", no_wrap=not number, min_width=longest)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    for title, head, rows in _tables(results):
+        table = Table(title=title or results["model"], box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for number, name in enumerate(head):
+            longest = max(len(word) for word in name.split())
+            table.add_column(name, justify="right" if number else "left", no_wrap=not number, min_width=longest)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     for note in notes(results):
         console.print(f"- {note}", highlight=False)
 
 
-def _table(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Its head and its rows."""
+def _tables(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of the scores, of POPE's answers, and of tuned against base."""
+    tables = [("", *_scores(results))]
+    answers = _yes_no(results)
+    if answers:
+        head = ["task", "model", "precision", "recall", "accuracy", "says yes", "says neither"]
+        tables.append(("POPE's answers, %", head, answers))
+    if results["paired"]:
+        head = ["task", "tuned, %", "base, %", "difference", "tuned better", "base better", "p"]
+        tables.append(("Tuned against base, document by document", head, _paired(results)))
+    return tables
+
+
+def _scores(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of scores."""
     names, published = list(results["scores"]), results["published"]
     head = [
         "task",
@@ -79,16 +97,63 @@ def _table(results: dict) -> tuple[list[str], list[list[str]]]:
     rows, tasks = [], results["scores"][names[0]]
     for task, score in tasks.items():
         n = str(score["n"]) if score["n"] == score["total"] else f"{score['n']} of {score['total']}"
-        each = (results["scores"][name][task] for name in names)
-        ours = [f"{100 * s['score']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})" for s in each]
+        ours = [_with_interval(results["scores"][name][task]) for name in names]
         theirs = (method["scores"].get(_benchmark(task)) for method in published.values())
         rows.append([task, n, *ours, *(f"{figure:.1f}" if figure else "" for figure in theirs)])
-    means = [f"{100 * results['average'][name]:.1f}" for name in names]
+    means = [_percent(results["average"][name]) for name in names]
     if sorted(map(str, map(_benchmark, tasks))) == sorted(BENCHMARKS):
         means += [f"{mean(method['scores'].values()):.1f}" for method in published.values()]
     else:
         means += [""] * len(published)
     return head, [*rows, ["average", "", *means]]
+
+
+def _yes_no(results: dict) -> list[list[str]]:
+    """Of each model in the tasks that ask for yes or no."""
+    return [
+        [task, name, *(_percent(share) for share in score["yes_no"].values())]
+        for name, scores in results["scores"].items()
+        for task, score in scores.items()
+        if score["yes_no"]
+    ]
+
+
+def _paired(results: dict) -> list[list[str]]:
+    return [
+        [
+            task, _percent(test["second"]), _percent(test["first"]), f"{100 * test['difference']:+.1f}",
+            str(test["second_better"]), str(test["first_better"]), f"{test['p_value']:.2g}",
+        ]
+        for task, test in results["paired"].items()
+    ]  # fmt: skip
+
+
+def _types(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table for each way in which a task tells its questions apart: one row a type, the models side by side."""
+    names, tables = list(results["scores"]), []
+    for task, score in results["scores"][names[0]].items():
+        for way, groups in score["by_type"].items():
+            shares = ["precision", "recall", "says yes"] if score["yes_no"] else []
+            head = [way, "n", *(f"{name}, % (95 % interval)" for name in names)]
+            head += [f"{name}: {share}" for name in names for share in shares]
+            rows = []
+            for value, figures in groups.items():
+                each = [results["scores"][name][task]["by_type"][way][value] for name in names]
+                row = [value, str(figures["n"]), *map(_with_interval, each)]
+                keys = ("precision", "recall", "said_yes") if shares else ()
+                rows.append(row + [_percent(figures["yes_no"][key]) for figures in each for key in keys])
+            tables.append((f"{task} by {way}", head, rows))
+    return tables
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _with_interval(figures: dict) -> str:
+    if figures["low"] is None:
+        return _percent(figures["score"])
+    return f"{_percent(figures['score'])} ({_percent(figures['low'])} to {_percent(figures['high'])})"
 
 
 def notes(results: dict) -> list[str]:
@@ -98,9 +163,21 @@ def notes(results: dict) -> list[str]:
     sources = sorted({method["source"] for method in results["published"].values()})
     lines = [
         f"Tasks: {results['protocol']}. Data: {results['data']}. Metrics: {metrics}.",
-        f"Published: LLaVA-1.5-7B on the real benchmarks in the paper's protocol ({'; '.join(sources)}).",
+        "Intervals: Wilson's, as if documents were independent of one another; that of POPE's F1 follows from Wilson's "
+        "of the share true yes / (true yes + false yes + false no).",
     ]
-    if results["protocol"] != "paper":
+    if any(score["yes_no"] for score in scores.values()):
+        lines.append("In POPE, what a model says is what it answered, whatever the right answer is; lmms-eval's yes "
+                     "ratio counts the right answers.")  # fmt: skip
+    if results["paired"]:
+        lines.append(
+            "Tuned against base: p is the chance of a difference at least as large if the two were alike (McNemar's "
+            "exact test for answers that are right or wrong, permutations for fractions). POPE's answers count as "
+            "right or wrong there."
+        )
+    if results["published"]:
+        lines.append(f"Published: LLaVA-1.5-7B on the real benchmarks in the paper's protocol ({'; '.join(sources)}).")
+    if results["published"] and results["protocol"] != "paper":
         lines.append(
             "lmms-eval's tasks differ from that protocol in TextVQA (no OCR tokens), in POPE (one F1 over all "
             "questions) and in how sentences are read: --protocol paper follows it."
@@ -119,7 +196,7 @@ def notes(results: dict) -> list[str]:
 
 
 def page(results: dict, samples: dict[str, list], tasks: dict) -> str:
-    """The page, HTML with everything in it: bars, the table, samples right and wrong with their pictures.
+    """The page, HTML with everything in it: charts, tables, and samples with their pictures to search and filter.
 
     Args:
         results: what ``results.json`` holds.
@@ -127,28 +204,64 @@ def page(results: dict, samples: dict[str, list], tasks: dict) -> str:
         tasks: the loaded tasks, for the pictures.
     """
     names = list(results["scores"])
-    bars = []
+    charts = []
     for task, score in results["scores"][names[0]].items():
-        rows = [(name, "base" if name == "base" else "ours", results["scores"][name][task]) for name in reversed(names)]
         published = {name: each["scores"].get(_benchmark(task)) for name, each in results["published"].items()}
-        bars.append({
-            "task": task, "metric": score["metric"], "rows": rows,
+        charts.append({
+            "task": task, "metric": score["metric"],
+            "rows": [(name, results["scores"][name][task]) for name in reversed(names)],
             "published": {name: figure for name, figure in published.items() if figure},
         })  # fmt: skip
-    main = names[0]
-    others = {(row.task, row.document): row.predicted for row in samples.get("base", []) if main != "base"}
-    groups = []
-    for task, loaded in tasks.items():
-        rows = [row for row in samples[main] if row.task == task]
-        groups.append({
-            "task": task,
-            "right": [_card(row, loaded, others) for row in rows if row.score >= 0.5][:SAMPLES],
-            "wrong": [_card(row, loaded, others) for row in rows if row.score < 0.5][:SAMPLES],
-        })  # fmt: skip
-    environment = Environment(loader=PackageLoader("fura_vlm", "evaluation"), autoescape=True, trim_blocks=True)
-    return environment.get_template("page.html.jinja").render(
-        results=results, bars=bars, groups=groups, notes=notes(results)
+    environment = Environment(
+        loader=PackageLoader("fura_vlm", "evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    return environment.get_template("page.html.jinja").render(
+        results=results,
+        charts=charts,
+        tables=_tables(results),
+        types=_types(results),
+        notes=notes(results),
+        shown=_shown(samples, tasks),
+    )
+
+
+def _shown(samples: dict[str, list], tasks: dict) -> dict:
+    """The samples of the page as JSON has them: first those that only one of two models answers right, task by turns.
+
+    Pictures stand once each in ``pictures``; samples have their places. A full set has too many for one page: the first
+    of each task and outcome have theirs.
+    """
+    names = list(samples)
+    groups: dict[tuple[int, int, str], list] = {}
+    for rows in zip(*samples.values(), strict=True):
+        right = [row.score >= RIGHT for row in rows]
+        outcome = (
+            " and ".join(name for name, each in zip(names, right, strict=True) if each) or "none"
+        )  # fmt: skip
+        # 0: only one is right; 1: all are wrong; 2: all are right.
+        rank = 0 if len(set(right)) > 1 else 1 + right[0]
+        groups.setdefault((rank, list(tasks).index(rows[0].task), outcome), []).append(rows)
+    pictures: dict[str, int] = {}
+    ordered, per_task, cards = [], Counter(), []
+    for (rank, task, outcome), group in groups.items():
+        ordered += [(rank, turn, task, outcome, rows) for turn, rows in enumerate(group)]
+    for _, turn, _, outcome, rows in sorted(ordered, key=lambda each: each[:4]):
+        one = rows[0]
+        per_task[one.task] += 1
+        if per_task[one.task] > SAMPLES:
+            continue
+        places = []
+        if turn < PICTURED:
+            for picture in tasks[one.task].pictures_of(one.document):
+                places.append(pictures.setdefault(_data_url(picture), len(pictures)))
+        cards.append({
+            "task": one.task, "document": one.document, "question": one.question, "expected": one.expected,
+            "answers": [row.predicted for row in rows], "scores": [round(row.score, 3) for row in rows],
+            "outcome": outcome, "types": list(one.types.values()), "pictures": places,
+        })  # fmt: skip
+    return {
+        "models": names, "samples": cards, "pictures": list(pictures), "right": RIGHT, "total": per_task.total(),
+    }  # fmt: skip
 
 
 def write_samples(path: Path, samples: list) -> None:
@@ -168,17 +281,6 @@ def _benchmark(task: str) -> str | None:
 
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _card(sample, loaded, others: dict) -> dict:
-    pictures = loaded.task.doc_to_visual(loaded.document(sample.document)) or []
-    return {
-        "question": sample.question,
-        "expected": sample.expected,
-        "predicted": sample.predicted,
-        "base": others.get((sample.task, sample.document)),
-        "pictures": [_data_url(picture) for picture in pictures],
-    }
 
 
 def _data_url(picture) -> str:

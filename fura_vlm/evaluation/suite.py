@@ -5,12 +5,17 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shlex
 import sys
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from fura_vlm.errors import FuraVLMError
@@ -18,39 +23,12 @@ from fura_vlm.evaluation.config import EvalConfig
 from fura_vlm.files import write_text
 
 EMBEDDED = Path("data/benchmarks")
+RECIPE = "recipe.json"  # what write_benchmarks leaves beside the benchmarks
+PATIENCE = 10.0  # seconds; the workers of an evaluation that was killed hold on to its lock for some
 
 
 class SuiteError(FuraVLMError):
     """Settings that do not go together, or a folder that holds something else."""
-
-
-@dataclass
-class Sample:
-    """One scored answer: ``score`` is between 0 and 1, ``document`` its number in the task."""
-
-    task: str
-    document: int
-    question: str
-    expected: str
-    predicted: str
-    score: float
-
-
-@dataclass
-class TaskScore:
-    """What one model reached in one task; ``score``, ``low`` and ``high`` (95 %) are between 0 and 1.
-
-    ``n`` documents are scored of ``total``; the others, ``unreadable``, have a picture that does not decode.
-    """
-
-    metric: str
-    n: int
-    total: int
-    score: float
-    low: float
-    high: float
-    metrics: dict[str, float]
-    unreadable: list[dict]
 
 
 def evaluate(config: EvalConfig) -> Path | None:
@@ -61,10 +39,7 @@ def evaluate(config: EvalConfig) -> Path | None:
     """
     if config.offline:  # read by the libraries when they are imported
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    from fura_vlm.embedded.benchmarks import write_benchmarks
-    from fura_vlm.evaluation import report
     from fura_vlm.evaluation.source import find_model
-    from fura_vlm.evaluation.tasks import TASKS, load_tasks
 
     _quiet()
     for name, least in (("limit", 1), ("max_new_tokens", 1), ("num_workers", 0)):
@@ -72,9 +47,8 @@ def evaluate(config: EvalConfig) -> Path | None:
         if value is not None and value < least:
             raise SuiteError(f"{name} is {value}: give {least} or more, or leave it out")
     source = find_model(config.model, config.adapter)
-    main = int(os.environ.get("RANK", 0)) == 0
     data = _data(config.data, source)
-    folder = Path(config.output_dir) if config.output_dir else _default_folder(config, embedded=data == str(EMBEDDED))
+    folder = Path(config.output_dir) if config.output_dir else _default_folder(config, embedded=_is_embedded(data))
     identity = {
         "model": config.model,
         "adapter": source.adapter,
@@ -82,33 +56,48 @@ def evaluate(config: EvalConfig) -> Path | None:
         "fingerprint": source.fingerprint(),
     }
     _check_folder(folder, identity)
-    if data == str(EMBEDDED) and main and write_benchmarks(data):
-        print(f"The embedded benchmarks are in {data}")
-    _wait_for_main()
+    try:
+        with _alone_in(folder):
+            return _evaluate(config, source, data, folder, identity)
+    except KeyboardInterrupt:
+        if _is_main():
+            print(f"\nStopped. The same command goes on from the answers in {folder}.", file=sys.stderr)
+        raise
 
-    max_new_tokens = config.max_new_tokens or (16 if data == str(EMBEDDED) else None)
+
+def _evaluate(config: EvalConfig, source, data: str | None, folder: Path, identity: dict) -> Path | None:
+    from fura_vlm.evaluation import report, scores
+    from fura_vlm.evaluation.tasks import TASKS, load_tasks
+
+    if data == str(EMBEDDED):
+        _main_first(_make_embedded)
+    max_new_tokens = config.max_new_tokens or (16 if _is_embedded(data) else None)
     tasks = load_tasks(config.tasks or list(TASKS[config.protocol]), data, config.limit, max_new_tokens)
-    folder.mkdir(parents=True, exist_ok=True)
     sources = {"tuned" if source.adapter else "model": source}
     if source.adapter and config.base:
         sources["base"] = source.without_adapter
-    scores, samples = {}, {}
+    reached, samples = {}, {}
     for name, each in sources.items():
         outcome = _run(each, tasks, config, folder)
-        if main:
-            scores[name], samples[name] = outcome
-    if not main:
+        if _is_main():
+            reached[name], samples[name] = outcome
+    if not _is_main():
         return None
 
+    paired = scores.paired(samples["base"], samples["tuned"]) if "base" in samples else {}
     results = identity | {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": _command(config),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "protocol": "own choice" if config.tasks else config.protocol,
         "data": data or "hub",
         "limit": config.limit,
         "max_new_tokens": max_new_tokens,
         "versions": {name: version(name) for name in ("fura-vlm", "lmms-eval", "transformers", "peft", "torch")},
-        "scores": {name: {task: asdict(score) for task, score in each.items()} for name, each in scores.items()},
-        "average": {name: sum(s.score for s in each.values()) / len(each) for name, each in scores.items()},
-        "published": report.PUBLISHED,
+        "scores": {name: {task: asdict(score) for task, score in each.items()} for name, each in reached.items()},
+        "average": {name: sum(s.score for s in each.values()) / len(each) for name, each in reached.items()},
+        "paired": {task: test._asdict() for task, test in paired.items()},
+        "published": {} if _is_embedded(data) else report.PUBLISHED,
     }
     for name, rows in samples.items():
         report.write_samples(folder / f"samples-{name}.jsonl", rows)
@@ -127,10 +116,11 @@ def _run(source, tasks: dict, config: EvalConfig, folder: Path):
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    from fura_vlm.evaluation.lmms_model import FuraLlava
+    from fura_vlm.evaluation import scores
+    from fura_vlm.evaluation.lmms_model import FuraVLM
 
     gc.collect()  # the model before is in reference cycles: two at once may not fit
-    model = FuraLlava(
+    model = FuraVLM(
         pretrained=source.base,
         adapter=source.adapter,
         processor=source.processor,
@@ -152,39 +142,17 @@ def _run(source, tasks: dict, config: EvalConfig, folder: Path):
     )
     if outcome is None:
         return None
-    scores, samples = {}, []
+    reached, samples = {}, []
     for name, loaded in tasks.items():
         rows = sorted(outcome["samples"][name], key=lambda row: row["doc_id"])
-        items = [row[loaded.metric] for row in rows]
         metrics = {
             key.removesuffix(",none"): value
             for key, value in outcome["results"][name].items()
             if key.endswith(",none") and "stderr" not in key and isinstance(value, (int, float))
         }
-        scores[name] = _score(loaded, items, metrics)
-        samples += [_sample(name, row, item) for row, item in zip(rows, items, strict=True)]
-    return scores, samples
-
-
-def _score(loaded, items: list, metrics: dict[str, float]) -> TaskScore:
-    from fura_vlm.evaluation.statistics import confidence_interval
-
-    low, high = confidence_interval(items, loaded.task.aggregation()[loaded.metric])
-    score = float(metrics[loaded.metric])
-    return TaskScore(loaded.metric, len(items), loaded.total, score, low, high, metrics, loaded.unreadable)
-
-
-def _sample(task: str, row: dict, item) -> Sample:
-    """``item`` is a number, or a row of POPE's with the number in ``score``."""
-    answers = row["doc"].get("answers") or [row["target"]]
-    return Sample(
-        task=task,
-        document=row["doc_id"],
-        question=row["arguments"][0],
-        expected=max(answers, key=answers.count),
-        predicted=row["filtered_resps"][0],
-        score=float(item["score"] if isinstance(item, dict) else item),
-    )
+        reached[name] = scores.score(loaded, rows, metrics)
+        samples += [scores.sample(name, loaded, row) for row in rows]
+    return reached, samples
 
 
 def _data(data: str, source) -> str | None:
@@ -198,6 +166,11 @@ def _data(data: str, source) -> str | None:
         small = config.vision_config.image_size == IMAGE_SIZE and config.text_config.vocab_size == VOCAB_SIZE
         return str(EMBEDDED) if small else None
     return str(EMBEDDED) if data == "embedded" else data
+
+
+def _is_embedded(data: str | None) -> bool:
+    """Whether these are the project's own benchmarks, wherever they are and made already or not."""
+    return data is not None and (data == str(EMBEDDED) or (Path(data) / RECIPE).is_file())
 
 
 def _default_folder(config: EvalConfig, embedded: bool) -> Path:
@@ -222,13 +195,69 @@ def _check_folder(folder: Path, identity: dict) -> None:
         raise SuiteError(f"{folder} holds the results of another model ({there[1]}): choose another --output_dir")
 
 
-def _wait_for_main() -> None:
-    """The other processes wait until the main one has made the data."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        import torch
-        from accelerate import PartialState
+def _command(config: EvalConfig) -> str:
+    """What to type for this evaluation: the settings that are not the defaults."""
+    words = ["fura-vlm", "eval", config.model]
+    for each in fields(config)[1:]:
+        value = getattr(config, each.name)
+        default = each.default if each.default is not MISSING else each.default_factory()
+        if value != default:
+            shown = ",".join(value) if isinstance(value, list) else value
+            words += [f"--{each.name}", str(shown).lower() if isinstance(value, bool) else str(shown)]
+    return shlex.join(words)
 
-        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+
+@contextmanager
+def _alone_in(folder: Path):
+    """Makes the folder and keeps other evaluations out of it: two at once would write over each other's files."""
+    lock = FileLock(folder / "lock")
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise SuiteError(
+                f"Another evaluation is under way in {folder}: wait for its end, stop it, or choose another "
+                "--output_dir"
+            ) from None
+
+    _main_first(take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make_embedded() -> None:
+    from fura_vlm.embedded.benchmarks import write_benchmarks
+
+    with FileLock(EMBEDDED.with_name(f"{EMBEDDED.name}.lock.tmp")):  # an evaluation in another folder makes them too
+        if write_benchmarks(EMBEDDED):
+            print(f"The embedded benchmarks are in {EMBEDDED}")
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _main_first(do: Callable[[], None]) -> None:
+    """The main process does it while the others wait. What ends the main one ends them all; it alone says why."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return do()
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state, refused = PartialState(cpu=not torch.cuda.is_available()), [None]
+    if state.is_main_process:
+        try:
+            do()
+        except Exception as error:
+            refused = [error]
+    broadcast_object_list(refused)
+    if refused[0] is not None:
+        raise refused[0] if state.is_main_process else SystemExit(1)
 
 
 def _quiet() -> None:

@@ -43,6 +43,13 @@ COLUMNS = {
 }
 """The columns that the tasks read, by the last part of the data's path."""
 
+TYPES = {
+    "GQA": {"structural": ("types", "structural"), "semantic": ("types", "semantic")},
+    "ScienceQA": {"subject": ("subject",), "topic": ("topic",)},
+    "POPE": {"category": ("category",)},
+}
+"""Where a document says of what type its question is, by ways to tell them apart. TextVQA has no types."""
+
 
 class TaskError(FuraVLMError):
     """A task that does not exist or whose data cannot be used; the message says which and what to do."""
@@ -55,18 +62,35 @@ class LoadedTask:
     Args:
         task: lmms-eval's task, without the documents whose pictures do not decode.
         metric: the first of its metrics, or for POPE the F1 score.
-        unreadable: those documents: their number in the split, and the reason.
         total: documents before they were left out.
+        unreadable: those documents: their number in the split, and the reason.
+        benchmark: which of the four it is, a key of ``COLUMNS``; ``None`` for other tasks.
+        pictures: for each document that is left a hash of its picture, ``""`` where it has none. Of other tasks
+            nothing is known.
     """
 
     task: ConfigurableTask
     metric: str
     total: int
     unreadable: list[dict] = field(default_factory=list)
+    benchmark: str | None = None
+    pictures: list[str] | None = None
 
-    def document(self, number: int) -> dict:
-        """Document ``number`` of those that are left."""
-        return self.task.eval_docs[number]
+    def pictures_of(self, number: int) -> list[Pillow.Image]:
+        """Those of document ``number``, of those that are left."""
+        visuals = self.task.doc_to_visual(self.task.eval_docs[number]) or []
+        return visuals if isinstance(visuals, list) else [visuals]
+
+    def types(self, document: dict) -> dict[str, str]:
+        """Of what type the question of ``document`` is, by the ways of ``TYPES``; only those that it says."""
+        found = {}
+        for way, path in TYPES.get(self.benchmark, {}).items():
+            value = document
+            for key in path:
+                value = (value or {}).get(key)
+            if value:
+                found[way] = str(value)
+        return found
 
 
 def load_tasks(
@@ -128,15 +152,17 @@ def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) 
         if lost:
             raise TaskError(f"The GQA data at {path} have no image {lost[0]}: fetch testdev_balanced_images again")
         wanted = [rows[image] for image in documents["imageId"]]
-        bad = _unreadable(images, sorted(set(wanted)))
-        reasons = {number: bad[row] for number, row in enumerate(wanted) if row in bad}
+        checked = _check_pictures(images, sorted(set(wanted)))
+        pictures = [checked[row] for row in wanted]
         config |= {
             "process_docs": None,
             "doc_to_visual": lambda doc: [images[rows[doc["imageId"]]]["image"].convert("RGB")],
         }
     else:
-        reasons = _unreadable(documents, range(len(documents)))
+        checked = _check_pictures(documents, range(len(documents)))
+        pictures = [checked[number] for number in range(len(documents))]
     total = len(documents)
+    reasons = {number: reason for number, (_, reason) in enumerate(pictures) if reason}
     readable = [number for number in range(total) if number not in reasons]
     if not readable:
         raise TaskError(f"None of the pictures of the {benchmark} data at {path} can be decoded: fetch them again")
@@ -145,7 +171,8 @@ def _load(manager: TaskManager, name: str, data: str | None, limit: int | None) 
     task = _WithData(config, DatasetDict({split: documents}))
     unreadable = [{"document": number, "reason": reason} for number, reason in sorted(reasons.items())]
     metrics = [metric["metric"] for metric in config["metric_list"]]
-    return LoadedTask(task, "pope_f1_score" if "pope_f1_score" in metrics else metrics[0], total, unreadable)
+    metric = "pope_f1_score" if "pope_f1_score" in metrics else metrics[0]
+    return LoadedTask(task, metric, total, unreadable, benchmark, [pictures[number][0] for number in readable])
 
 
 def _other(name: str, config: dict, limit: int | None) -> LoadedTask:
@@ -228,24 +255,26 @@ def _image_columns(documents: Dataset) -> list[str]:
     return [name for name, feature in documents.features.items() if isinstance(feature, Image)]
 
 
-def _unreadable(documents: Dataset, rows) -> dict[int, str]:
-    """The rows whose pictures do not decode, with the reason."""
+def _check_pictures(documents: Dataset, rows) -> dict[int, tuple[str, str | None]]:
+    """By row a hash of its pictures' files, ``""`` where there are none, and why they do not decode, if they do not."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries turn it on for all: what is missing would be grey
     columns = _image_columns(documents)
     raw = documents.select_columns(columns)
     for column in columns:
         raw = raw.cast_column(column, Image(decode=False))
 
-    def check(row: int) -> tuple[int, str | None]:
-        for picture in raw[row].values():
-            if picture is None:
-                continue
+    def check(row: int) -> tuple[str, str | None]:
+        digest = hashlib.sha256()
+        pictures = [picture for picture in raw[row].values() if picture is not None]
+        for picture in pictures:
             try:
-                with Pillow.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]) as image:
+                content = picture["bytes"] or Path(picture["path"]).read_bytes()
+                digest.update(content)
+                with Pillow.open(io.BytesIO(content)) as image:
                     image.load()
             except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-                return row, first_line(error)
-        return row, None
+                return "", first_line(error)
+        return digest.hexdigest()[:16] if pictures else "", None
 
     with ThreadPoolExecutor() as pool:
-        return {row: reason for row, reason in pool.map(check, rows) if reason}
+        return dict(zip(rows, pool.map(check, rows), strict=True))

@@ -142,8 +142,43 @@ def raise_to_floor(s: torch.Tensor, floor: float) -> tuple[torch.Tensor, int]:
     return torch.where(s[:, :1] > 0, torch.maximum(s, lowest), 1.0), raised
 
 
-def block_delta(dR: torch.Tensor, ds: torch.Tensor | None, V: torch.Tensor, s0: torch.Tensor) -> torch.Tensor:
+def divisor_floor(resolution: torch.dtype | None) -> tuple[float, float]:
+    """What ``block_delta`` divides by at least, where weights or inputs have this dtype: a fraction of the block's
+    largest singular value, and a number. (0, 0) for float32 and wider, where the adapter's own floor is enough.
+
+    A direction below it is rounding error in a weight of this dtype. Multiplied by ``ds / s`` it, and the rounding of
+    ``x + D x``, would be louder than the whole rest of the row; divided by the floor they are, in relation to the rest,
+    ``eps * ds / (eps * s_max)``: no more than the change that is meant.
+    """
+    if resolution is None or resolution.itemsize >= 4:
+        return 0.0, 0.0
+    info = torch.finfo(resolution)
+    return info.eps, info.smallest_normal
+
+
+def needs_floor(s0: torch.Tensor, resolution: torch.dtype) -> bool:
+    """Whether ``divisor_floor`` raises any of the singular values ``s0 (N, r)``, each block's in descending order."""
+    return not torch.equal(effective_values(s0, resolution), s0)
+
+
+def effective_values(s0: torch.Tensor, resolution: torch.dtype | None) -> torch.Tensor:
+    """The singular values that ``block_delta`` divides by: ``s0 (N, r)``, none below ``divisor_floor``."""
+    fraction, least = divisor_floor(resolution)
+    return s0 if not least else torch.maximum(s0, s0[:, :1] * fraction).clamp(min=least)
+
+
+def block_delta(
+    dR: torch.Tensor,
+    ds: torch.Tensor | None,
+    V: torch.Tensor,
+    s0: torch.Tensor,
+    resolution: torch.dtype | None = None,
+) -> torch.Tensor:
     """The block matrices ``D`` of an adapter: the adapted block is ``W_j (I + D_j)``.
+
+    **The formula stands in three places.** On a GPU ``_delta_kernel`` of ``kernels.py`` computes it, and
+    ``_delta_backward_kernel`` there its gradients: change all three, or set ``FURA_KERNELS=0``, which has this one
+    used everywhere. A test holds the kernels to this function and its gradients by autograd.
 
     With ``R = V^T + dR`` and ``s = s0 + ds``, ``W_j = U_j diag(s0) V^T`` becomes ``U_j diag(s) R``; and since
     ``U_j = W_j V diag(1 / s0)``, ``D_j = V [ e * (V^T + dR) + dR ]`` with ``e = ds / s0`` scaling rows.
@@ -153,19 +188,36 @@ def block_delta(dR: torch.Tensor, ds: torch.Tensor | None, V: torch.Tensor, s0: 
         dR: ``(N, r, b)``.
         ds: ``(N, r)``, or None for frozen singular values.
         V: ``(N, b, r)``.
-        s0: ``(N, r)``.
+        s0: ``(N, r)``, each block's in descending order.
+        resolution: the coarser one of the dtypes that W and x have; in a 16-bit one no value below ``divisor_floor`` is
+            divided by. None: float32 or wider.
 
     Returns:
         ``(N, b, b)`` in the widest of the arguments' dtypes, float32 at least; also under autocast.
     """
     dtype = torch.promote_types(torch.promote_types(V.dtype, dR.dtype), torch.float32)
     if dtype == torch.float32 and kernels.usable(dR, dR.shape[-1]):
-        return kernels.Delta.apply(dR, ds, V, s0)
+        return kernels.Delta.apply(dR, ds, V, s0, *divisor_floor(resolution))
     V, rows = V.to(dtype), dR.to(dtype)
     if ds is not None:
-        rows = (ds.to(dtype) / s0.to(dtype)).unsqueeze(-1) * (V.mT + rows) + rows
+        e = ds.to(dtype) / effective_values(s0.to(dtype), resolution)
+        rows = e.unsqueeze(-1) * (V.mT + rows) + rows
     with without_autocast(V):
         return V @ rows
+
+
+def computing_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a product of x with a weight is computed: x's, or autocast's."""
+    on = not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
+
+
+def narrowed(D: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """D for products in ``dtype``: what is beyond float16's range becomes its largest number, and not Inf."""
+    if dtype == torch.float16 and D.dtype != dtype:
+        largest = torch.finfo(dtype).max
+        D = D.clamp(-largest, largest)
+    return D
 
 
 def without_autocast(x: torch.Tensor):

@@ -48,7 +48,8 @@ class FuraConfig(PeftConfig):
         train_singular_values: False freezes ``S`` (the paper's ablation).
         singular_floor: singular values below this fraction of their block's largest are treated as if they
             were that large where the method divides by them. None takes the resolution (eps) of the base
-            weight's dtype: below it, a direction is rounding error of the stored weight.
+            weight's dtype: below it, a direction is rounding error of the stored weight. Where a 16-bit dtype is
+            computed in, its resolution is the floor if that is higher.
         basis_dtype: dtype in which the frozen basis is kept, also when the model is cast: ``"float32"``,
             ``"float64"`` or ``"bfloat16"``. None takes float64 over a float64 base and float32 otherwise.
         delta_only: the adapter holds the finished block matrices ``D`` alone, for inference. Set by

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from fura_vlm.fura.basis import narrowed
 from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.layer import FuraLayer
 
@@ -27,7 +28,8 @@ def export_delta(
     Args:
         model: a model with the adapter.
         directory: where to; an adapter not called "default" gets a folder of its name in it, as PEFT does it.
-        dtype: dtype of D in the file; None: as the adapter computes it.
+        dtype: dtype of D in the file; None: as the adapter computes it. In a 16-bit one small singular values are
+            raised as over a base of that dtype, so name the one in which the model will answer.
 
     Returns:
         The folder that holds ``adapter_model.safetensors`` and ``adapter_config.json``.
@@ -43,8 +45,9 @@ def export_delta(
             layer.ensure_basis()
             for part in ("fura_dR", "fura_ds", "fura_V", "fura_s0"):
                 state.pop(f"{name}.{part}.{adapter_name}", None)
-            D = layer.delta(adapter_name)
-            state[f"{name}.fura_D.{adapter_name}"] = D.to(dtype or D.dtype).contiguous()
+            base = layer.base_dtype
+            D = layer.delta(adapter_name, resolution=dtype if dtype and dtype.itemsize < base.itemsize else base)
+            state[f"{name}.fura_D.{adapter_name}"] = narrowed(D, dtype or D.dtype).to(dtype or D.dtype).contiguous()
 
     config = model.peft_config[adapter_name]
     was = config.delta_only

@@ -7,6 +7,11 @@ measured.
 The kernels take blocks of up to ``MAX_BLOCK`` and any number of rows. Products are accumulated in float32, and what
 is written is rounded once. Triton comes with PyTorch's builds for GPUs; without it, on a CPU and for larger blocks the
 plain operations of ``basis.py`` do the same.
+
+The environment variable ``FURA_KERNELS=0`` has the plain operations used everywhere, also on a GPU. Set it to try a
+change of the method: its formula stands in ``block_delta`` and ``apply_blocks`` of ``basis.py``, once more in
+``_delta_kernel`` and ``_mix_kernel`` here, and its gradients, which autograd derives from the plain form, in
+``_delta_backward_kernel`` and ``_mix_backward_kernel``.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 MAX_BLOCK = 128  # a tile of a larger block does not fit into the registers
 
+ENABLED = os.environ.get("FURA_KERNELS") != "0"
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own interpreter runs the kernels on the CPU
 
 
@@ -37,6 +44,7 @@ def _shared_memory() -> int:
     if triton is None or torch.version.hip or not torch.cuda.is_available():
         return 0
     try:
+        torch.cuda.init()  # Triton asks the driver itself, which answers nobody before
         properties = triton.runtime.driver.active.utils.get_device_properties
         return min(properties(device)["max_shared_mem"] for device in range(torch.cuda.device_count()))
     except Exception as error:
@@ -45,13 +53,19 @@ def _shared_memory() -> int:
         return 0
 
 
-SHARED_MEMORY = _shared_memory()  # once: the compiler takes it for a constant
+# once: the compiler takes them for constants
+SHARED_MEMORY = _shared_memory()
+MULTIPROCESSORS = [
+    torch.cuda.get_device_properties(device).multi_processor_count
+    for device in range(torch.cuda.device_count() if SHARED_MEMORY else 0)
+]
 
 
 def usable(x: torch.Tensor, block_size: int) -> bool:
     """Whether the kernels take this tensor."""
     return (
-        (INTERPRETED or SHARED_MEMORY >= 96 * 1024 and x.is_cuda)  # which a block of 128 takes
+        ENABLED
+        and (INTERPRETED or SHARED_MEMORY >= 96 * 1024 and x.is_cuda)  # which a block of 128 takes
         and triton is not None
         and block_size <= MAX_BLOCK
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -125,11 +139,20 @@ if triton is not None:
         tl.store(out + place, total, mask=inside)
 
     @triton.jit
+    def _values(s0, k, r: tl.constexpr, FRACTION: tl.constexpr, LEAST: tl.constexpr):
+        """``effective_values`` of ``basis.py``: a block's singular values of these numbers, none too small."""
+        s = tl.load(s0 + k, mask=k < r, other=1.0).to(tl.float32)
+        if LEAST > 0:
+            s = tl.maximum(tl.maximum(s, tl.load(s0).to(tl.float32) * FRACTION), LEAST)
+        return s
+
+    @triton.jit
     def _delta_kernel(
         dR, ds, V, s0, out,
         b: tl.constexpr, r: tl.constexpr, B: tl.constexpr, SCALED: tl.constexpr, K: tl.constexpr,
+        FRACTION: tl.constexpr, LEAST: tl.constexpr,
     ):  # fmt: skip
-        """A program: K columns of one block's D."""
+        """A program: K columns of one block's D, as in ``block_delta`` of ``basis.py``."""
         block, c = tl.program_id(0), tl.arange(0, B)
         column = tl.program_id(1) * K + tl.arange(0, K)
         dR, V, ds, s0 = dR + block * r * b, V + block * b * r, ds + block * r, s0 + block * r
@@ -142,7 +165,7 @@ if triton is not None:
             if SCALED:
                 right = tl.load(V + column[None, :] * r + k[:, None], mask=wide, other=0.0).to(tl.float32)
                 e = tl.load(ds + k, mask=k < r, other=0.0).to(tl.float32)
-                e = e / tl.load(s0 + k, mask=k < r, other=1.0).to(tl.float32)
+                e = e / _values(s0, k, r, FRACTION, LEAST)
                 change = e[:, None] * (right + change) + change
             total = tl.dot(left, change, total, input_precision="tf32x3")
         square = (c[:, None] < b) & (column[None, :] < b)
@@ -152,8 +175,9 @@ if triton is not None:
     def _delta_backward_kernel(
         dR, ds, V, s0, grad, grad_dR, grad_ds, g_block, g_row, g_column,
         b: tl.constexpr, r: tl.constexpr, B: tl.constexpr, SCALED: tl.constexpr, K: tl.constexpr,
+        FRACTION: tl.constexpr, LEAST: tl.constexpr,
     ):  # fmt: skip
-        """A program: K rows of one block's dR."""
+        """A program: the gradients of K rows of one block's dR, and of their ds; of ``_delta_kernel``'s formula."""
         block, column = tl.program_id(0), tl.arange(0, B)
         k = tl.program_id(1) * K + tl.arange(0, K)
         dR, V, ds, s0 = dR + block * r * b, V + block * b * r, ds + block * r, s0 + block * r
@@ -168,7 +192,7 @@ if triton is not None:
         inside = (k[:, None] < r) & (column[None, :] < b)
         place = k[:, None] * b + column[None, :]
         if SCALED:
-            s = tl.load(s0 + k, mask=k < r, other=1.0).to(tl.float32)
+            s = _values(s0, k, r, FRACTION, LEAST)
             e = tl.load(ds + k, mask=k < r, other=0.0).to(tl.float32) / s
             R = tl.load(V + column[None, :] * r + k[:, None], mask=inside, other=0.0).to(tl.float32)
             R += tl.load(dR + place, mask=inside, other=0.0).to(tl.float32)
@@ -202,7 +226,7 @@ def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
     tile, options = _form(x, rows)
-    shares = _shares(N, rows)
+    shares = _shares(x, N, rows)
     tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
     _launch(
         _mix_kernel, (N, shares), x, D, out, rows, N * b, tiles, *D.stride(),
@@ -234,7 +258,7 @@ def mix_backward(
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
     tile, options = _form(x, rows, is_gated)
-    shares = _shares(N, rows, sums=True)
+    shares = _shares(x, N, rows, sums=True)
     tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
     partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
     _launch(
@@ -268,15 +292,16 @@ def _form(x: torch.Tensor, rows: int, is_gated: bool = False) -> tuple[int, dict
     return 16 if rows <= 16 else 64, {"num_warps": 8, "num_stages": 3}
 
 
-def _shares(blocks: int, rows: int, sums: bool = False) -> int:
-    """Into how many the rows are divided: 2 programs for each of the 132 multiprocessors of an H100 or H200 or, where
-    there are sums to add up afterwards, 1 if that leaves few idle. In a short batch, which waits for launches and not
-    for the GPU, two sums are not worth a kernel that adds them up. Other lengths make no difference: the compiler makes
-    code for each that does.
+def _shares(x: torch.Tensor, blocks: int, rows: int, sums: bool = False) -> int:
+    """Into how many the rows are divided: 2 programs for each of the multiprocessors of x's GPU or, where there are
+    sums to add up afterwards, 1 if that leaves few idle: at most a tenth, found with the 132 of an H200. In a short
+    batch, which waits for launches and not for the GPU, two sums are not worth a kernel that adds them up. Other
+    lengths make no difference: the compiler makes code for each that does.
     """
-    shares = 132 // blocks
-    if not sums or shares * blocks < 119:
-        shares = 264 // blocks
+    available = MULTIPROCESSORS[x.device.index] if x.is_cuda else 132  # the interpreter's programs run in turn
+    shares = available // blocks
+    if not sums or 10 * shares * blocks < 9 * available:
+        shares = 2 * available // blocks
     if rows <= 16 or sums and rows <= 2048 and shares == 2:
         return 1
     return max(1, min(32, shares))
@@ -326,16 +351,21 @@ class FoldedLinear(torch.autograd.Function):
 
 
 class Delta(torch.autograd.Function):
-    """``block_delta`` of ``basis.py``, in float32 whatever the dtypes; one kernel each way."""
+    """``block_delta`` of ``basis.py``, in float32 whatever the dtypes; one kernel each way: ``_delta_kernel`` and
+    ``_delta_backward_kernel``, which hold its formula and gradients again. ``fraction`` and ``least``: its
+    ``divisor_floor``."""
 
     @staticmethod
-    def forward(ctx, dR, ds, V, s0):
+    def forward(ctx, dR, ds, V, s0, fraction, least):
+        dR, V, s0 = dR.contiguous(), V.contiguous(), s0.contiguous()
+        ds = None if ds is None else ds.contiguous()
         ctx.save_for_backward(dR, ds, V, s0)
+        ctx.floor = fraction, least
         N, r, b = dR.shape
         out = torch.empty(N, b, b, dtype=torch.float32, device=dR.device)
         grid = (N, triton.cdiv(b, 32))
         scale = s0 if ds is None else ds
-        _launch(_delta_kernel, grid, dR, scale, V, s0, out, b, r, _tile_width(b), ds is not None, 32)
+        _launch(_delta_kernel, grid, dR, scale, V, s0, out, b, r, _tile_width(b), ds is not None, 32, fraction, least)
         return out
 
     @staticmethod
@@ -347,6 +377,6 @@ class Delta(torch.autograd.Function):
         scale, grad_scale = (s0, grad_dR) if ds is None else (ds, grad_ds)  # without ds neither is looked at
         _launch(
             _delta_backward_kernel, (N, triton.cdiv(r, 32)), dR, scale, V, s0, grad, grad_dR, grad_scale,
-            *grad.stride(), b, r, _tile_width(b), ds is not None, 32,
+            *grad.stride(), b, r, _tile_width(b), ds is not None, 32, *ctx.floor,
         )  # fmt: skip
-        return grad_dR, grad_ds, None, None
+        return grad_dR, grad_ds, None, None, None, None

@@ -10,16 +10,21 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from fura_vlm.fura.basis import (
     apply_blocks,
     block_delta,
     block_shape,
+    computing_dtype,
     decompose,
     fold_pays,
     folded_linear,
     mix,
     multiply_columns,
+    narrowed,
+    needs_floor,
     raise_to_floor,
     relative_floor,
 )
@@ -27,6 +32,7 @@ from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.kernels import gated
 from fura_vlm.fura.weights import (
+    LINEAR,
     SavedWeight,
     dense_weight,
     fingerprint,
@@ -54,7 +60,7 @@ class FuraLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("fura_dR", "fura_ds")
-    other_param_names = ("fura_V", "fura_s0", "fura_D", "fura_side", "fura_blocks", "fura_guarded")
+    other_param_names = ("fura_V", "fura_s0", "fura_D", "fura_side", "fura_blocks", "fura_guarded", "fura_narrow")
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs) -> None:
         self.base_layer = base_layer
@@ -69,6 +75,7 @@ class FuraLayer(BaseTunerLayer):
         self.fura_side: dict[str, str] = {}
         self.fura_blocks: dict[str, tuple[int, int]] = {}
         self.fura_guarded: dict[str, int] = {}
+        self.fura_narrow: dict[str, set[torch.dtype]] = {}  # the 16-bit dtypes too coarse for an adapter's values
         self.fingerprint: str | None = None
         # adapters whose basis is neither computed nor loaded yet, and their singular_floor
         self._without_basis: dict[str, float | None] = {}
@@ -117,6 +124,7 @@ class FuraLayer(BaseTunerLayer):
             basis_dtype = getattr(torch, config.basis_dtype)
 
         self._kept_blocks.clear()
+        self.fura_narrow.pop(adapter_name, None)
         self.fura_side[adapter_name] = config.train_side
         self.fura_blocks[adapter_name] = (N, b)
         if config.delta_only:
@@ -167,6 +175,11 @@ class FuraLayer(BaseTunerLayer):
                 "one, and load the adapter over this one."
             ) from error
 
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Put a dense weight ``(out, in)`` in the place of the base's, quantised anew if need be."""
+        is_transposed = isinstance(self.get_base_layer(), Conv1D)
+        super().set_base_weight(weight_data.T.contiguous() if is_transposed else weight_data)
+
     @torch.inference_mode(False)  # the basis may be made by the first use, and trained with later
     @torch.no_grad()
     def compute_basis(self, adapter_name: str) -> None:
@@ -183,12 +196,18 @@ class FuraLayer(BaseTunerLayer):
             # the output side is the input side of the transposed weight
             oriented = weight if self.fura_side[adapter_name] == "input" else weight.T
             V, s = decompose(oriented, self.fura_blocks[adapter_name][0])
-            floor = relative_floor(self._without_basis[adapter_name], weight.dtype)
+            floor = relative_floor(self._without_basis.get(adapter_name), weight.dtype)
         s0, self.fura_guarded[adapter_name] = raise_to_floor(s, floor)
         self.fura_V[adapter_name] = V.to(self.fura_V[adapter_name].dtype)
         self.fura_s0[adapter_name] = s0.to(self.fura_s0[adapter_name].dtype)
         self._kept_blocks.clear()
-        del self._without_basis[adapter_name]
+        self._basis_is_known(adapter_name)
+
+    def _basis_is_known(self, adapter_name: str) -> None:
+        """Take note of a basis. Compiled code may not look at its numbers, so that is done here."""
+        self._without_basis.pop(adapter_name, None)
+        s0 = self.fura_s0[adapter_name]
+        self.fura_narrow[adapter_name] = {d for d in (torch.bfloat16, torch.float16) if needs_floor(s0, d)}
 
     def ensure_basis(self, compute: bool = True) -> None:
         """Take note of every basis that has been loaded, and compute those that were not.
@@ -197,14 +216,18 @@ class FuraLayer(BaseTunerLayer):
             compute: False leaves them for the first use of the adapter: the weights may be about to be
                 loaded.
         """
-        for name in list(self._without_basis):
-            s0 = self.fura_s0[name] if name in self.fura_s0 else None
-            if s0 is None or (not s0.is_meta and s0.any()):
-                del self._without_basis[name]
-            elif compute and not s0.is_meta:
+        for name in [name for name in self.fura_s0 if name not in self.fura_narrow]:
+            s0 = self.fura_s0[name]
+            if s0.is_meta:
+                continue
+            if s0.any():
+                self._basis_is_known(name)
+            elif compute:
                 self.compute_basis(name)
 
-    def delta(self, adapter_name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def delta(
+        self, adapter_name: str, dtype: torch.dtype | None = None, resolution: torch.dtype | None = None
+    ) -> torch.Tensor:
         """The adapter's block matrices as they multiply a column from the left: ``(N, b, b)``.
 
         ``y = W (x + D x)`` for an adapter of the input side, ``y = W x + D (W x)`` for one of the output
@@ -212,7 +235,10 @@ class FuraLayer(BaseTunerLayer):
 
         Args:
             dtype: dtype to compute in; None: the widest of the adapter's own.
+            resolution: dtype of the weight and of what it is multiplied with, the coarser one; None: that of the base.
+                In a 16-bit one small singular values are raised, see `basis.divisor_floor`.
         """
+        resolution = self.base_dtype if resolution is None else resolution
         if adapter_name in self.fura_D:
             D = self.fura_D[adapter_name]
             return D if dtype is None else D.to(dtype)
@@ -220,12 +246,13 @@ class FuraLayer(BaseTunerLayer):
         parts = self.fura_dR[adapter_name], ds, self.fura_V[adapter_name], self.fura_s0[adapter_name]
         if dtype is not None:
             parts = [part if part is None else part.to(dtype) for part in parts]
-        D = block_delta(*parts)
+        D = block_delta(*parts, resolution)
         return D if self.fura_side[adapter_name] == "input" else D.mT
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """What the adapter adds to the base weight: ``(out, in)``, in float32 or wider.
+        """What the adapter adds to the base weight: ``(out, in)``, in float32 or wider; like PEFT, as the base layer
+        holds it: for GPT-2's Conv1D ``(in, out)``.
 
         Raises:
             FuraError: an adapter is merged, so that the base weight is not what it was.
@@ -234,7 +261,8 @@ class FuraLayer(BaseTunerLayer):
             merged = ", ".join(self.merged_adapters)
             raise FuraError(f"{self.module_name}: {merged} is merged into its weight; call unmerge_adapter() first.")
         weight = self.get_base_weight()
-        return self._adapted(weight, [adapter_name]) - weight
+        delta = self._adapted(weight, [adapter_name]) - weight
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's `convert_to_lora` takes what `get_delta_weight` gives, and approximates it at the rank asked for."""
@@ -243,10 +271,11 @@ class FuraLayer(BaseTunerLayer):
     def _adapted(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """``(I + sum D_out) W (I + sum D_in)`` in float32, or the weight's dtype if wider."""
         self.ensure_basis()
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        resolution = weight.dtype
+        weight = weight.to(torch.promote_types(resolution, torch.float32))
         by_side = {"input": [], "output": []}
         for name in adapter_names:
-            by_side[self.fura_side[name]].append(self.delta(name, weight.dtype))
+            by_side[self.fura_side[name]].append(self.delta(name, weight.dtype, resolution))
         weight = sum((multiply_columns(weight, D) for D in by_side["input"]), weight)
         return sum((multiply_columns(weight.T, D.mT).T for D in by_side["output"]), weight)
 
@@ -273,7 +302,7 @@ class FuraLayer(BaseTunerLayer):
 
 
 class FuraLinear(nn.Module, FuraLayer):
-    """A Linear, plain or quantised, with FuRA adapters."""
+    """A Linear, plain or quantised, or GPT-2's Conv1D, with FuRA adapters."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: FuraConfig, module_name: str, **kwargs
@@ -281,6 +310,7 @@ class FuraLinear(nn.Module, FuraLayer):
         super().__init__()
         FuraLayer.__init__(self, base_layer, module_name, **kwargs)
         self._active_adapter = adapter_name
+        self.register_load_state_dict_post_hook(_look_at_loaded_basis)
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 
     def train(self, mode: bool = True) -> FuraLinear:
@@ -290,7 +320,9 @@ class FuraLinear(nn.Module, FuraLayer):
     def _apply(self, fn, recurse: bool = True) -> FuraLinear:
         """Moves the layer as always, but its basis keeps its dtype (`basis_dtype`) when the model is cast.
 
-        In float16 a small ``s0`` would become the zero that ``ds`` is divided by.
+        In float16 a small ``s0`` would become the zero that ``ds`` is divided by. In a weight cast to 16 bits the
+        directions of small singular values are lost, and what was learned along them with them (`divisor_floor`):
+        merge before the cast to keep it.
         """
         self._kept_blocks.clear()
         before = {part: dict(getattr(self, part)) for part in ("fura_V", "fura_s0")}
@@ -327,7 +359,7 @@ class FuraLinear(nn.Module, FuraLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if self._without_basis:
+        if self._without_basis or len(self.fura_narrow) < len(self.fura_s0):
             self.ensure_basis()
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
@@ -336,9 +368,12 @@ class FuraLinear(nn.Module, FuraLayer):
     def _forward_adapted(
         self, x: torch.Tensor, adapter_names: list[str], *args, up: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        inner = self._blocks(adapter_names, "input", x.dtype)
-        outer = self._blocks(adapter_names, "output", x.dtype)
-        layer = self.base_layer
+        layer, computed = self.base_layer, computing_dtype(x)
+        if self._is_finer(computed) and any(computed in self.fura_narrow.get(name, ()) for name in adapter_names):
+            names = [name for name in adapter_names if name in self.fura_side]
+            return linear(gated(x, up), self._adapted(self.get_base_weight(), names), layer.bias)
+        inner = self._blocks(adapter_names, "input", x.dtype, computed)
+        outer = self._blocks(adapter_names, "output", x.dtype, computed)
         folds = len(inner) == 1 and type(layer) is nn.Linear and fold_pays(x, layer.weight, inner[0])
         if folds and not (args or kwargs) and self._is_plain():
             y = folded_linear(x, layer.weight, layer.bias, inner[0], up)
@@ -349,22 +384,41 @@ class FuraLinear(nn.Module, FuraLayer):
             return mix(y, outer)
         return sum((apply_blocks(y - bias, D) for D in outer), y)
 
-    def _blocks(self, adapter_names: list[str], side: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _is_finer(self, dtype: torch.dtype) -> bool:
+        """Whether the weight holds more than products in this dtype take of it, as under autocast.
+
+        Then small singular values, which ``x + D x`` in this dtype has no room for, are in ``W + W D`` where they
+        should be, and what is trained is what is merged: it is rounded once, as autocast rounds W.
+        """
+        return (
+            dtype.itemsize < 4
+            and type(self.base_layer) in LINEAR
+            and self.base_layer.weight.dtype.itemsize >= 4
+            and self._is_plain()
+        )
+
+    def _blocks(
+        self, adapter_names: list[str], side: str, dtype: torch.dtype, computed: torch.dtype
+    ) -> list[torch.Tensor]:
         """The block matrices of the named adapters on one side, summed where they have the same shape.
+
+        Args:
+            dtype: of x.
+            computed: of its product with the weight.
 
         Between the tokens of an answer they stay the same: in evaluation mode, without gradients, they are kept.
         """
         names = [name for name in adapter_names if self.fura_side.get(name) == side]
         if not names:
             return []
-        key, version = (*names, dtype), self._written(names)
+        key, version = (*names, dtype, computed), self._written(names)
         if version is not None and key in self._kept_blocks and self._kept_blocks[key][0] == version:
             return self._kept_blocks[key][1]
         by_shape: dict[torch.Size, torch.Tensor] = {}
         for name in names:
-            D = self.delta(name)
+            D = self.delta(name, resolution=computed)
             by_shape[D.shape] = by_shape[D.shape] + D if D.shape in by_shape else D
-        blocks = list(by_shape.values())
+        blocks = [narrowed(D, computed) for D in by_shape.values()]
         if version is not None:
             blocks = [D.to(dtype) for D in blocks]
             self._kept_blocks[key] = version, blocks
@@ -386,7 +440,7 @@ class FuraLinear(nn.Module, FuraLayer):
             return None
 
     def _is_plain(self) -> bool:
-        """Whether all that calling the base layer, an nn.Linear, does is multiply by its frozen weight and add its
+        """Whether all that calling the base layer, one of LINEAR, does is multiply by its frozen weight and add its
         frozen bias."""
         layer = self.base_layer
         return (
@@ -500,6 +554,7 @@ class FuraLinear(nn.Module, FuraLayer):
                         "train_singular_values of the saved one."
                     )
         self._kept_blocks.clear()
+        self.fura_narrow.clear()  # what is loaded may have another spectrum
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __repr__(self) -> str:
@@ -507,6 +562,10 @@ class FuraLinear(nn.Module, FuraLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+def _look_at_loaded_basis(layer: FuraLinear, _) -> None:
+    layer.ensure_basis(compute=False)
 
 
 def matches_pattern(pattern: str, module_name: str) -> bool:

@@ -17,11 +17,12 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolv
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
+from fura_vlm.fura.basis import effective_values
 from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.gate import join_gate
 from fura_vlm.fura.layer import FuraLayer, FuraLinear, matches_pattern, pattern_value
-from fura_vlm.fura.weights import compare_fingerprints, dense_weight, fingerprint, gathered
+from fura_vlm.fura.weights import LINEAR, compare_fingerprints, dense_weight, fingerprint, gathered
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class FuraModel(BaseTuner):
         else:
             _check_base(model, peft_config.base_fingerprint)
         self._shared_weights = _shared_weights(model)
+        self._all_linear = [target.lower() for target in _targets(peft_config)] == ["all-linear"]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; see the base class. What a user may not have meant is said in one log line each."""
@@ -84,12 +86,53 @@ class FuraModel(BaseTuner):
             raise
         config = self.peft_config[adapter_name]
         layers = [layer for layer in _fura_layers(model) if adapter_name in layer.fura_side]
-        for message in _oddities(config, adapter_name, layers):
+        for message in (*_oddities(config, adapter_name, layers), *self._untouched_experts(config, model)):
             logger.warning("FuRA: %s", message)
         if config.base_fingerprint is None and all(layer.fingerprint for layer in layers):
             # a copy: the caller's configuration is not tied to this base, and may be used for another one
             config = self.peft_config[adapter_name] = copy.copy(config)
             config.base_fingerprint = {layer.module_name: layer.fingerprint for layer in layers}
+
+    def _untouched_experts(self, config: FuraConfig, model: nn.Module) -> Iterator[str]:
+        """A word on weights that the configuration asks for and that no adapter can be put on: the experts that a
+        mixture keeps in one tensor ``(experts, out, in)``, which no Linear holds."""
+
+        def asked(*names: str) -> bool:
+            if not self._all_linear:
+                return self._check_target_module_exists(config, names[-1])
+            probe = FuraConfig(target_modules=list(names), exclude_modules=config.exclude_modules)
+            return all(self._check_target_module_exists(probe, name) for name in names)
+
+        kept = set(config.modules_to_save or ())
+        adapted = {part for layer in model.modules() if isinstance(layer, BaseTunerLayer) for part in layer.modules()}
+        found = []
+        for name, module in model.named_modules():
+            is_other = isinstance(module, (*LINEAR, nn.modules.conv._ConvNd)) or module in adapted
+            if is_other or kept & set(name.split(".")):
+                continue
+            for own, parameter in module.named_parameters(recurse=False):
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                whole = f"{name}.{own}"
+                if len(shape) == 3 and min(shape) > 1 and asked(name, whole):
+                    found.append(f"{whole} {tuple(shape)}")
+        if found:
+            yield (
+                f"{found[0]} (of {len(found)} such) stays as it is: FuRA adapts weights of two dimensions, and the "
+                "experts of a mixture are one weight of three. modules_to_save trains them in full, PEFT's LoRA adapts "
+                "them with target_parameters."
+            )
+
+    def add_weighted_adapter(self, *args, **kwargs) -> None:
+        """PEFT's name for a mixture of adapters, which FuRA does not make.
+
+        Raises:
+            FuraError: always; it says what to do instead.
+        """
+        raise FuraError(
+            "FuRA: adapters are not combined into a new one by add_weighted_adapter. Several may be active at once, "
+            "and their updates add: model.base_model.set_adapter(['first', 'second']), and merge_adapter() or "
+            "merge_and_unload() writes the sum into the weights. For weights, use convert_to_lora and combine those."
+        )
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -203,6 +246,11 @@ class FuraModel(BaseTuner):
         if waiting:  # the state dict was taken before, with zeros for the basis
             now = model.state_dict()
             selected = {key: now.get(key, value) for key, value in selected.items()}
+        for name, layer in model.named_modules():
+            # what the adapter was trained with, so that it is the same one over a base of a finer dtype
+            key = f"{name}.fura_s0.{adapter_name}"
+            if key in selected and isinstance(layer, FuraLayer):
+                selected[key] = effective_values(selected[key], layer.base_dtype)
         return selected
 
     @property
@@ -280,11 +328,11 @@ def _name_adapters(module: nn.Module, args: tuple, kwargs: dict, adapter_names: 
 
 def _check_linear(target: nn.Module, parent: nn.Module, name: str, backend: QuantizationBackend | None) -> None:
     """Refuse what FuRA cannot adapt. ``backend``: of the target's quantisation, or None."""
-    linear = isinstance(target, nn.Linear) if backend is None else backend.layer_type == "linear"
+    linear = isinstance(target, LINEAR) if backend is None else backend.layer_type == "linear"
     if not linear or isinstance(target, BaseTunerLayer):
         raise FuraError(
-            f"{name}: FuRA adapts torch.nn.Linear, plain or quantised, and this is {type(target).__name__}; "
-            "leave it out of target_modules, or name it in exclude_modules."
+            f"{name}: FuRA adapts torch.nn.Linear, plain or quantised, and transformers' Conv1D, and this is "
+            f"{type(target).__name__}; leave it out of target_modules, or name it in exclude_modules."
         )
     if nn.utils.parametrize.is_parametrized(target, "weight"):
         raise FuraError(f"{name}: a parametrization makes its weight, which an adapter would not follow; exclude it.")
@@ -302,6 +350,10 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
     return {key: found for key, found in names.items() if len(found) > 1}
 
 
+def _targets(config: FuraConfig) -> list[str]:
+    return [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
+
+
 def _check_vision(model: nn.Module, config: FuraConfig, matches) -> None:
     """Refuse targets inside the vision tower of a composite model, unless an entry of target_modules names
     it.
@@ -315,7 +367,7 @@ def _check_vision(model: nn.Module, config: FuraConfig, matches) -> None:
         return
     towers = [n for n, m in model.named_modules() if n and type(getattr(m, "config", None)) is type(vision_config)]
     towers = [tower for tower in towers if not any(tower.startswith(other + ".") for other in towers)]
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    targets = _targets(config)
     for tower in towers:
         short = tower.rpartition(".")[2]
         if any(short in re.sub(r"\(\?<?!.*?\)", "", entry) for entry in targets):  # what a regex excludes is not asked
@@ -323,7 +375,7 @@ def _check_vision(model: nn.Module, config: FuraConfig, matches) -> None:
         for name, module in model.get_submodule(tower).named_modules(prefix=tower):
             if [entry.lower() for entry in targets] == ["all-linear"]:
                 probe = FuraConfig(target_modules=[name], exclude_modules=config.exclude_modules)
-                hit = isinstance(module, nn.Linear) and matches(probe, name)
+                hit = isinstance(module, LINEAR) and matches(probe, name)
             else:
                 hit = matches(config, name)
             if hit:

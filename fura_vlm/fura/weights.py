@@ -9,8 +9,11 @@ from contextlib import contextmanager
 import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fura_vlm.fura.errors import FuraError
+
+LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a Linear that holds its weight as (in, out)
 
 SAMPLE = 1024  # entries of a weight that its fingerprint looks at, evenly spread
 
@@ -75,7 +78,8 @@ def dense_weight(layer: nn.Module, backend: QuantizationBackend | None) -> torch
     """The layer's weight ``(out, in)`` as a plain tensor, dequantised if need be. Not a copy otherwise."""
     if backend is None:
         weight = layer.weight.data
-        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        return weight.T if isinstance(layer, Conv1D) else weight
     if is_packed(layer):
         # dequantisation does not know this order, but the layer does: unit vectors give its columns
         identity = torch.eye(layer.in_features, dtype=layer.compute_dtype or torch.float32)

@@ -39,7 +39,7 @@ class WeightFiles:
         tensors: the names in the files, in natural order, and on the meta device the shape and dtype of each.
 
     Raises:
-        ModelError: a file is missing, cut off or damaged.
+        ModelError: a file is missing, cut off or damaged, or has a dtype that PyTorch has not.
     """
 
     def __init__(self, path: str, what: str):
@@ -92,14 +92,13 @@ class WeightFiles:
             if file.endswith(".safetensors"):
                 opened = safe_open(file, "pt")
                 parts = {name: opened.get_slice(name) for name in opened.keys()}
-                found = {
-                    name: torch.empty(part.get_shape(), dtype=_dtype_of(part), device="meta")
-                    for name, part in parts.items()
-                }
+                found = {name: _on_meta(part, f"{name} in {file}") for name, part in parts.items()}
             else:
                 mapped = zipfile.is_zipfile(file)  # torch's form since 1.6; older ones cannot be mapped
                 opened = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
                 found = {name: tensor.to("meta") for name, tensor in opened.items()}
+        except ModelError:
+            raise
         except Exception as error:  # a broken file raises as it likes
             raise ModelError(f"{file} is cut off or damaged: download it again ({first_line(error)})") from error
         self._open[file] = opened
@@ -112,7 +111,7 @@ def parameter_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str
     has had over time they are written in.
 
     Raises:
-        ModelError: a parameter is missing in the files, or has another shape there.
+        ModelError: a parameter is missing in the files, is quantised there, or has another shape.
     """
     wanted = model.state_dict()
     mapping = get_model_conversion_mapping(model)
@@ -128,7 +127,14 @@ def parameter_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str
             f"{files.path} is not a whole {files.what}: {len(missing)} weights are missing, first {missing[0]}"
         )
     for parameter, tensor in wanted.items():
-        shape = files.tensors[found[parameter]].shape
+        stored = files.tensors[found[parameter]]
+        if tensor.is_floating_point() and (stored.itemsize < 2 or not stored.is_floating_point()):
+            dtype = str(stored.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{files.path} is quantised: {found[parameter]} is {dtype} there, which means nothing without its "
+                "scales: name the model it was made from"
+            )
+        shape = stored.shape
         if shape != tensor.shape:
             raise ModelError(
                 f"{files.path} does not fit its config.json: {found[parameter]} is {tuple(shape)} where it has to be "
@@ -217,15 +223,38 @@ def size_of(tensors: dict[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _dtype_of(part) -> torch.dtype:
-    # The names of the format, https://github.com/huggingface/safetensors#format
-    return {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "U8": torch.uint8,
-        "I8": torch.int8,
-    }[part.get_dtype()]
+# The names of the format, https://github.com/huggingface/safetensors#format, and PyTorch's. It has had some for a short
+# time only, and a few (F6_E2M3) not yet.
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def _on_meta(part, what: str) -> torch.Tensor:
+    """The shape and dtype of a tensor of a safetensors file, as `read` gives it."""
+    name, shape = part.get_dtype(), part.get_shape()
+    dtype = getattr(torch, DTYPES.get(name, ""), None)
+    if dtype is None:
+        raise ModelError(f"{what} is stored as {name}, which PyTorch {torch.__version__} has not: name another model")
+    if name == "F4":  # PyTorch's has two numbers in each entry
+        shape = [*shape[:-1], shape[-1] // 2]
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run: signals, metrics, held-out questions."""
+"""What happens beside the training itself: saving on a signal, the metrics' file, the held-out questions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fura_vlm.families.base import Family
 from fura_vlm.files import write_text
 from fura_vlm.training import report
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.run_folder import ANSWERS_AFTER, ANSWERS_BEFORE
+from fura_vlm.training.run_folder import ANSWERS_BEFORE
 
 
 class SaveOnSignal(TrainerCallback):
@@ -97,7 +97,7 @@ class HeldOut(TrainerCallback):
         if self.questions and not self.signals.stopped:
             self.after = self._answer(args, model)
             if state.is_world_process_zero:
-                write_answers(self.run / ANSWERS_AFTER, self.after)
+                write_answers(self.run / "answers-after.jsonl", self.after)
 
     def _answer(self, args, model) -> list[Answer]:
         # Every process answers its share. The shares are made equally long, because under ZeRO-3 all processes

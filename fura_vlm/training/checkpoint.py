@@ -115,19 +115,29 @@ def load_buffers(model: torch.nn.Module, checkpoint: str | Path) -> None:
                 buffer.copy_(saved.get_tensor(key))
 
 
-def mend_optimizer(scheduler: LRScheduler) -> None:
-    """Gives the parameters of an optimizer again what is theirs: ZeRO-3, loading the universal form, gives every group
-    the rate of the first one, and all of them one counter of steps, which each then advances.
+def mend_optimizer(optimizer, scheduler: LRScheduler) -> None:
+    """What an optimizer needs after DeepSpeed has loaded the universal form into it.
+
+    ZeRO-3 gives every group the rate of the first one, and all parameters one counter of steps, which each then
+    advances. ZeRO-1, 2 and 3 leave that counter on the CPU, where torch's fused AdamW refuses it.
 
     Args:
+        optimizer: torch's own, or whatever wraps it in an attribute ``optimizer``, as DeepSpeed and accelerate do.
         scheduler: with its own state loaded.
     """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     rates = zip(scheduler.get_last_lr(), scheduler.base_lrs, strict=True)
-    for group, (rate, base) in zip(scheduler.optimizer.param_groups, rates, strict=True):
+    for group, (rate, base) in zip(optimizer.param_groups, rates, strict=True):
         group.update(lr=rate, initial_lr=base)
-    for state in scheduler.optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
+    # torch keeps the counter on the CPU unless a kernel on the GPU reads it. ZeRO-3 leaves its groups without
+    # parameters, but all of them have the same settings.
+    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                stays = name == "step" and not beside
+                state[name] = value.to("cpu" if stays else parameter.device, copy=name == "step")
 
 
 def _state(checkpoint: Path) -> Path:

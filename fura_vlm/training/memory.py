@@ -1,4 +1,4 @@
-"""What to do where memory runs out."""
+"""What to do where the memory does not suffice."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from fura_vlm.training.config import TrainConfig, zero
+from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.methods import method_of
-from fura_vlm.training.processes import TrainingError
 
 
 @contextmanager

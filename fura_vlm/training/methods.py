@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fura_vlm.families.base import Family
 from fura_vlm.fura import FuraConfig
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.processes import TrainingError
+from fura_vlm.training.errors import TrainingError
 
 
 @dataclass(frozen=True)

@@ -1,81 +1,125 @@
-"""The processes of a run: how they meet, agree, fail together and part.
+"""The processes of a run: how they meet, how the main one decides for all, and how they end.
 
-A process that fails tells the others through the store that they met by, and waits until they know. Each of them has
-a thread that looks there twice a second, so that one which waits for the failed process (in a broadcast, or amid a
-step) ends, too, and does not wait for ever. One of them says on the screen what happened: the main process, unless it
-is another that has failed.
+They end together. A process that fails writes its reason into the store that all of them met at; a thread in each of
+the others looks there, since the others may be waiting for it in a collective that will never be complete.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import active_children
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch.distributed.rendezvous import rendezvous
 from torch.utils import cpp_extension
 from transformers.utils import logging
 
-from fura_vlm.errors import FuraVLMError, first_line
+from fura_vlm.errors import sentence
+from fura_vlm.training.errors import TrainingError
 
-T = TypeVar("T")
-LOOK_EVERY = 0.5  # seconds
-WAIT_FOR_OTHERS = 20.0  # seconds: longer than they need to notice
+PATIENCE = timedelta(hours=1)  # for one another: the main process may have many images to check
+LOOK = 0.5  # seconds between two looks at the store
+GRACE = 2.0  # seconds in which a failure may turn out to be that of all processes
+
+LOST = "lost the connection to another process, which was killed; often the system does that where memory is short"
+# How Gloo, NCCL and the store say that the other side is gone.
+CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
-class TrainingError(FuraVLMError):
-    """A run that cannot start or go on; the message says why and what to do."""
+@contextmanager
+def together():
+    """Meets the other processes, and parts from them at the end. Yields accelerate's ``PartialState``.
+
+    Where one process raises within, all of them end in a few seconds with exit status 1, and its sentence is on the
+    screen of each machine once, with its rank unless all say the same. A process by itself just raises. SystemExit and
+    KeyboardInterrupt are not a failure: all processes have to raise them.
+
+    Raises:
+        TrainingError: the port they meet on is in use.
+    """
+    cuda = torch.cuda.is_available()
+    set_environment(cuda)
+    store, rank, size = _meet()
+    watch = Watch(store, rank, size) if size > 1 else None
+    if watch:
+        watch.start()
+    try:
+        yield _join(store, rank, size, cuda)
+        if watch:
+            watch.part()
+    except SystemExit:
+        if watch:
+            watch.part()
+        raise
+    except Exception as error:
+        if watch:
+            watch.end_all(error)
+        raise
+    finally:
+        _leave()
 
 
-def prepare_environment() -> None:
-    """What DeepSpeed reads when it is imported, so that this comes first."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if not os.environ.get("CUDA_HOME"):
-            os.environ.setdefault("CUDA_PATH", "")  # a compiler for GPUs alone is no reason to warn of a missing GPU
+def set_environment(cuda: bool) -> None:
+    """What torch and DeepSpeed read from the environment, before either looks."""
     # PyTorch writes this path as it is into the shell command that links what DeepSpeed compiles: a space would cut it.
     cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     # Batches of ever new lengths would leave holes in the GPU's memory that nothing fits into.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Empty rather than unset: torch would find a compiler for GPUs by itself, and warn that there is no GPU.
+        os.environ |= {"CUDA_HOME": "", "CUDA_PATH": ""}
+    if "RANK" not in os.environ:  # started without a launcher: DeepSpeed would ask for MPI
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def join() -> PartialState:
-    """Meets the other processes; alone, if nobody has started this one as one of several. They wait an hour for one
-    another: the main one may have many images to check.
-
-    Raises:
-        TrainingError: the port they were to meet on is taken.
-    """
-    cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        _alone(cuda)
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+def _meet() -> tuple[dist.Store, int, int]:
+    """The store that all processes share, the rank of this one, and how many there are."""
     try:
-        # Which GPU is this process's has to be known: barriers and checkpoints ask.
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            timeout=timedelta(hours=1),
-            device_id=torch.device("cuda", rank) if cuda else None,
-        )
-    except (dist.DistNetworkError, RuntimeError) as error:
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ.get("MASTER_PORT")
         raise TrainingError(f"Port {port} is in use: set MASTER_PORT to a free one, or leave it unset") from error
-    import deepspeed  # after ``prepare_environment``
+    # torchrun's store outlives the processes that it starts again.
+    return dist.PrefixStore(f"run{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size
 
-    # By way of DeepSpeed, too, which else believes itself alone under ZeRO-3.
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+
+def _join(store: dist.Store, rank: int, size: int, cuda: bool) -> PartialState:
+    import deepspeed
+
+    backend = "nccl" if cuda else "gloo"
+    if rank == 0:
+        store.set("backend", backend)
+    elif store.get("backend").decode() != backend:
+        raise TrainingError(
+            f"It sees {'GPUs and the main process none' if cuda else 'no GPU and the main process does'}: start all "
+            "processes on machines alike"
+        )
+    device = None
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    # With its device a barrier knows where to wait. DeepSpeed would not tell it to a process by itself.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE, device_id=device)
+    deepspeed.init_distributed(backend, timeout=PATIENCE, auto_mpi_discovery=False)
     if not cuda:
         unlink_shared_memory()
     state = PartialState(cpu=not cuda)
@@ -84,17 +128,11 @@ def join() -> PartialState:
     return state
 
 
-def _alone(cuda: bool) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if cuda and torch.cuda.device_count() > 1:
-        print(
-            f"One process trains on one of {torch.cuda.device_count()} GPUs: bash scripts/finetune_fura.sh starts one "
-            "for each",
-            file=sys.stderr,
-        )
+def _leave() -> None:
+    if dist.is_initialized():
+        from deepspeed import comm
+
+        comm.destroy_process_group()
 
 
 def unlink_shared_memory() -> None:
@@ -105,8 +143,8 @@ def unlink_shared_memory() -> None:
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
-def agree(decide: Callable[[], T]) -> T:
-    """The main process decides, all others follow."""
+def agree(decide):
+    """What the main process decides, on all of them."""
     state = PartialState()
     outcome = [decide() if state.is_main_process else None]
     if state.num_processes > 1:
@@ -114,111 +152,107 @@ def agree(decide: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def refused(do: Callable[[], T], refusal: str = "These settings are refused") -> T:
-    """What ``do`` returns; a library's ``ValueError`` is a refusal of the settings.
-
-    Raises:
-        TrainingError: in its place.
-    """
-    try:
-        return do()
-    except ValueError as error:
-        raise TrainingError(f"{refusal}: {first_line(error)}") from error
-
-
 @contextmanager
-def together():
-    """What happens within concerns all processes: if one fails, all end, within seconds and with one message."""
-    state = PartialState()
-    failures = Failures(state) if state.num_processes > 1 else None
+def refusing(words: str):
+    """A library's ValueError within becomes a TrainingError that begins with ``words``."""
     try:
         yield
-    except BaseException as error:
-        if isinstance(error, SystemExit):  # stopped and saved: every process comes to this end by itself
-            part()
-        elif failures is not None:
-            failures.tell(error)
-        raise
-    finally:
-        if failures is not None:
-            failures.stop_looking()
-    part()
+    except ValueError as error:
+        raise TrainingError(f"{words}: {error}") from error
 
 
-def part() -> None:
-    """Takes leave of the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+class Watch(threading.Thread):
+    """Ends this process when another one has failed, and the others when this one has.
 
+    In the store: ``failed/RANK``, JSON with ``text``, ``lost`` (only the connection to another one that has failed) and
+    ``host``; ``failures``, how many there are; ``speaker/HOST``, the rank that tells people on this machine.
+    """
 
-class Failures:
-    """What has gone wrong, on whichever process, known to all of them through their store."""
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        super().__init__(name="watch", daemon=True)
+        self.store, self.rank, self.size = store.clone(), rank, size  # its own connection: a wait blocks the other one
+        self.host = socket.gethostname()
+        self._parted = threading.Event()
+        self._ending = threading.Lock()
 
-    def __init__(self, state: PartialState):
-        self.rank, self.number = state.process_index, state.num_processes
-        # A connection of its own: one that waits for an answer keeps others from asking.
-        self.store = dist.PrefixStore("failures", dist.distributed_c10d._get_default_store().clone())
-        self.over = threading.Event()
-        threading.Thread(target=self._look, name="failures", daemon=True).start()
+    def part(self) -> None:
+        """To be called by all processes when they have nothing to do with one another any longer."""
+        dist.barrier()
+        self._parted.set()
+        dist.barrier()  # the main process keeps the store, and leaves when nobody looks any longer
 
-    def tell(self, error: BaseException) -> None:
-        """Makes the failure of this process known, and waits until the others are about to end. A process other than
-        the main one does not return if the main one has said it."""
-        self.over.set()
-        known = isinstance(error, FuraVLMError)
-        said = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
-        try:
-            self.store.set(f"failed/{self.rank}", said)
-            self.store.set(f"knows/{self.rank}", "")
-            if self.rank == 0:
-                self.store.set("said", "by itself")
-                self._wait_for([f"knows/{rank}" for rank in range(1, self.number)])
-                return
-            # The launcher ends all processes with the first: the main one has to say it before.
-            self._wait_for(["said"])
-            time.sleep(2 * LOOK_EVERY)  # it is being said
-        except (RuntimeError, dist.DistStoreError):  # the main process, which keeps the store, is gone
-            pass
-        if known:
-            os._exit(1)
-        # A traceback of a fault that nobody has foreseen is for this process to show.
-
-    def stop_looking(self) -> None:
-        self.over.set()
-
-    def _wait_for(self, keys: list[str]) -> None:
-        until = time.monotonic() + WAIT_FOR_OTHERS
-        while not self.store.check(keys) and time.monotonic() < until:
-            time.sleep(LOOK_EVERY / 5)
-
-    def _look(self) -> None:
-        while not self.over.wait(LOOK_EVERY):
+    def run(self) -> None:
+        while not self._parted.wait(LOOK):
             try:
-                failed = [rank for rank in range(self.number) if self.store.check([f"failed/{rank}"])]
-            except (RuntimeError, dist.DistStoreError):
-                os._exit(1)  # the main process is gone
-            if failed:
-                self._end(failed)
-
-    def _end(self, failed: list[int]) -> None:
-        if self.rank == 0:
-            # It may be about to fail for the same reason: then it says so itself, as if it were alone.
-            if self.over.wait(4 * LOOK_EVERY):
+                failed = self.store.check(["failures"])
+            except Exception:  # the main process is gone, and the store with it
+                if not self._parted.is_set():
+                    self._end(self._reasons())
                 return
-            rank = failed[0]
-            said = self.store.get(f"failed/{rank}").decode()
-            where = f"process {rank} of {self.number}, counted from 0"
-            print(f"fura-vlm train: {where}, failed: {said}", file=sys.stderr, flush=True)
-            self.store.set("said", "for it")
-            time.sleep(2 * LOOK_EVERY)
-            os._exit(1)
+            if failed:
+                self._end(self._reasons())
+
+    def end_all(self, error: Exception) -> None:
+        """Ends this process, which has failed, and the others."""
+        text = sentence(error)
+        lost = text is None and any(words in str(error) for words in CLOSED)
+        if lost:
+            text = LOST
+        reason = {"text": text or _traceback(error), "lost": lost, "host": self.host}
         try:
-            self.store.set(f"knows/{self.rank}", "")
-            if 0 in failed:  # until it has spoken and its store is gone
-                self._wait_for(["never"])
-            else:
-                self._wait_for(["said"])
-                time.sleep(2 * LOOK_EVERY)
-        except (RuntimeError, dist.DistStoreError):
+            self.store.set(f"failed/{self.rank}", json.dumps(reason))
+            self.store.add("failures", 1)
+        except Exception:  # the main process is gone
             pass
+        self._end({self.rank: reason})
+
+    def _reasons(self) -> dict[int, dict]:
+        keys = {rank: f"failed/{rank}" for rank in range(self.size)}
+        try:
+            return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}
+        except Exception:
+            return {}
+
+    def _end(self, reasons: dict[int, dict]) -> None:
+        """Says why, if that is this process's part, and ends it without waiting for anything."""
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()  # the other thread is about to end this process
+        deadline = time.monotonic() + GRACE
+        while len(reasons) < self.size and time.monotonic() < deadline:
+            time.sleep(0.1)
+            reasons |= self._reasons()
+        if self._speaks():
+            print(f"fura-vlm train: {explain(reasons, self.size)}", file=sys.stderr)
+        if self.rank == 0:
+            time.sleep(GRACE)  # the store goes with it, and others may still want to read
+        for child in active_children():
+            child.terminate()  # data workers would stay for some seconds
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(1)
+
+    def _speaks(self) -> bool:
+        try:
+            return self.store.compare_set(f"speaker/{self.host}", "", str(self.rank)).decode() == str(self.rank)
+        except Exception:  # the main process is gone
+            return self.rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+
+
+def explain(reasons: dict[int, dict], size: int) -> str:
+    """What to tell people of the reasons why processes of ``size`` failed, by rank: what came first, and where.
+
+    Args:
+        reasons: by rank, as ``Watch`` has them; empty if a process was killed.
+    """
+    if not reasons:
+        return f"A process {LOST}"
+    causes = {rank: reason for rank, reason in reasons.items() if not reason["lost"]} or reasons
+    first = min(causes)
+    reason = causes[first]
+    if len(causes) == size and all(other["text"] == reason["text"] for other in causes.values()):
+        return reason["text"]
+    return f"process {first} of {size}, on {reason['host']}: {reason['text']}"
+
+
+def _traceback(error: Exception) -> str:
+    return "it failed\n" + "".join(traceback.format_exception(error)).rstrip()

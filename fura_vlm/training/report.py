@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 import textwrap
 from pathlib import Path
 
-from fura_vlm.evaluation.heldout import Answer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from fura_vlm.evaluation.heldout import Answer, blind_guess, exact_match
+from fura_vlm.files import write_text
 from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.methods import method_of
+from fura_vlm.training.run_folder import FINISHED
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -27,8 +35,57 @@ def score_table(before: dict[str, float], after: dict[str, float], blind: dict[s
     lines = ["| family | blind guess | before | after | gain |", "|---|---:|---:|---:|---:|"]
     for family in after:
         b, a, g = (100 * scores[family] for scores in (before, after, blind))
-        lines.append(f"| {family} | {g:.1f} | {b:.1f} | {a:.1f} | {a - b:+.1f} |")
+        below = ", below the guess" if a < g else ""
+        lines.append(f"| {family} | {g:.1f} | {b:.1f} | {a:.1f} | {a - b:+.1f}{below} |")
     return "\n".join(lines)
+
+
+def below_the_guess(after: dict[str, float], blind: dict[str, float]) -> str:
+    """What to say where the trained model answers worse than somebody who never looks; "" where it does not."""
+    worse = [family for family in after if family != "mean" and after[family] < blind[family]]
+    if not worse:
+        return ""
+    named = ", ".join(f"{kind} ({100 * after[kind]:.1f} %, the guess {100 * blind[kind]:.1f} %)" for kind in worse)
+    return (
+        "After training the answers are still worse than the commonest answer given to every question: "
+        f"{named}. Likely causes: too few steps; a learning rate that is too low, or so high that the loss does not "
+        "fall; answers that the model's tokenizer spells letter by letter (there is a warning before the training); or "
+        "held-out questions asked in other words than those trained. Look at the loss curve and the sample answers"
+    )
+
+
+def write_report(config: TrainConfig, run: Path, before: list[Answer], after: list[Answer], console: Console) -> None:
+    """Pictures, the report and the closing words."""
+    rows = read_metrics(run / "metrics.jsonl")
+    plot_curve(rows, run / "loss.png")
+    lines = [f"# {run.name}", "", "![loss](loss.png)", ""]
+    if after:
+        scores = exact_match(before), exact_match(after), blind_guess(after)
+        plot_scores(*scores, run / "scores.png")
+        plot_samples(before, after, run / "samples.png")
+        table = score_table(*scores)
+        below = below_the_guess(scores[1], scores[2])
+        lines += ["Held-out questions, exact match in percent:", "", table, "", *([below, ""] if below else [])]
+        lines += ["![scores](scores.png)", ""]
+        lines += ["![samples](samples.png)", ""]
+        console.print(Markdown("Held-out questions, exact match in percent\n\n" + table))
+        if below:
+            console.print(below, style="yellow", soft_wrap=True)
+    write_text(run / FINISHED, "\n".join(lines))
+    full = method_of(config).adapter is None
+    console.print(f"{'model  ' if full else 'adapter'}     {run / ('model' if full else 'adapter')}")
+    console.print(f"loss curve  {run / 'loss.png'}")
+    if after:
+        samples = run / "samples.png"
+        console.print(f"report      {run / FINISHED}, with sample answers in {samples}", soft_wrap=True)
+    console.print("What next:")
+    image = next((answer.image for answer in after if answer.image), "IMAGE")
+    program = os.path.relpath(Path(sys.executable).with_name("fura-vlm"))
+    commands = [["bash", "scripts/eval.sh", run], [program, "chat", image, "--model", run]]
+    if not full:
+        commands.append([program, "merge", run, run / "merged"])
+    for command in commands:
+        console.print("  " + shlex.join(map(str, command)), soft_wrap=True)
 
 
 def adapter_card(config: TrainConfig, run: str) -> str:

@@ -1,4 +1,4 @@
-"""The folder of a run: which one it is, who may write there, and whether an interrupted run in it can go on.
+"""The folder of a run: which one it is, that it is one run's alone, and what is written into it.
 
 <output_dir>/adapter/            the PEFT adapter; model/, a whole model, where every weight was trained
 <output_dir>/mm_projector.safetensors  by LLaVA's names, for ``fura-vlm assemble``, where the projector was pretrained
@@ -15,23 +15,33 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import platform
+import shutil
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
+from accelerate import PartialState
 from filelock import FileLock, Timeout
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from fura_vlm.files import write_text
+from fura_vlm.modelling.assemble import PROJECTOR_KEYS
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.processes import TrainingError, agree
+from fura_vlm.training.errors import TrainingError
+from fura_vlm.training.processes import agree
+from fura_vlm.training.trainer import FuraTrainer
 
 FINISHED = "report.md"  # written last
 ANSWERS_BEFORE = "answers-before.jsonl"
-ANSWERS_AFTER = "answers-after.jsonl"
 BATCH = ("train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")  # how a step is made up
-# What may change while an interrupted run goes on: its result stays the same. For BATCH, ``batches.accumulation`` sees
-# to that.
+# What an interrupted run may go on with otherwise than it began: its result stays the same. Of BATCH,
+# ``accumulation_steps`` sees to that.
 MAY_CHANGE = (
     *BATCH,
     "gradient_checkpointing",
@@ -44,6 +54,7 @@ MAY_CHANGE = (
     "save_total_limit",
     "report_to",
 )
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
 
 
 def choose_run(config: TrainConfig) -> Path:
@@ -96,3 +107,51 @@ def begin(config: TrainConfig, run: Path) -> None:
         if changed:  # it begins anew, and perhaps with another base or other questions
             (run / ANSWERS_BEFORE).unlink(missing_ok=True)
     write_text(saved, yaml.safe_dump(settings, sort_keys=False))
+
+
+def describe(config, run, family, model, dataset, checkpoint, console) -> None:
+    """Writes what the run is before it starts, and says it."""
+    family.processor.save_pretrained(run / "processor")
+    versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+    write_text(run / "versions.json", json.dumps(versions, indent=1))
+    if isinstance(model, PeftModel):
+        trained, total = model.get_nb_trainable_parameters()
+    else:
+        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    console.print(
+        f"{config.method} trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of "
+        f"{config.model_name_or_path} on {len(dataset):,} records; the run folder is {run}",
+        soft_wrap=True,
+    )
+    if checkpoint:
+        console.print(f"Going on where the interrupted run stopped: {checkpoint}", soft_wrap=True)
+
+
+def save(trainer: FuraTrainer, folder: Path, card: str | None = None) -> None:
+    """The adapter as PEFT saves it or the whole model, gathered from all processes under ZeRO-3; written beside and
+    renamed. PEFT's own card is a form that nobody has filled in."""
+    building = folder.with_name(folder.name + ".tmp")
+    trainer.save_model(str(building))
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        if card is not None:
+            write_text(building / "README.md", card)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(building, folder)
+
+
+def write_projector(run: Path) -> None:
+    """The pretrained projector out of its adapter, by the names of LLaVA-1.5's, for ``fura-vlm assemble``; that of
+    another family has none, and is in the adapter."""
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    weights = {
+        theirs: weight
+        for theirs, ours in PROJECTOR_KEYS.items()
+        for name, weight in trained.items()
+        if name.endswith(f".{ours}")
+    }
+    if len(trained) != len(PROJECTOR_KEYS) or weights.keys() != PROJECTOR_KEYS.keys():
+        return
+    building = run / "mm_projector.tmp"
+    save_file(weights, building)
+    os.replace(building, run / "mm_projector.safetensors")

@@ -1,4 +1,4 @@
-"""The settings of a run, checked, and as transformers' Trainer and DeepSpeed take them."""
+"""The settings of a run: whether they can be, and what transformers' Trainer is given of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers import TrainingArguments
 
 from fura_vlm.training.checkpoint import WrittenBy
 from fura_vlm.training.config import TrainConfig, zero
+from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.methods import learning_rate, method_of
-from fura_vlm.training.processes import TrainingError
 
-# What libraries refuse late, or not at all: less than this.
+# Less than this libraries refuse late, or not at all.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
     "train_batch_size": 1,
@@ -58,10 +58,10 @@ def check(config: TrainConfig) -> None:
             f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
             "scripts/zero2.json, or the method without q"
         )
-    accumulation(config, None)
+    accumulation_steps(config, None)
 
 
-def accumulation(config: TrainConfig, checkpoint: str | None) -> int:
+def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
     """The gradient accumulation steps. Those of a resumed run make its steps as large as they were, so that they take
     the same records in the same order on any number of processes."""
     records = config.train_batch_size
@@ -86,7 +86,6 @@ def accumulation(config: TrainConfig, checkpoint: str | None) -> int:
 
 
 def training_arguments(config: TrainConfig, run: Path, accumulation: int, universal: bool) -> TrainingArguments:
-    """Raises ``TrainingError`` where the DeepSpeed configuration contradicts the recipe."""
     cuda = torch.cuda.is_available()
     bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
     deepspeed_config = json.loads(Path(config.deepspeed).read_text())
@@ -128,5 +127,5 @@ def training_arguments(config: TrainConfig, run: Path, accumulation: int, univer
     return arguments
 
 
-def dtype_of(arguments: TrainingArguments) -> torch.dtype:
+def training_dtype(arguments: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if arguments.bf16 else torch.float32

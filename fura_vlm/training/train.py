@@ -1,20 +1,17 @@
-"""A training run, from a configuration to a run folder (``run_folder``)."""
+"""A training run, from a configuration to a run folder (``run_folder.py``)."""
 
 from __future__ import annotations
 
-import json
-import platform
 import signal
-from importlib.metadata import version
 from pathlib import Path
 
 from accelerate import PartialState
-from peft import PeftModel
 from rich.console import Console
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
+from fura_vlm.data.answer_tokens import warning
 from fura_vlm.data.collator import Collator
 from fura_vlm.data.dataset import ConversationDataset
 from fura_vlm.data.index import open_index
@@ -22,21 +19,20 @@ from fura_vlm.data.messages import Record
 from fura_vlm.data.records import report_problems
 from fura_vlm.evaluation.heldout import load_questions
 from fura_vlm.families.base import Family
-from fura_vlm.files import write_text
 from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.callbacks import HeldOut, MetricsFile, SaveOnSignal
 from fura_vlm.training.checkpoint import WrittenBy, make_universal
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.ending import finish, save
 from fura_vlm.training.loss import use_all_parts
 from fura_vlm.training.memory import advice_on_memory
-from fura_vlm.training.methods import compile_layers, prepare, quantization
-from fura_vlm.training.processes import agree, join, prepare_environment, refused, together
-from fura_vlm.training.run_folder import alone_in, begin, choose_run
-from fura_vlm.training.settings import accumulation, check, dtype_of, training_arguments
+from fura_vlm.training.methods import compile_layers, method_of, prepare, quantization
+from fura_vlm.training.processes import agree, refusing, together
+from fura_vlm.training.report import adapter_card, write_report
+from fura_vlm.training.run_folder import alone_in, begin, choose_run, describe, save, write_projector
+from fura_vlm.training.settings import accumulation_steps, check, training_arguments, training_dtype
 from fura_vlm.training.trainer import FuraTrainer
 
-LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "pillow", "fura-vlm")
+REFUSED = "These settings are refused"
 
 
 def train(config: TrainConfig) -> Path:
@@ -49,9 +45,7 @@ def train(config: TrainConfig) -> Path:
         TrainingError, ModelError, DataError: with one sentence each, before anything is trained.
         SystemExit: 143 after SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    prepare_environment()
-    state = join()
-    with together():
+    with together() as state:
         check(config)
         set_seed(config.seed)
         run = agree(lambda: choose_run(config))
@@ -62,21 +56,24 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
+    questions = agree(lambda: _questions(config))  # first: what is wrong with their files shows at once
     checkpoint = agree(lambda: get_last_checkpoint(str(run)))
-    turns = accumulation(config, checkpoint)
+    accumulation = agree(lambda: accumulation_steps(config, checkpoint))
     universal = checkpoint is not None and WrittenBy.of(checkpoint).processes != state.num_processes
     # Before the model: ZeRO-3 partitions it while loading.
-    arguments = refused(lambda: training_arguments(config, run, turns, universal))
-    dtype = dtype_of(arguments)
+    with refusing(REFUSED):
+        arguments = training_arguments(config, run, accumulation, universal)
     console = Console(quiet=not state.is_main_process)
 
     family = load_family(config.model_name_or_path, conversation=config.conversation)
-    dataset, questions, said = agree(lambda: _load_data(config, family, run))
+    dataset, said = agree(lambda: _load_data(config, family, run))
     if said:
         console.print(said, style="yellow", soft_wrap=True)
-    four_bits = quantization(config, family, dtype)
-    model = load_base(config.model_name_or_path, dtype, config.attn_implementation, four_bits)
-    model = refused(lambda: prepare(model, config, family), f"{config.method} cannot be set up with these settings")
+    dtype = training_dtype(arguments)
+    quantized = quantization(config, family, dtype)
+    model = load_base(config.model_name_or_path, dtype, config.attn_implementation, quantized)
+    with refusing(f"{config.method} cannot be set up with these settings"):
+        model = prepare(model, config, family)
     # ZeRO-3 also takes the last gradients again of what a batch leaves out.
     if state.num_processes > 1 or is_deepspeed_zero3_enabled():
         use_all_parts(model, family)
@@ -84,11 +81,11 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
         compile_layers(model, family, config.activation_memory_budget)
 
     if state.is_main_process:
-        _describe(config, run, family, model, dataset, checkpoint, console)
+        describe(config, run, family, model, dataset, checkpoint, console)
     signals = SaveOnSignal()
     held_out = HeldOut(config, run, family, questions, signals)
-    trainer = refused(
-        lambda: FuraTrainer(
+    with refusing(REFUSED):
+        trainer = FuraTrainer(
             model=model,
             args=arguments,
             train_dataset=dataset,
@@ -100,7 +97,6 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
             group_by_modality_length=config.group_by_modality_length,
             universal=universal,
         )
-    )
     if universal:
         agree(lambda: make_universal(checkpoint))
     with advice_on_memory(config, run):
@@ -113,17 +109,24 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
         state.wait_for_everyone()
         raise SystemExit(128 + signal.SIGTERM)
 
-    save(trainer, config, run)
+    if method_of(config).adapter is None:
+        save(trainer, run / "model")
+    else:
+        save(trainer, run / "adapter", adapter_card(config, run.name))
     if state.is_main_process:
-        finish(config, run, held_out, console)
+        if config.method == "projector":
+            write_projector(run)
+        write_report(config, run, held_out.before, held_out.after, console)
     state.wait_for_everyone()
 
 
-def _load_data(config: TrainConfig, family: Family, run: Path) -> tuple[ConversationDataset, list[Record], str]:
-    """The mixture, the held-out questions, and a line about records that cannot be used (``skipped.jsonl``)."""
-    questions = []
-    if config.eval_data_path:
-        questions = load_questions(config.eval_data_path, config.eval_image_folder)
+def _questions(config: TrainConfig) -> list[Record]:
+    return load_questions(config.eval_data_path, config.eval_image_folder) if config.eval_data_path else []
+
+
+def _load_data(config: TrainConfig, family: Family, run: Path) -> tuple[ConversationDataset, str]:
+    """The mixture, and what to say of it: records that cannot be used (``skipped.jsonl``), images that are missing,
+    answers that the tokenizer spells."""
     index = open_index(
         config.data_path,
         config.image_folder,
@@ -133,22 +136,5 @@ def _load_data(config: TrainConfig, family: Family, run: Path) -> tuple[Conversa
     )
     dataset, advice = index.dataset(family, config.verify_images)
     said = report_problems(dataset.problems, len(dataset), run / "skipped.jsonl", config.strict)
-    return dataset, questions, "\n".join(line for line in (said, advice) if line)
-
-
-def _describe(config, run, family, model, dataset, checkpoint, console) -> None:
-    """Writes what the run is before it starts, and says it."""
-    family.processor.save_pretrained(run / "processor")
-    versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
-    write_text(run / "versions.json", json.dumps(versions, indent=1))
-    if isinstance(model, PeftModel):
-        trained, total = model.get_nb_trainable_parameters()
-    else:
-        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
-    console.print(
-        f"{config.method} trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of "
-        f"{config.model_name_or_path} on {len(dataset):,} records; the run folder is {run}",
-        soft_wrap=True,
-    )
-    if checkpoint:
-        console.print(f"Going on where the interrupted run stopped: {checkpoint}", soft_wrap=True)
+    spelt = warning(dataset.answers(), family.tokenizer)
+    return dataset, "\n".join(line for line in (said, advice, spelt) if line)

@@ -47,6 +47,11 @@ class FuraTrainer(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:  # accelerate would take it from DeepSpeed's configuration, and warn of the 1 here
+            self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
+
     def get_batch_samples(self, *args, **kwargs):
         self.meter.start(self.state.global_step)
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -119,7 +124,7 @@ class FuraTrainer(Trainer):
         if checkpoint is None or not self.universal:
             return
         load_buffers(self.model, checkpoint)
-        mend_optimizer(self.lr_scheduler)
+        mend_optimizer(self.optimizer, self.lr_scheduler)
         PartialState().wait_for_everyone()
         if self.args.should_save:
             remove_universal(checkpoint)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fura_vlm.data.images import MAX_PIXELS
+from fura_vlm.chat.prompt import MAX_PIXELS
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "data" / "tiny-llava")
@@ -25,8 +26,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str):
-    """The chat command in a process of its own. Yields its address and the process."""
+def serving(*arguments: str, files: int | None = None):
+    """The chat command in a process of its own, which may have so many files open. Yields its address and itself."""
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     environment["OMP_NUM_THREADS"] = "1"
@@ -38,6 +39,8 @@ def serving(*arguments: str):
         stderr=subprocess.STDOUT,
         text=True,
     )
+    if files is not None:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files, files))
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 180
@@ -60,14 +63,14 @@ def bad_files(folder):
     """Files that are no pictures to work with, and what is said of them."""
     (folder / "text.png").write_text("not a picture")
     (folder / "drawing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>')
-    Image.new("1", (10_000, MAX_PIXELS // 10_000)).save(folder / "huge.png")
+    Image.new("1", (5_000, MAX_PIXELS // 5_000)).save(folder / "huge.png")
     Image.new("RGB", (80, 80), "red").save(folder / "whole.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:90])
     (folder / "empty.png").touch()
     return {
         "text.png": "not an image",
         "drawing.svg": "not an image",
-        "huge.png": "100,000,000 or more are refused",
+        "huge.png": "25,000,000 or more are refused",
         "cut.png": "truncated or damaged",
         "empty.png": "is empty",
         "gone.png": "does not exist",

@@ -1,6 +1,6 @@
 """The page as a user gets it: a server of its own process, and a Chromium."""
 
-import shutil
+import os
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.modelling.load import load_base
 from fura_vlm.training.config import TARGET_MODULES
 
+os.environ["OMP_NUM_THREADS"] = "1"  # engines keep it
 torch.set_num_threads(1)  # the model is small, and threads that wait for each other are slow beside other processes
 ARTEFACTS = ROOT / "runs" / "test-artefacts"
 
@@ -43,33 +44,6 @@ def scenes(tmp_path_factory) -> list[str]:
 def address(run) -> str:
     with serving("--model", run) as (address, _):
         yield address
-
-
-@pytest.fixture(scope="session")
-def browser():
-    executable = shutil.which("chromium")
-    if executable is None:
-        pytest.skip("no Chromium here: apt-get install chromium, then the tests of the page run too")
-    from playwright.sync_api import expect, sync_playwright
-
-    expect.set_options(timeout=60_000)  # a busy machine is slow, and not wrong
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=executable,
-            args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--use-fake-device-for-media-stream",  # a camera that shows a test pattern
-                "--use-fake-ui-for-media-stream",
-            ],
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

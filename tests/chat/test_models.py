@@ -13,8 +13,8 @@ from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError
 from fura_vlm.chat.models import default_model, describe, load_models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
+from fura_vlm.chat.server import serve
 from fura_vlm.chat.terminal import chat
-from fura_vlm.chat.web import serve
 from fura_vlm.modelling.load import ModelError, load_adapter, load_base
 
 

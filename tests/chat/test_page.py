@@ -4,6 +4,7 @@ import base64
 import http.server
 import re
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from playwright.sync_api import expect
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.models import load_models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
+from fura_vlm.chat.server import listen, make_server
 from fura_vlm.chat.session import Turn
-from fura_vlm.chat.web import launch
 from fura_vlm.modelling.load import load_any
 
 PHONE = {"width": 390, "height": 844}
@@ -44,15 +45,22 @@ def served(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        page = launch(load_models(run, []), ChatConfig(port=free_port(), max_users=4), folder, block=False)
+        config = ChatConfig(port=free_port(), max_users=4)
+        page, server, _ = make_server(load_models(run, []), config, folder)
+        thread = threading.Thread(target=server.run, args=(listen(config.host, config.port),), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.05)
+        page.address = f"http://{config.host}:{config.port}"
         yield page
-        page.close()
+        server.should_exit = True
+        thread.join(30)
         page.chat.engine.close()
 
 
 @pytest.fixture(scope="module")
 def address(served) -> str:
-    return served.local_url.rstrip("/")
+    return served.address
 
 
 def open_settings(page, length=24):

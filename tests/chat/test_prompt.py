@@ -1,12 +1,30 @@
 """The prompt of a chat, held to what training makes of the same conversation."""
 
+import random
+import sys
+
+import numpy as np
 import pytest
 from chat_server import TINY, bad_files
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
+from fura_vlm.chat import prompt as prompt_module
 from fura_vlm.chat.engine import ChatError
-from fura_vlm.chat.prompt import Exchange, build_prompt, encode, is_animation, read_image
+from fura_vlm.chat.prompt import (
+    DRAFT,
+    MAX_CONVERSATION,
+    MAX_QUESTION,
+    Exchange,
+    build_prompt,
+    encode,
+    is_animation,
+    picture_size,
+    read_image,
+)
 from fura_vlm.data import conversation
+from fura_vlm.data.images import load_image
 from fura_vlm.data.records import Turn
 from fura_vlm.modelling.load import load_processor
 
@@ -74,6 +92,114 @@ def test_a_long_conversation_forgets_its_beginning_but_not_the_picture(processor
     assert encode(prompt, processor)["input_ids"].shape[1] <= 512
 
 
+LONG = {
+    "chinese": "请问这张图片里有什么？龘" * 3000,
+    "thai": "ภาพนี้มีอะไร" * 3000,
+    "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466" * 5000,
+    "accents": "e" + "\u0301" * (MAX_QUESTION - 1),
+    "zero width": "\u200b" * MAX_QUESTION,
+    "one word": "a" * MAX_QUESTION,
+    "lone bytes": "\U00013000\U0010fffd" * 20_000,
+}
+
+
+def byte_tokenizer(normalizer=None) -> PreTrainedTokenizerFast:
+    """A tokenizer of another kind: every byte is a token, and all bytes of a character end at one place."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>", "<unk>", "<pad>", "<image>"]
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="module", params=["llama", "bytes", "bytes without accents"])
+def any_processor(request):
+    """The embedded model's processor, with its own tokenizer and with others."""
+    processor = load_processor(TINY)
+    if request.param != "llama":
+        removes = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+        processor.tokenizer = byte_tokenizer(removes if "without" in request.param else None)
+    return processor
+
+
+@pytest.mark.parametrize("script", LONG)
+def test_a_long_question_is_cut_in_any_script(any_processor, scenes, script, monkeypatch):
+    """In as many passes as the number of characters has binary digits, and to nearly all that fits."""
+    passes = []
+    measure = prompt_module._length
+    monkeypatch.setattr(prompt_module, "_length", lambda *arguments: passes.append(1) or measure(*arguments))
+    question = LONG[script][:MAX_QUESTION]
+    prompt = build_prompt([Exchange(question, scenes[0])], any_processor, 512)
+    assert len(passes) <= 20
+    kept = prompt.text.partition("<image>\n")[2].removesuffix(" ASSISTANT:")
+    assert kept and question.startswith(kept)
+    size = len(any_processor.tokenizer(prompt.text)["input_ids"]) + 63  # the picture is 64 tokens
+    assert size <= 512
+    if kept != question.strip():  # one more character of up to four bytes, some of which make two tokens, is too much
+        assert size > 512 - 12 and "only its beginning" in prompt.notice
+
+
+def test_what_is_far_too_long_is_refused(processor, scenes):
+    with pytest.raises(ChatError, match=f"has 100,001 characters: ask with {MAX_QUESTION:,} at most"):
+        build_prompt([Exchange("a" * (MAX_QUESTION + 1), scenes[0])], processor, 900)
+    exchanges = [Exchange("a" * MAX_QUESTION, None, "yes")] * 4 + [Exchange("And now?")]
+    with pytest.raises(ChatError, match=f"{MAX_CONVERSATION:,} at most are kept: start a new one"):
+        build_prompt(exchanges, processor, 900)
+
+
+def test_of_a_long_conversation_little_is_read(processor, monkeypatch):
+    """A thousand short questions are measured in a few passes over what may fit, not over all of it each time."""
+    passes = []
+    measure = prompt_module._length
+    monkeypatch.setattr(prompt_module, "_length", lambda *arguments: passes.append(1) or measure(*arguments))
+    prompt = build_prompt([Exchange("?", None, "!")] * 1000 + [Exchange("And now?")], processor, 512)
+    assert len(passes) <= 10
+    assert 480 < len(processor.tokenizer(prompt.text)["input_ids"]) <= 512
+
+
+@pytest.mark.parametrize("text", ["<ima" * 4000 + "ge>" * 4000, "<image>" * 4000, "<" * 4000 + "</s>" * 3000])
+def test_special_tokens_are_taken_out_in_time_in_line_with_the_text(processor, text):
+    """Twice the text takes twice the lines of Python, each of which looks at no more than one token's characters."""
+
+    def lines(text: str) -> int:
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            count += event == "line" and frame.f_code is prompt_module._plain.__code__
+            return trace if frame.f_code is prompt_module._plain.__code__ else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            prompt_module._plain(text, processor.tokenizer)
+        finally:
+            sys.settrace(before)
+        return count
+
+    assert len(text) < lines(text + text) < 2.1 * lines(text)
+
+
+def test_special_tokens_are_taken_out_as_if_one_by_one(processor):
+    """Against taking out one after the other until none is left, on random nestings."""
+    draw = random.Random(0)
+    pieces = ["<image>", "</s>", "<s>", "<", "im", "age>", "</", "s>", "a", " "]
+    for _ in range(500):
+        text = expected = "".join(draw.choices(pieces, k=12))
+        special = {"<image>", *processor.tokenizer.all_special_tokens}
+        while found := [token for token in special if token in expected]:
+            expected = expected.replace(min(found, key=expected.index), "", 1)
+        assert prompt_module._plain(text, processor.tokenizer) == expected.strip()
+
+
 @pytest.mark.parametrize("question", ["", "  ", "<image>", "</s>\n"])
 def test_no_question(processor, scenes, question):
     with pytest.raises(ChatError, match="type one"):
@@ -85,6 +211,40 @@ def test_bad_files_are_named_without_the_servers_folder(tmp_path):
         with pytest.raises(ChatError, match=reason) as caught:
             read_image(str(tmp_path / name))
         assert str(caught.value).startswith(name) and str(tmp_path) not in str(caught.value)
+
+
+def test_only_meant_formats_are_opened(tmp_path):
+    for name in ("picture.ppm", "picture.tga", "picture.ico", "picture.pcx"):
+        Image.new("RGB", (40, 40), "red").save(tmp_path / name)
+        with pytest.raises(ChatError, match="not an image"):
+            read_image(str(tmp_path / name))
+    for name in ("picture.png", "picture.jpg", "picture.webp", "picture.gif", "picture.bmp", "picture.tif"):
+        Image.new("RGB", (40, 40), "red").save(tmp_path / name)
+        assert read_image(str(tmp_path / name)).getpixel((20, 20))[0] > 250
+
+
+@pytest.mark.parametrize("name", ["large.jpg", "large.png", "turned.jpg"])
+def test_a_large_picture_is_read_smaller(tmp_path, name):
+    """Three times what is enough, as JPEG (which can be decoded to a half) and as PNG; the middle of it is blue."""
+    width, height = 3 * DRAFT[0], 3 * DRAFT[1] + 300
+    picture = Image.new("RGB", (width, height), "red")
+    picture.paste((0, 0, 255), (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
+    exif = Image.Exif()
+    if name == "turned.jpg":
+        exif[0x0112] = 6
+    picture.save(tmp_path / name, exif=exif)
+    seen = read_image(str(tmp_path / name))
+    upright = (height, width) if name == "turned.jpg" else (width, height)
+    assert picture_size(str(tmp_path / name)) == upright
+    factor = 3 if name == "large.png" else 2
+    assert seen.size == tuple(-(-side // factor) for side in upright)
+    assert np.allclose(seen.getpixel((seen.width // 2, seen.height // 2)), (0, 0, 255), atol=3)
+    assert np.allclose(seen.getpixel((9, 9)), (255, 0, 0), atol=3)
+
+
+def test_a_picture_of_the_usual_size_is_read_as_for_training(scenes, tmp_path):
+    Image.effect_noise((2 * DRAFT[0] - 1, 2 * DRAFT[1] - 1), 90).convert("RGB").save(tmp_path / "noise.jpg")
+    assert np.array_equal(read_image(str(tmp_path / "noise.jpg")), load_image(tmp_path / "noise.jpg"))
 
 
 def test_a_picture_that_is_kept_no_longer(processor, tmp_path):

@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
@@ -27,6 +30,7 @@ from fura_vlm.modelling.load import load_any, load_processor
 
 LENGTH = 12
 QUESTION = "What is this?"
+HEALTH = {"status": "ok", "reading": 0, "writing": 0, "waiting": 0}
 PLAIN = {"model": "base", "max_new_tokens": LENGTH, "api_name": "/chat"}
 
 
@@ -83,7 +87,7 @@ def test_twenty_users_at_once(address, scenes, expected):
         user.join()
     assert not wrong
     assert len(count) == 3 * len(scenes) and len(set(expected.values())) > 8
-    assert httpx.get(f"{address}/health").json() == {"status": "ok", "model": "tuned", "writing": 0, "waiting": 0}
+    assert httpx.get(f"{address}/health").json() == HEALTH | {"model": "tuned"}
 
 
 def test_a_user_who_leaves_frees_the_model(address):
@@ -233,13 +237,74 @@ def test_example_of_the_readme(address, scenes):
     assert len(done.stdout.splitlines()) >= 2
 
 
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("call/chat", b"{"),
+        ("call/chat", b"[]"),
+        ("call/chat", b'{"data": "x"}'),
+        ("call/nothing", b'{"data": []}'),
+        ("call/v2/nothing", b"{}"),
+        ("run/nothing", b'{"data": []}'),
+        ("queue/join", b'{"data": [], "fn_index": 999, "session_hash": "a"}'),
+        ("queue/join", b'{"data": [], "fn_index": "x", "session_hash": 3}'),
+        ("cancel", b"\xff"),
+        ("upload", b"not multipart"),
+    ],
+)
+def test_a_bad_payload_gets_a_sentence(address, path, body):
+    answer = httpx.post(
+        f"{address}/gradio_api/{path}", content=body, headers={"content-type": "application/json"}, timeout=60
+    )
+    assert 400 <= answer.status_code < 500
+    assert len(answer.text) < 500 and "Traceback" not in answer.text and ".py" not in answer.text
+
+
+@pytest.mark.parametrize("message", [None, "text", [], {"text": None, "files": []}, {"files": 3}, {"text": {}}])
+def test_a_bad_question_gets_a_sentence(address, message):
+    events = raw(address, [message, "base", 0, 1, 4])
+    assert "event: error" in events and ("cannot be carried out" in events or "type one" in events)
+
+
+def test_the_page_tells_nothing_of_the_servers_folders(address):
+    """But the example pictures are there."""
+    config = httpx.get(f"{address}/config").json()
+    strings = []
+
+    def walk(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            for part in value:
+                walk(part)
+        elif isinstance(value, str):
+            strings.append(value)
+
+    walk(config)
+    folders = tempfile.gettempdir(), str(ROOT), str(Path.home()), sys.prefix
+    assert not [text for text in strings if any(folder in text for folder in folders)]
+    pictures = [text for text in strings if "/examples/" in text]
+    assert pictures and httpx.get(pictures[0]).headers["content-type"] == "image/png"
+    assert httpx.get(f"{address}/examples/..%2f..%2fREADME.md").status_code == 404
+
+
 def test_password_address_and_end(scenes, tmp_path, monkeypatch):
+    """One server with a password, few files and many idle connections; ended while it is at everything at once."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with serving("--model", TINY, "--auth", "anna:secret") as (address, process):
-        assert httpx.get(f"{address}/config").status_code == 401
-        with pytest.raises(Exception, match="[Aa]uth|credentials|login"):
+    with serving("--model", TINY, "--auth", "anna:secret", files=400) as (address, process):
+        for path in ("config", "gradio_api/info", "examples/0.png", "gradio_api/heartbeat/a", "monitoring/summary"):
+            assert httpx.get(f"{address}/{path}").status_code in (401, 404)
+        assert httpx.get(f"{address}/health").json() == HEALTH
+        login = httpx.get(address).text
+        assert "auth_required" in login and "max_new_tokens" not in login and "tiny-llava" not in login
+        with pytest.raises(Exception, match="[Aa]uth|credentials|login|Log in"):
             client(address)
-        assert ask(client(address, auth=("anna", "secret")), scenes[0])
+        user = client(address, auth=("anna", "secret"))
+        assert ask(user, scenes[0])
+        cookies = httpx.post(f"{address}/login", data={"username": "anna", "password": "secret"}).cookies
+        known = {"cookie": "; ".join(f"{name}={value}" for name, value in cookies.items())}
+        assert httpx.get(f"{address}/health", headers=known).json() == HEALTH | {"model": "tiny-llava"}
+        assert "max_new_tokens" in httpx.get(address, headers=known).text
         listening = {c.laddr.ip for c in psutil.Process(process.pid).net_connections("tcp") if c.status == "LISTEN"}
         assert listening == {"127.0.0.1"}
         port = address.rpartition(":")[2]
@@ -248,6 +313,27 @@ def test_password_address_and_end(scenes, tmp_path, monkeypatch):
         assert done.returncode == 1 and f"Cannot listen on 127.0.0.1 port {port}" in done.stderr
         assert "Traceback" not in done.stderr
         assert list(tmp_path.glob("fura-chat-*/uploads/*/*.png"))
+
+        with contextlib.ExitStack() as stack:
+            for _ in range(450):
+                stack.enter_context(socket.create_connection(("127.0.0.1", int(port))))
+            assert httpx.get(f"{address}/health", timeout=60).json() == HEALTH
+            half = b"POST /gradio_api/upload HTTP/1.1\r\nHost: a.localhost\r\nContent-Length: 9999\r\n"
+            half += f"Content-Type: multipart/form-data; boundary=x\r\nCookie: {known['cookie']}\r\n\r\n".encode()
+            stack.enter_context(socket.create_connection(("127.0.0.1", int(port)))).sendall(half)
+            user.submit({"text": "Tell me all.", "files": []}, **PLAIN | {"max_new_tokens": 512})
+            deadline = time.monotonic() + 60
+            while (health := httpx.get(f"{address}/health", timeout=60).json())["writing"] < 1 or not health["reading"]:
+                assert time.monotonic() < deadline, health
+                time.sleep(0.05)
+            large = Image.effect_noise((4990, 4990), 99)
+            large.save(tmp_path / "large.png", compress_level=1)
+            client(address, auth=("anna", "secret")).submit(
+                {"text": "What is this?", "files": [handle_file(str(tmp_path / "large.png"))]}, **PLAIN
+            )
+            process.terminate()
+            log = process.communicate(timeout=60)[0]
+        assert "Traceback" not in log and len(log) < 20_000
     assert process.returncode == 0 and not list(tmp_path.glob("fura-chat-*"))  # nothing of the user is left
 
 

@@ -1,10 +1,11 @@
 """The metrics of the tasks as they run, for answers whose scores are worked out by hand from the benchmarks' rules."""
 
+import numpy as np
 import pytest
 from lmms_eval.tasks import TaskManager
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 
-from fura_vlm.evaluation.statistics import confidence_interval, paired_test
+from fura_vlm.evaluation.statistics import YesNo, mean_interval, paired_test, wilson
 from fura_vlm.evaluation.tasks import EVAL_FOLDER, TASKS, load_tasks
 
 
@@ -119,20 +120,76 @@ def test_textvqa_of_the_paper_has_the_ocr_tokens(tasks):
     assert tasks["textvqa_paper"].doc_to_text(doc) == "What is it?\nReference OCR token: EXIT, A1" + closing
 
 
-def test_interval_of_shares():
-    low, high = confidence_interval([1.0] * 8 + [0.0] * 2, lambda items: sum(items) / len(items))
-    # Wilson, z = 1.96: (0.8 + z²/20 ± z √(0.8·0.2/10 + z²/400)) / (1 + z²/10)
-    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+@pytest.mark.parametrize(
+    "right, n, low, high",  # Newcombe 1998, table I, method 3: the score interval without a correction
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_interval_of_shares_is_the_published_one(right, n, low, high):
+    assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+    assert mean_interval([1] * right + [0] * (n - right)) == wilson(right, n)
+    assert wilson(n - right, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
-def test_interval_of_other_scores_is_of_the_documents():
-    items = [0.3, 0.9, 0.6, 0.3, 1.0] * 40
-    mean = sum(items) / len(items)
-    low, high = confidence_interval(items, lambda rows: sum(rows) / len(rows))
-    deviation = (sum((item - mean) ** 2 for item in items) / len(items)) ** 0.5
-    assert (low, high) == pytest.approx(
-        (mean - 1.96 * deviation / 200**0.5, mean + 1.96 * deviation / 200**0.5), abs=0.01
-    )
+@pytest.mark.parametrize("n", [1, 2, 12, 1000])
+def test_interval_of_shares_is_scipys(n):
+    for right in range(0, n + 1, max(1, n // 7)):
+        theirs = binomtest(right, n).proportion_ci(method="wilson")
+        low, high = wilson(right, n)
+        assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+        assert 0 <= low <= right / n <= high <= 1 and low < high
+
+
+def test_interval_of_fractions_covers_as_often_as_it_says():
+    """Answers as TextVQA scores them, near the upper end, where resampling few of them would see no spread."""
+    values, chances = np.array([0.0, 0.3, 0.6, 0.9, 1.0]), np.array([0.02, 0.03, 0.05, 0.1, 0.8])
+    draws = np.random.default_rng(0).multinomial(25, chances, size=4000)
+    intervals = [mean_interval(np.repeat(values, draw)) for draw in draws]
+    truth = values @ chances
+    assert np.mean([low <= truth <= high for low, high in intervals]) >= 0.95
+    for constant in ([0.9] * 12, [1.0] * 12, [0.0] * 12):
+        low, high = mean_interval(constant)
+        assert low < high and low <= constant[0] <= high
+
+
+def test_interval_on_another_scale():
+    items = [30.0, 90.0, 60.0, 30.0, 100.0] * 40
+    low, high = mean_interval(items)
+    half = 1.96 * np.std(items) / 200**0.5
+    assert (low, high) == pytest.approx((np.mean(items) - half, np.mean(items) + half), abs=1)
+    assert mean_interval([30.0] * 12) is None
+
+
+def yes_no(true_yes, false_yes, false_no, true_no, unread=()):
+    cells = [("yes", "yes")] * true_yes + [("yes", "no")] * false_yes + [("no", "yes")] * false_no
+    cells += [("no", "no")] * true_no + [("a picture", truth) for truth in unread]
+    return YesNo.of([said for said, _ in cells], [truth for _, truth in cells])
+
+
+def test_yes_and_no_by_hand():
+    answers = yes_no(3, 1, 2, 4, unread=("yes", "no"))
+    assert (answers.precision, answers.recall, answers.accuracy) == pytest.approx((3 / 4, 3 / 5, 7 / 12))
+    assert (answers.said_yes, answers.unread) == pytest.approx((4 / 12, 2 / 12))
+    assert answers.f1 == pytest.approx(2 * 0.75 * 0.6 / 1.35)
+    assert yes_no(0, 0, 0, 0, unread=("yes",) * 3)[:2] == (3, 0)
+
+
+@pytest.mark.parametrize("n, chances", [(60, (0.3, 0.1, 0.2, 0.4)), (200, (0.47, 0.02, 0.03, 0.48))])
+def test_interval_of_f1_covers_as_often_as_it_says(n, chances):
+    truth = 2 * chances[0] / (2 * chances[0] + chances[1] + chances[2])
+    draws = np.random.default_rng(0).multinomial(n, chances, size=4000)
+    intervals = [YesNo(n, *map(int, draw), 0).f1_interval() for draw in draws]
+    assert 0.935 <= np.mean([low <= truth <= high for low, high in intervals]) <= 0.97
+
+
+def test_interval_of_f1_at_its_ends():
+    # 6 of 6: Wilson's lower limit is 1 / (1 + z^2 / 6), and F1 = 2p / (1 + p).
+    share = 1 / (1 + 1.959964**2 / 6)
+    assert yes_no(6, 0, 0, 6).f1_interval() == pytest.approx((2 * share / (1 + share), 1.0))
+    low, high = yes_no(0, 0, 6, 6).f1_interval()
+    assert low == 0 and high == pytest.approx(2 * (1 - share) / (2 - share))
+    # Captions in place of yes and no: what should have been yes is missed six times.
+    assert yes_no(0, 0, 0, 0, unread=("yes",) * 6 + ("no",) * 3).f1_interval() == pytest.approx((low, high))
+    assert yes_no(0, 0, 0, 5).f1_interval() == (0, 1)  # nothing that F1 counts
 
 
 def test_mcnemar_is_exact():
@@ -140,7 +197,7 @@ def test_mcnemar_is_exact():
     second = [1, 1, 1, 0, 0] + [0] + [1] * 9
     test = paired_test(first, second)
     assert test.p_value == pytest.approx(2 * binom.cdf(1, 10, 0.5)) == pytest.approx(22 / 1024)
-    assert test.difference == pytest.approx(8 / 15)
+    assert test.difference == pytest.approx(8 / 15) and (test.first_better, test.second_better) == (1, 9)
     assert paired_test(first, first).p_value == 1.0
 
 

@@ -11,6 +11,7 @@ from eval_models import BASE, ROOT
 from fura_vlm.data.conversation import SYSTEM_PROMPT
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
+from loguru import logger
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -18,7 +19,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.evaluation.answers import AnswerStore
 from fura_vlm.evaluation.generation import EvaluationError, prompt_of
-from fura_vlm.evaluation.lmms_model import FuraLlava, generation_arguments
+from fura_vlm.evaluation.lmms_model import FuraVLM, generation_arguments
 from fura_vlm.evaluation.source import Source, find_model
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0, "do_sample": False, "top_p": 1.0, "num_beams": 1}
@@ -55,7 +56,7 @@ def requests(generation=GREEDY, documents=DOCUMENTS, visuals=lambda document: do
 @pytest.fixture(scope="module")
 def make(adapter):
     def make(**settings):
-        model = FuraLlava(pretrained=BASE, adapter=str(adapter), dtype="float32", device="cpu", **settings)
+        model = FuraVLM(pretrained=BASE, adapter=str(adapter), dtype="float32", device="cpu", **settings)
         model.task_dict = {"shapes": {"test": DOCUMENTS}}
         return model
 
@@ -109,7 +110,7 @@ def test_beams(make):
 
 
 def test_adapter_changes_the_answers(make, expected):
-    model = FuraLlava(pretrained=BASE, dtype="float32", device="cpu")
+    model = FuraVLM(pretrained=BASE, dtype="float32", device="cpu")
     model.task_dict = {"shapes": {"test": DOCUMENTS}}
     assert model.generate_until(requests()) != expected
 
@@ -217,7 +218,7 @@ def test_interrupted_answers_are_not_asked_again(make, expected, tmp_path):
     assert make(cache=str(tmp_path)).generate_until(later) == expected
     assert not seen
     make(cache=str(tmp_path)).generate_until(requests(GREEDY | {"max_new_tokens": 3}))  # other arguments, other answers
-    assert len(file.read_text().splitlines()) == 6 + 4 + 9
+    assert len(file.read_text().splitlines()) == 5 + 4 + 9  # the broken row is gone
 
 
 def test_answers_survive_line_separators_and_cut_characters(tmp_path):
@@ -228,6 +229,25 @@ def test_answers_survive_line_separators_and_cut_characters(tmp_path):
     assert store.get("one") == "a\u2028b\x85c" and store.get("two") is None
     store.add({"two": "b"})
     assert AnswerStore(tmp_path).get("two") == "b"
+
+
+def test_rows_that_are_no_answers_are_skipped_with_a_word(tmp_path):
+    for rank in (0, 1):
+        AnswerStore(tmp_path, rank).add({f"{rank} one": "a", f"{rank} two": "b"})
+    broken = [b"null", b"[1]", b"{}", b'{"key": 1, "answer": "a"}', b'{"key": "k"}', b"\xff\xfe", b"", b"[" * 100_000]
+    for rank in (0, 1):
+        file = tmp_path / f"answers-{rank}.jsonl"
+        first, second = file.read_bytes().splitlines()
+        file.write_bytes(b"\n".join([first, *broken, second, b'{"key": "cut']))
+    said = []
+    sink = logger.add(said.append, level="WARNING")
+    store = AnswerStore(tmp_path)
+    assert [store.get(f"{rank} {name}") for rank in (0, 1) for name in ("one", "two")] == ["a", "b"] * 2
+    assert len(said) == 2 and "answers-0.jsonl: these lines are no answers, and skipped: 2, 3, 4," in said[0]
+    AnswerStore(tmp_path)
+    logger.remove(sink)
+    assert len(said) == 3 and "answers-1.jsonl" in said[2]  # its own file is mended, the other's is left to the other
+    assert (tmp_path / "answers-1.jsonl").read_bytes().endswith(b'{"key": "cut')
 
 
 def test_what_ends_an_answer_is_part_of_the_fingerprint(tmp_path):
@@ -248,12 +268,12 @@ def test_lmms_eval_finds_the_model():
     assert manifest.model_id == name
     registry = ModelRegistryV2()
     registry.register_manifest(manifest)
-    assert registry.get_model_class("fura_llava") is FuraLlava
+    assert registry.get_model_class("fura_llava") is FuraVLM
 
 
 def test_batch_size_must_be_a_number():
     with pytest.raises(EvaluationError, match="give a number above 0, or auto"):
-        FuraLlava(pretrained=BASE, batch_size="many")
+        FuraVLM(pretrained=BASE, batch_size="many")
 
 
 def test_published_processors_pad_here(make):

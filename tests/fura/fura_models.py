@@ -3,6 +3,8 @@
 import torch
 from transformers import (
     CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -45,6 +47,22 @@ def tiny_neox(dtype=torch.float32, seed=0):
     return model.to(dtype).eval()
 
 
+def tiny_gpt2(dtype=torch.float32, seed=0):
+    """A model of Conv1D, whose weights are (in, out); biases non-zero."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.ndim == 2:
+                parameter.mul_(4)  # else an adapter would not move its answers by what the tests ask
+    return model.to(dtype).eval()
+
+
 def tiny_llava(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     config = LlavaConfig(
@@ -70,6 +88,7 @@ CASES = {
     "llama": (tiny_llama, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
     "llava": (tiny_llava, LANGUAGE),
     "neox": (tiny_neox, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
+    "gpt2": (tiny_gpt2, ["c_attn", "c_proj", "c_fc"]),
 }
 
 

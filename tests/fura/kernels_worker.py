@@ -2,6 +2,7 @@
 errors against float64 as JSON, one object a line. The interpreter has no bfloat16 products; float16 stands in."""
 
 import copy
+import importlib
 import json
 import os
 
@@ -13,8 +14,9 @@ from fura_reference import ExplicitFura
 from peft import get_peft_model
 from torch import nn
 
-from fura_vlm.fura import FuraConfig, kernels
-from fura_vlm.fura.basis import fold_pays
+from fura_vlm.fura import FuraConfig, basis, kernels
+from fura_vlm.fura import layer as layer_module
+from fura_vlm.fura.basis import block_delta, fold_pays
 
 torch.set_num_threads(1)
 
@@ -84,6 +86,59 @@ def layer(rows, out, dim, side, train_s):
         dx=error(leaf.grad, theirs.grad),
         dR=error(dR.grad, reference.R.grad),
         ds=error(ds.grad, reference.s.grad) if train_s else 0.0,
+    )
+
+
+def delta(N, b, r, resolution, train_s=True):
+    """D and its gradients against `block_delta` itself in float64, which takes no kernels, and autograd of it."""
+    torch.manual_seed(4)
+    parts = [torch.randn(N, r, b) * 0.05, torch.randn(N, r) * 0.05, torch.linalg.qr(torch.randn(N, b, r)).Q]
+    s0 = torch.logspace(0, -4, r).expand(N, r).contiguous()  # some below the floor of each 16-bit dtype
+    grad = torch.randn(N, b, b)
+    found, exact = [
+        [part.detach().to(dtype).requires_grad_(i < 2) for i, part in enumerate(parts)]
+        for dtype in (torch.float32, torch.float64)
+    ]
+    ds, theirs = (found[1], exact[1]) if train_s else (None, None)
+    D = block_delta(found[0], ds, found[2], s0, resolution)
+    E = block_delta(exact[0], theirs, exact[2], s0.double(), resolution)
+    D.backward(grad)
+    E.backward(grad.double())
+    report(
+        f"delta {N} x {b} x {r} {resolution} {'s' if train_s else 'no s'}",
+        kernel=type(D.grad_fn).__name__ == "DeltaBackward" and type(E.grad_fn).__name__ != "DeltaBackward",
+        D=error(D, E),
+        dR=error(found[0].grad, exact[0].grad),
+        ds=error(ds.grad, theirs.grad) if train_s else 0.0,
+    )
+
+
+def switched_off():
+    """`FURA_KERNELS=0` takes the plain form everywhere, gate and all: a change of `block_delta` is seen."""
+    os.environ["FURA_KERNELS"] = "0"
+    importlib.reload(kernels)
+    torch.manual_seed(5)
+    model = get_peft_model(
+        tiny_llama(), FuraConfig(target_modules=["q_proj", "down_proj"], block_size=8, init_weights=False)
+    )
+    ids = torch.arange(60).view(2, 30)
+    before, nodes = model(ids).logits, set()
+    open_nodes = [before.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            open_nodes += [parent for parent, _ in node.next_functions]
+    formula = basis.block_delta
+    layer_module.block_delta = lambda *args: 2 * formula(*args)
+    after = model(ids).logits
+    layer_module.block_delta = formula
+    own = {cls.__name__ + "Backward" for cls in (kernels.Delta, kernels.Mix, kernels.FoldedLinear)}
+    report(
+        "switched off",
+        kernels=sorted({type(node).__name__ for node in nodes} & own),
+        nodes=len(nodes),
+        changed=error(after, before),
     )
 
 
@@ -161,4 +216,9 @@ for rows, out in ((100, 48), (20, 48), (20, 5)):  # more rows than outputs, fewe
     for side in ("input", "output") if out > 16 else ("input",):
         layer(rows, out, 32, side, True)
 layer(100, 48, 32, "input", False)
+for resolution in (torch.float32, torch.bfloat16, torch.float16):
+    delta(2, 16, 16, resolution)
+delta(3, 20, 12, torch.bfloat16)
+delta(3, 43, 43, torch.float32, train_s=False)
 report("large blocks", used=kernels.usable(torch.zeros(1, 256), 256))
+switched_off()  # the last: kernels stay off

@@ -1,5 +1,6 @@
 """The Triton kernels, run by Triton's interpreter, against formulas in float64; block matrices kept while answering."""
 
+import copy
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from fura_models import perturb, tiny_llama
 from peft import get_peft_model
 
 from fura_vlm.fura import FuraConfig, kernels
+from fura_vlm.fura.basis import effective_values
 from fura_vlm.fura.layer import FuraLayer
 
 pytestmark = pytest.mark.skipif(kernels.triton is None, reason="this build of PyTorch comes without Triton")
@@ -62,8 +64,61 @@ def test_layers_are_the_explicit_factorisation(reported):
             assert row[what] < 2e-5, (name, what, row)
 
 
+def test_the_block_matrices_are_those_of_block_delta(reported):
+    """The kernels hold its formula, and its gradients, once more."""
+    cases = {name: row for name, row in reported.items() if name.startswith("delta")}
+    assert len(cases) == 5
+    for name, row in cases.items():
+        assert row["kernel"] and max(row[what] for what in ("D", "dR", "ds")) < 2e-6, (name, row)
+
+
+def test_switched_off_no_kernel_runs(reported):
+    row = reported["switched off"]
+    assert row["kernels"] == [] and row["nodes"] > 50
+    assert row["changed"] > 1e-3
+
+
 def test_large_blocks_are_left_to_plain_operations(reported):
     assert reported["large blocks"] == {"used": False}
+
+
+# --------------------------------------------------------------------------------------- compiled, where there is a GPU
+
+
+@pytest.mark.skipif(not kernels.SHARED_MEMORY, reason="there is no GPU that the kernels are built for")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 8e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("rows", [7, 300])
+def test_built_for_the_gpu_they_are_the_plain_form(rows, dtype, rounding, compiled):
+    """A Llama's MLP, every kernel in it, as Triton builds them and within `torch.compile`: outputs and gradients are
+    those of the plain form in float64, of the same numbers."""
+    torch.manual_seed(0)
+    config = FuraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_weights=False)
+    model = get_peft_model(tiny_llama(dtype), config)
+    with torch.no_grad():  # a direction below the floor of the 16-bit dtypes
+        for layer in layers(model):
+            layer.fura_s0["default"][0, -1] = layer.fura_s0["default"][0, 0] * 5e-4
+            layer.fura_ds["default"][0, -1] = 1e-3
+    block = model.cuda().base_model.model.model.layers[0].mlp
+    exact = copy.deepcopy(block).double()
+    for layer in layers(exact):
+        s0 = layer.fura_s0["default"].double()
+        layer.fura_V["default"] = layer.fura_V["default"].double()
+        layer.fura_s0["default"] = effective_values(s0, dtype)
+    x = torch.randn(rows, block.hidden_size, device="cuda").to(dtype)
+    grad = torch.randn(rows, block.hidden_size, device="cuda").to(dtype)
+    leaf, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    assert kernels.usable(x, 8) and not kernels.usable(theirs, 8)
+    if compiled:
+        block.compile()
+    y, z = block(leaf), exact(theirs)
+    y.backward(grad)
+    z.backward(grad.double())
+    pairs = [(y, z), (leaf.grad, theirs.grad)]
+    pairs += [(p.grad, q.grad) for p, q in zip(block.parameters(), exact.parameters(), strict=True) if p.requires_grad]
+    assert len(pairs) == 8
+    for found, expected in pairs:
+        assert (found.double() - expected).norm() < rounding * expected.norm()
 
 
 # --------------------------------------------------------------------------------- block matrices kept while answering

@@ -270,10 +270,11 @@ def test_deficient_blocks_are_guarded(caplog):
 
 
 def test_case_models_have_what_they_stand_for():
-    llama, llava, neox = (build() for build, _ in CASES.values())
+    llama, llava, neox, gpt2 = (build() for build, _ in CASES.values())
     assert any("vision_tower" in n and n.endswith("q_proj") for n, _ in llava.named_modules())
     assert neox.gpt_neox.layers[0].attention.query_key_value.bias.abs().max() > 0
     assert llama.model.layers[0].self_attn.k_proj.weight.shape == (24, 48)
+    assert gpt2.transformer.h[0].attn.c_attn.weight.shape == (32, 96)
 
 
 def test_decomposition_does_not_depend_on_the_number_of_threads():

@@ -380,7 +380,7 @@ def test_adapters_active_together_add_up(case):
     names = ["default", "second", "third"]
     layer = next(iter(fura_layers(model).values()))
     D = {name: torch.block_diag(*layer.delta(name)).detach() for name in names}
-    W = layer.base_layer.weight.data.clone()
+    W = layer.get_base_weight().clone()
     eye_in, eye_out = torch.eye(W.shape[1]), torch.eye(W.shape[0])
     exact = (eye_out + D["third"]) @ W @ (eye_in + D["default"] + D["second"])
 
@@ -390,15 +390,15 @@ def test_adapters_active_together_add_up(case):
     bias = 0 if layer.bias is None else layer.bias
     close(layer(x), x @ exact.T + bias)
     model.merge_adapter()
-    close(layer.base_layer.weight.data, exact)
+    close(layer.get_base_weight(), exact)
     close(logits(model), expected)
     model.unmerge_adapter()
     model.merge_adapter(["third"])
     with pytest.warns(UserWarning, match="additionally merging"):
         model.merge_adapter(["default", "second"])
-    close(layer.base_layer.weight.data, exact)
+    close(layer.get_base_weight(), exact)
     model.unmerge_adapter()
-    assert torch.equal(layer.base_layer.weight.data, W)
+    assert torch.equal(layer.get_base_weight(), W)
     merged = model.merge_and_unload(adapter_names=names)
     close(logits(merged), expected)
 

@@ -25,7 +25,7 @@ from fura_vlm.data.index import open_index
 from fura_vlm.embedded.benchmarks import write_benchmarks
 from fura_vlm.embedded.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.evaluation.generation import Prepared, prompt_of
-from fura_vlm.evaluation.lmms_model import FuraLlava
+from fura_vlm.evaluation.lmms_model import FuraVLM
 from fura_vlm.evaluation.tasks import TASKS, load_tasks
 from fura_vlm.modelling.load import load_family
 
@@ -125,7 +125,7 @@ def task_prompts(folder: Path) -> dict[str, list[dict]]:
 def _task_prompts(task, processors: dict) -> Iterator[dict]:
     task.build_all_requests()
     documents = SimpleNamespace(task_dict={task.config.task: {task.config.test_split: task.eval_docs}})
-    questions = [FuraLlava._question(documents, request) for request in task.instances]
+    questions = [FuraVLM._question(documents, request) for request in task.instances]
     prepared = {key: Prepared(processor, questions, torch.float32) for key, processor in processors.items()}
     for number, question in enumerate(questions):
         pictures = len(question.pictures())

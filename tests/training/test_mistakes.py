@@ -16,8 +16,13 @@ import torch
 import yaml
 from PIL import Image
 
+from fura_vlm.data.records import DataError
+from fura_vlm.evaluation.heldout import load_questions
 from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.train import AT_LEAST, TrainingError, _begin, _check, _choose_run, advice_on_memory
+from fura_vlm.training.errors import TrainingError
+from fura_vlm.training.memory import advice_on_memory
+from fura_vlm.training.run_folder import begin, choose_run
+from fura_vlm.training.settings import check
 
 
 def said(job) -> str:
@@ -84,7 +89,7 @@ def test_deepspeed_configuration_that_is_none(launch):
     path = launch.folder / "cut.json"
     path.write_text('{"zero_optimization": {')
     with pytest.raises(TrainingError, match=f"^{path} is no DeepSpeed configuration in JSON: .*line 1"):
-        _check(TrainConfig(deepspeed=str(path)))
+        check(TrainConfig(deepspeed=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -98,15 +103,43 @@ def test_settings_that_a_library_refuses(settings, words, launch):
     assert words in said(launch("refused", **settings, processes=2))
 
 
-def test_numbers_that_are_none():
-    for name, least in AT_LEAST.items():
-        with pytest.raises(TrainingError, match=f"^{name} is {least - 1} and has to be at least {least}$"):
-            _check(TrainConfig(**{name: least - 1}))
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("per_device_train_batch_size", 0, 1),
+        ("train_batch_size", 0, 1),
+        ("gradient_accumulation_steps", -3, 1),
+        ("num_train_epochs", -0.5, 0),
+        ("learning_rate", -1e-4, 0),
+        ("mm_projector_lr", -2e-5, 0),
+        ("warmup_steps", -0.03, 0),
+        ("weight_decay", -0.1, 0),
+        ("seed", -1, 0),
+        ("dataloader_num_workers", -1, 0),
+        ("model_max_length", 0, 1),
+        ("logging_steps", 0, 1),
+        ("eval_batch_size", 0, 1),
+        ("eval_max_new_tokens", 0, 1),
+    ],
+)
+def test_numbers_out_of_range(name, value, least):
+    with pytest.raises(TrainingError, match=f"^{name} is {value} and has to be at least {least}$"):
+        check(TrainConfig(**{name: value}))
+    check(TrainConfig(**{name: least * 16}))  # 0, or as many as a batch has by default
+
+
+def test_questions_without_their_pictures_are_told_at_once(tmp_path, mixture):
+    """Before the mixture or the model is looked at, with the name of the setting."""
+    questions = tmp_path / "questions.json"
+    questions.write_text((mixture / "eval.json").read_text())
+    with pytest.raises(DataError, match=f"--eval_image_folder says where .* start \\(now {tmp_path}\\)"):
+        load_questions(questions)
+    assert load_questions(questions, mixture)
 
 
 def test_a_folder_with_braces_in_its_name(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path / "{seed}-{method}"))
-    assert _choose_run(config) == tmp_path / "{seed}-fura"
+    assert choose_run(config) == tmp_path / "{seed}-fura"
 
 
 def test_deepspeed_configuration_for_more_gpus(launch):
@@ -191,11 +224,11 @@ def test_target_modules_that_match_nothing(method, launch):
 def test_answers_of_a_run_with_other_settings_are_not_kept(tmp_path):
     config = TrainConfig(eval_data_path="data/embedded/eval.json")
     answers = tmp_path / "answers-before.jsonl"
-    _begin(config, tmp_path)
+    begin(config, tmp_path)
     answers.write_text("")
-    _begin(dataclasses.replace(config, save_steps=7, gradient_checkpointing=True), tmp_path)
+    begin(dataclasses.replace(config, save_steps=7, gradient_checkpointing=True), tmp_path)
     assert answers.exists()  # they are the same whatever the memory
-    _begin(dataclasses.replace(config, eval_data_path="other.json"), tmp_path)
+    begin(dataclasses.replace(config, eval_data_path="other.json"), tmp_path)
     assert not answers.exists()
 
 

@@ -3,6 +3,9 @@ settings of the FuRA paper's release."""
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 
+from fura_vlm.cli import parse
 from fura_vlm.families.llava import Llava
 from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.config import TrainConfig
@@ -102,7 +106,18 @@ def test_all_adapters_adapt_the_same(projector):
     assert adapted["fura"] == adapted["lora"] == adapted["dora"]
 
 
-def test_scripts_are_one_switch():
-    for method in ("lora", "qlora", "dora", "full", "qfura"):
-        script = (ROOT / f"scripts/finetune_{method}.sh").read_text()
-        assert script.strip().endswith(f'finetune_fura.sh" "$@" --method {method}')
+@pytest.mark.parametrize("method", ["fura", "qfura", "lora", "qlora", "dora", "full"])
+def test_each_script_starts_its_method(method, tmp_path):
+    """What the launcher would start, read as the command reads it. In its place stands a function of the shell."""
+    shell = {"BASH_FUNC_deepspeed%%": '() { printf "%s\\n" "$@" > "$STARTED"; }', "STARTED": str(tmp_path / "started")}
+    recipe = "scripts/configs/llava-1.5-7b.yaml"
+    subprocess.run(
+        ["bash", f"scripts/finetune_{method}.sh", recipe, "--seed", "7"],
+        cwd=ROOT,
+        env=os.environ | shell | {"NUM_PROCESSES": "1", "FURA_VLM_VENV": sys.prefix},
+        check=True,
+    )
+    started = (tmp_path / "started").read_text().splitlines()
+    command, settings = parse(started[started.index("fura_vlm.cli") + 1 :])
+    assert (command, settings["method"], settings["seed"]) == ("train", method, 7)
+    assert settings["train_batch_size"] == 128  # of the recipe

@@ -35,6 +35,18 @@ def test_table():
     assert "| gqa | 25.0 | 0.0 | 50.0 | +50.0 |" in table.splitlines()
 
 
+def test_worse_than_a_guess_is_said():
+    """In the table, and in a sentence that names the families and the causes; not where all is well."""
+    after, blind = {"gqa": 0.085, "pope": 0.6, "mean": 0.3425}, {"gqa": 0.38, "pope": 0.5, "mean": 0.44}
+    rows = report.score_table(dict.fromkeys(after, 0.0), after, blind).splitlines()
+    assert "| gqa | 38.0 | 0.0 | 8.5 | +8.5, below the guess |" in rows
+    assert "| pope | 50.0 | 0.0 | 60.0 | +60.0 |" in rows
+    said = report.below_the_guess(after, blind)
+    assert "gqa (8.5 %, the guess 38.0 %)" in said and "pope" not in said
+    assert all(cause in said for cause in ("too few steps", "learning rate", "tokenizer"))
+    assert report.below_the_guess(blind, blind) == ""
+
+
 def test_answers_round_trip(tmp_path):
     write_answers(tmp_path / "answers.jsonl", ANSWERS)
     assert read_answers(tmp_path / "answers.jsonl") == ANSWERS

@@ -1,0 +1,321 @@
+"""The command that serves the chat: one process, uvicorn around Gradio's application, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import mimetypes
+import os
+import resource
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from urllib.parse import urlparse
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from gradio import networking
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Scope
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fura_vlm.chat.config import ChatConfig
+from fura_vlm.chat.engine import ChatError
+from fura_vlm.chat.guard import MAX_UPLOAD, Guard, Hosts, Page
+from fura_vlm.chat.models import Models, load_models
+from fura_vlm.chat.page import CSS, HEAD, THEME, build
+from fura_vlm.errors import first_line
+
+END_SECONDS = 5
+"""In which the server has ended after SIGTERM or Ctrl-C, whatever it was at."""
+REQUEST_SECONDS = 15
+"""In which a connection must bring a request, at its beginning and after each answer."""
+SEND_SECONDS = 60
+"""In which a client must take what it is sent."""
+MAX_CONNECTIONS = 4000
+SPARE_FILES = 256
+"""Files that are kept for all but connections."""
+LINES_A_MINUTE = 20
+"""Lines of the log for what strangers can bring about."""
+
+
+def serve(config: ChatConfig) -> None:
+    """The command: loads the model and serves the chat until it is stopped.
+
+    Raises:
+        ChatError: before the model is loaded, if a setting or the address cannot be used.
+        ModelError: if a model cannot be used.
+    """
+    for name, most in (("port", 65535), ("max_users", None), ("max_waiting", None), ("max_new_tokens", None)):
+        value = getattr(config, name)
+        if value < 1 or most and value > most:
+            raise ChatError(f"{name} is {value}: give a number from 1{f' to {most}' if most else ''}")
+    if config.auth and not all(config.auth.partition(":")):
+        raise ChatError("auth must be NAME:PASSWORD")
+    sockets = listen(config.host, config.port)
+    folder = Path(tempfile.mkdtemp(prefix="fura-chat-"))
+    # A folder of our own: Gradio's is shared with all other Gradio applications of this machine.
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+
+    def end(*_) -> None:  # as on Ctrl-C, and users' pictures are removed
+        _end_soon(folder)
+        sys.exit()
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        models = load_models(config.model, config.adapters)
+        print(f"Talking with {models.path}", flush=True)
+        launch(models, config, folder, sockets)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets on all addresses of a host.
+
+    Raises:
+        ChatError: if an address cannot be used.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in dict.fromkeys(found):
+            sockets.append(socket.socket(family, socket.SOCK_STREAM))
+            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sockets[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sockets[-1].bind(address)
+            sockets[-1].listen()  # so that a second server is refused now
+    except OSError as error:
+        for opened in sockets:
+            opened.close()
+        raise ChatError(f"Cannot listen on {host} port {port}: name another --host or --port") from error
+    return sockets
+
+
+def launch(models: Models, config: ChatConfig, folder: Path, sockets: list[socket.socket]) -> None:
+    """Serves the page until Ctrl-C or SIGTERM."""
+    page, server, hosts = make_server(models, config, folder)
+    print(f"Open http://{_shown(config.host)}:{config.port} in a browser", flush=True)
+    if config.share:
+        _share(hosts, config.port)
+    server.run(sockets)
+    page.chat.engine.close(END_SECONDS / 2)
+
+
+def make_server(models: Models, config: ChatConfig, folder: Path) -> tuple[Page, Server, Hosts]:
+    """The page, a server of it that is not started yet, and the names that it answers to."""
+    page = build(models, config, folder)
+    page.state_session_capacity = 1000
+    page.max_threads = page._queue.max_thread_count = config.max_users + 16
+    hosts = Hosts([config.host, *config.allowed_hosts])
+
+    def signed_in(scope: Scope) -> bool:
+        if gradio.auth is None:
+            return True
+        cookies = HTTPConnection(scope).cookies
+        names = f"access-token-{gradio.cookie_id}", f"access-token-unsecure-{gradio.cookie_id}"
+        return any(cookies.get(name) in gradio.tokens for name in names)
+
+    async def health(request: Request) -> Response:
+        writing, waiting = page.chat.engine.load
+        waiting += len(page._queue)  # those that have not reached the engine
+        known = {"model": Path(models.path).name} if signed_in(request.scope) else {}
+        stuck = page.chat.readers.stuck
+        counts = {"reading": guard.reading + page.chat.readers.waiting, "writing": writing, "waiting": waiting}
+        return JSONResponse({"status": "stuck" if stuck else "ok", **known, **counts}, 503 if stuck else 200)
+
+    async def example(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in page.pictures:
+            return JSONResponse({"detail": "There is no such picture"}, 404)
+        return Response(page.pictures[name], media_type=mimetypes.guess_type(name)[0])
+
+    routes = [Route("/health", health), Route("/examples/{name}", example)]
+    outer = FastAPI(routes=routes, **APP)
+    guard = Guard(outer, hosts, signed_in, folder / "uploads")
+    gr.mount_gradio_app(
+        outer,
+        page,
+        "/",
+        auth=tuple(config.auth.split(":", 1)) if config.auth else None,
+        max_file_size=MAX_UPLOAD,
+        enable_monitoring=False,
+        show_error=False,
+        footer_links=["api"],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        app_kwargs=dict(APP),
+        theme=THEME,
+        css=CSS,
+        head=HEAD,
+    )
+    gradio = outer.routes[-1].app
+    page.has_launched = True  # as ``launch`` says; until then Gradio would take any file of this machine as an upload
+
+    for name in ("asyncio", "uvicorn.error", "fura_vlm.chat.guard"):
+        logging.getLogger(name).addFilter(FewLines())
+    server = Server(
+        uvicorn.Config(
+            guard,
+            http=Connection,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            backlog=64,  # connections that are taken before others are closed to make room for them
+            timeout_graceful_shutdown=1,
+            server_header=False,
+        ),
+        folder,
+    )
+    Connection.most = _connections()
+    return page, server, hosts
+
+
+class Server(uvicorn.Server):
+    """Ends in seconds, whatever it is at; ``folder`` is then removed."""
+
+    def __init__(self, config: uvicorn.Config, folder: Path):
+        super().__init__(config)
+        self._folder = folder
+
+    def handle_exit(self, sig, frame) -> None:
+        _end_soon(self._folder)
+        super().handle_exit(sig, frame)
+
+
+class Connection(H11Protocol):
+    """A connection that ends when nothing comes, or when nothing is taken.
+
+    Where there are too many, those that wait for a request make room, the longest waiting first.
+    """
+
+    most = MAX_CONNECTIONS
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._stalled = None
+        self._expect_request()
+        if len(self.connections) > self.most:
+            idle = [other for other in self.connections if other.idle and other is not self]
+            (min(idle, key=lambda other: other.since) if idle else self).transport.abort()
+
+    @property
+    def idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _expect_request(self) -> None:
+        self.since = self.loop.time()
+        self._deadline = self.loop.call_later(REQUEST_SECONDS, self._give_up, self.cycle)
+
+    def _give_up(self, before) -> None:
+        if self.cycle is before:  # no request has come since
+            self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        self._deadline.cancel()
+        self._expect_request()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        if self._stalled is not None:
+            self._stalled.cancel()
+        super().connection_lost(exc)
+
+
+class FewLines(logging.Filter):
+    """Lets so many lines a minute into the log, each at most a few hundred characters: the disk must not fill."""
+
+    def __init__(self, lines: int = LINES_A_MINUTE, clock=time.monotonic):
+        super().__init__()
+        self._lines, self._clock = lines, clock
+        self._recent: deque[float] = deque(maxlen=lines)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = self._clock()
+        if len(self._recent) == self._lines and now - self._recent[0] < 60:
+            return False
+        self._recent.append(now)
+        record.msg, record.args, record.exc_info = record.getMessage()[:500], (), None
+        if len(self._recent) == self._lines and now - self._recent[0] < 60:
+            record.msg += " (more such lines are left out for a minute)"
+        return True
+
+
+async def _unreadable(request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return JSONResponse({"detail": f"The request cannot be read: {where[:100]}: {first['msg'][:200]}"}, 422)
+
+
+async def _failed(request, error: Exception) -> Response:
+    return JSONResponse({"detail": "The request cannot be carried out: check what it holds"}, 400)
+
+
+APP = {
+    "docs_url": None,
+    "redoc_url": None,
+    "openapi_url": None,
+    "exception_handlers": {RequestValidationError: _unreadable, Exception: _failed},
+}
+"""Settings of an application without pages of documentation, whose errors are sentences."""
+
+
+def _end_soon(folder: Path) -> None:
+    """Ends the process if it has not ended by itself in time: a thread that reads or computes cannot be stopped."""
+
+    def end() -> None:
+        time.sleep(END_SECONDS)
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)
+
+    threading.Thread(target=end, name="chat-end", daemon=True).start()
+
+
+def _connections() -> int:
+    """How many connections there may be, with this process's limit on open files, which is raised first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(min(MAX_CONNECTIONS, soft - SPARE_FILES), 16)
+
+
+def _share(hosts: Hosts, port: int) -> None:
+    try:
+        url = networking.setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+    except Exception as error:  # no network, no tunnel program, ...
+        print(f"There is no public link: {first_line(error)}", flush=True)
+        return
+    hosts.names.add(urlparse(url).hostname or "")
+    print(f"Public link, for anyone who has it: {url}", flush=True)
+
+
+def _shown(host: str) -> str:
+    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(host.strip("[]"), host)
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -1,0 +1,63 @@
+"""Two real processes of which one fails: both end, and say why."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes_worker import PLACES
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, mixture):
+    """By place: the exit status of both processes, and what both printed."""
+    folder = tmp_path_factory.mktemp("processes")
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in PLACES]
+    ports = ",".join(str(taken.getsockname()[1]) for taken in sockets)
+    for taken in sockets:
+        taken.close()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    workers = [
+        subprocess.Popen([sys.executable, HERE / "processes_worker.py", str(rank), ports, folder, mixture], env=env)
+        for rank in range(2)
+    ]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    statuses = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    output = {place: "".join((folder / f"{place}-{rank}.log").read_text() for rank in range(2)) for place in PLACES}
+    return {place: ([status[place] for status in statuses], output[place]) for place in PLACES}
+
+
+@pytest.mark.parametrize("place", ["settings", "processor", "data", "model", "prepare", "trainer", "saving"])
+def test_a_refusal_of_one_process_ends_both(place, ended):
+    statuses, output = ended[place]
+    [rank] = PLACES[place][0]
+    assert statuses == [1, 1], output
+    said = f"fura-vlm train: process {rank} of 2, on {socket.gethostname()}: There is no model here: copy one"
+    assert output.splitlines().count(said) == output.count("There is no model here") == 1, output
+    assert "Traceback" not in output
+
+
+def test_a_refusal_of_both_is_said_once(ended):
+    statuses, output = ended["processor of both"]
+    assert statuses == [1, 1], output
+    assert output.splitlines().count("fura-vlm train: There is no model here: copy one") == 1, output
+    assert output.count("There is no model here") == 1
+
+
+def test_a_mistake_of_ours_in_one_process_ends_both_with_its_traceback(ended):
+    statuses, output = ended["training"]
+    assert statuses == [1, 1], output
+    assert f"fura-vlm train: process 1 of 2, on {socket.gethostname()}: it failed\nTraceback" in output
+    assert output.count("Traceback") == 1 and output.count("ZeroDivisionError: a mistake of ours") == 1
+
+
+def test_a_process_that_is_killed_ends_the_other(ended):
+    statuses, output = ended["killed"]
+    assert statuses == [1, -9], output
+    assert "lost the connection to another process, which was killed" in output
+    assert "Traceback" not in output
