@@ -209,6 +209,7 @@ def rows_with(table: pa.Table, sources: Sequence[str]) -> np.ndarray:
     found[pc.list_parent_indices(images).to_numpy()[there]] = True
     return found
 
+
 def read_table(files: Sequence[str]) -> pa.Table:
     """Arrow streams with the same columns as one table, mapped into memory.
 

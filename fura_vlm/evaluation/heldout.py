@@ -86,9 +86,9 @@ def answer_questions(
     for start in tqdm(steps, desc="held-out questions", disable=not progress, mininterval=2, leave=False):
         batch = records[start : start + batch_size]
         asked = [question_of(record) for record in batch]
-        inputs = family.batch([
-            family.inputs(messages, [load_image(source) for source in pictures(messages)]) for messages in asked
-        ])
+        inputs = family.batch(
+            [family.inputs(messages, [load_image(source) for source in pictures(messages)]) for messages in asked]
+        )
         dtype = next(model.parameters()).dtype
         inputs = {
             name: value.to(model.device, dtype if value.is_floating_point() else value.dtype)

@@ -36,9 +36,7 @@ class Source:
         """The base alone, with the processor of the tuned model."""
         return Source(self.base, None, self.processor)
 
-    def load(
-        self, dtype: torch.dtype, attn_implementation: str = "sdpa"
-    ) -> tuple[PreTrainedModel | PeftModel, Family]:
+    def load(self, dtype: torch.dtype, attn_implementation: str = "sdpa") -> tuple[PreTrainedModel | PeftModel, Family]:
         """Model, on the CPU, and family.
 
         Raises:

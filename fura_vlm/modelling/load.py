@@ -56,8 +56,6 @@ def read_config(path: str) -> PretrainedConfig:
         ModelError: there is none, it contradicts itself, or it is of a kind that transformers does not have.
     """
     check_folder(path)
-    alone = Path(path).is_dir() and not (Path(path) / "config.json").is_file()  # as in a run folder
-    config = None if alone else _config(path, "processor")
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

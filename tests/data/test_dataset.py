@@ -3,7 +3,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fura_vlm.data.conversation import encode, render
 from made_records import llava_record
 from PIL import Image
 from torch.utils.data import DataLoader

@@ -15,8 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import sentencepiece
-from fura_vlm.data.conversation import IGNORE, SYSTEM_PROMPT, EncodingError, encode
-from fura_vlm.modelling.processor import make_processor
 from made_records import llava_record
 from PIL import Image
 from tokenizers import AddedToken

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from fura_vlm.data.conversation import render
 from PIL import Image
 
 from fura_vlm.data import image_checks, json_items

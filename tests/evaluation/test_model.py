@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from eval_models import BASE, ROOT
-from fura_vlm.data.conversation import SYSTEM_PROMPT
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 from loguru import logger
@@ -21,6 +20,7 @@ from fura_vlm.evaluation.answers import AnswerStore
 from fura_vlm.evaluation.generation import EvaluationError, prompt_of
 from fura_vlm.evaluation.lmms_model import FuraVLM, generation_arguments
 from fura_vlm.evaluation.source import Source, find_model
+from fura_vlm.families.vicuna import SYSTEM_PROMPT
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0, "do_sample": False, "top_p": 1.0, "num_beams": 1}
 QUESTIONS = [

@@ -19,19 +19,20 @@ WORDS = (
 )
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['content'] is \
-string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ IMAGE }}\
-{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}\
+string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}\
+{{ IMAGE }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 SMOL = """<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{% if \
-message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}{% for part in message['content'] %}{% if part['type'] == 'image' \
-%}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\\n{% endfor %}\
+message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}{% for part in \
+message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}\
+<end_of_utterance>\\n{% endfor %}\
 {% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 
 GEMMA = """{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == \
-'assistant' else 'user') + '\\n' }}{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for part in \
-message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ part['text'] | trim }}\
-{% endif %}{% endfor %}{% endif %}{{ '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}\
+'assistant' else 'user') + '\\n' }}{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}\
+{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}\
+{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}{{ '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}\
 {{ '<start_of_turn>model\\n' }}{% endif %}"""
 
 

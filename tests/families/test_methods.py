@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import ONE, TEXT_ONLY, TURNS, TWO, images
+from family_talk import ONE, TEXT_ONLY, TURNS, TWO, images
 from peft import PeftModel
-from test_model import batch_of
+from test_family_model import batch_of
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from fura_vlm.modelling.config import MergeConfig

@@ -4,7 +4,6 @@ from functools import partialmethod
 
 import pytest
 import torch
-from fura_vlm.data.conversation import IGNORE
 from peft import get_peft_model
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from fura_vlm.data.conversation import IGNORE
 from torch.utils.flop_counter import FlopCounterMode
 
 from fura_vlm.data.collator import Collator
