@@ -32,7 +32,8 @@ message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{
 GEMMA = """{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == \
 'assistant' else 'user') + '\\n' }}{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}\
 {% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}\
-{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}{{ '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}\
+{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}\
+{{ '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}\
 {{ '<start_of_turn>model\\n' }}{% endif %}"""
 
 

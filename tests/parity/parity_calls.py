@@ -113,7 +113,7 @@ def task_prompts(folder: Path) -> dict[str, list[dict]]:
     """
     write_benchmarks(folder / "benchmarks", per_task=DOCUMENTS)
     names = list(dict.fromkeys(name for protocol in TASKS.values() for name in protocol))
-    processors = {"ids": load_processor(str(FROZEN_PROCESSOR)), "embedded_ids": load_processor(str(EMBEDDED_MODEL))}
+    processors = {"ids": load_family(str(FROZEN_PROCESSOR)), "embedded_ids": load_processor(str(EMBEDDED_MODEL))}
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
     try:
         tasks = load_tasks(names, str(folder / "benchmarks"), DOCUMENTS)
@@ -148,7 +148,7 @@ def chat_prompt(exchanges: list[tuple[str, str | None, str | None]], max_tokens:
         exchanges: question, path of the picture or ``None``, and answer, which the last one lacks.
         max_tokens: tokens the prompt may have.
     """
-    processor = load_processor(str(FROZEN_PROCESSOR))
+    processor = load_family(str(FROZEN_PROCESSOR))
     prompt = build_prompt([Exchange(*exchange) for exchange in exchanges], processor, max_tokens)
     inputs = encode(prompt, processor)
     pixels = inputs["pixel_values"].numpy().astype("<f4").tobytes() if prompt.images else None
