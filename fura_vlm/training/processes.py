@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed.rendezvous import rendezvous
-from torch.utils import cpp_extension
 from transformers.utils import logging
 
 from fura_vlm.errors import sentence
@@ -73,8 +72,6 @@ def together():
 
 def set_environment(cuda: bool) -> None:
     """What torch and DeepSpeed read from the environment, before either looks."""
-    # PyTorch writes this path as it is into the shell command that links what DeepSpeed compiles: a space would cut it.
-    cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     # Batches of ever new lengths would leave holes in the GPU's memory that nothing fits into.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not cuda:
@@ -103,6 +100,10 @@ def _meet() -> tuple[dist.Store, int, int]:
 
 
 def _join(store: dist.Store, rank: int, size: int, cuda: bool) -> PartialState:
+    from torch.utils import cpp_extension  # after ``set_environment``: it warns of a missing GPU when it is imported
+
+    # PyTorch writes this path as it is into the shell command that links what DeepSpeed compiles: a space would cut it.
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     import deepspeed
 
     backend = "nccl" if cuda else "gloo"
