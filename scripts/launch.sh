@@ -53,6 +53,8 @@ def in_job(process):
 
 if sys.argv[1] == "job":
     found, otherwise = filter(in_job, psutil.process_iter()), []
+elif not psutil.pid_exists(int(sys.argv[2])):  # the signal reached it, too
+    sys.exit()
 else:
     launcher = psutil.Process(int(sys.argv[2]))
     found, otherwise = filter(trains, launcher.children(recursive=True)), [launcher]

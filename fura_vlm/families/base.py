@@ -25,6 +25,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fura_vlm.errors import FuraVLMError, ModelError
@@ -518,7 +520,8 @@ class Family:
     @cached_property
     def names(self) -> Names:
         """Where ``parts`` are, looked up on a model that takes no memory."""
-        with torch.device("meta"):
+        # transformers would think of this model, too, as one that ZeRO-3 has to cut into parts.
+        with torch.device("meta"), no_init_weights(), set_zero3_state():
             model = model_class(self.config).from_config(self.config)
         parts = self.parts(model)
         name_of = {id(module): name for name, module in model.named_modules()}

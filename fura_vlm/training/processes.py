@@ -227,7 +227,7 @@ class Watch(threading.Thread):
         if self.rank == 0:
             time.sleep(GRACE)  # the store goes with it, and others may still want to read
         for child in active_children():
-            child.terminate()  # data workers would stay for some seconds
+            child.kill()  # data workers, which would stay for some seconds and ignore SIGTERM
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

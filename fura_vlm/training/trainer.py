@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -70,6 +72,13 @@ class FuraTrainer(Trainer):
             logs |= self.meter.read(self.state.global_step, self.state.max_steps)
         logs.pop("total_flos", None)
         super().log(logs, *args, **kwargs)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper reads from it
+        if inner.num_workers:
+            inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.group_by_modality_length:
@@ -183,3 +192,11 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
         sampler = sampler.batch_sampler
     if hasattr(sampler.sampler, "set_epoch"):
         sampler.sampler.set_epoch(epoch)
+
+
+def _begin_worker(begin, number: int) -> None:
+    """A cluster sends SIGTERM, and a terminal Ctrl-C, to all processes at once. Then the training is what ends, after
+    its checkpoint; it still needs batches for that, and its workers end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    begin(number)
