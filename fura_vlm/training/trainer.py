@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 
 from accelerate import PartialState
@@ -78,6 +80,7 @@ class FuraTrainer(Trainer):
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper reads from it
         if inner.num_workers:
             inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
+            atexit.register(_end_workers)
         return loader
 
     def _get_train_sampler(self, train_dataset=None):
@@ -200,3 +203,10 @@ def _begin_worker(begin, number: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     begin(number)
+
+
+def _end_workers() -> None:
+    """Python ends what is left of them by SIGTERM, and would wait for ever."""
+    for process in active_children():
+        if process.daemon:
+            process.kill()
