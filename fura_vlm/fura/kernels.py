@@ -10,8 +10,8 @@ plain operations of ``basis.py`` do the same.
 
 The environment variable ``FURA_KERNELS=0`` has the plain operations used everywhere, also on a GPU. Set it to try a
 change of the method: its formula stands in ``block_delta`` and ``apply_blocks`` of ``basis.py``, once more in
-``_delta_kernel`` and ``_mix_kernel`` here, and its gradients, which autograd derives from the plain form, in
-``_delta_backward_kernel`` and ``_mix_backward_kernel``.
+``_delta_kernel`` and the two ``_mix_kernel`` here, and its gradients, which autograd derives from the plain form, in
+``_delta_backward_kernel`` and the two ``_mix_backward_kernel``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ except ImportError:  # a build of PyTorch for CPUs
 
 logger = logging.getLogger(__name__)
 
-MAX_BLOCK = 128  # a tile of a larger block does not fit into the registers
+NARROW_BLOCK = 128  # a tile of a larger block does not fit into the registers as a whole
+MAX_BLOCK = 256
+CHUNK = 64  # columns of a larger block that a program has
 
 ENABLED = os.environ.get("FURA_KERNELS") != "0"
 
@@ -129,6 +131,59 @@ if triton is not None:
         tl.store(partial + place, total, mask=square)
 
     @triton.jit
+    def _wide_mix_kernel(
+        x, D, out, rows, width, tiles, chunks, D_block, D_row, D_column,
+        b: tl.constexpr, B: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """``_mix_kernel`` for a block that is cut into ``chunks`` of C columns of the result, one for a program."""
+        block, share, k = tl.program_id(0) // chunks, tl.program_id(1), tl.arange(0, B)
+        c = tl.program_id(0) % chunks * C + tl.arange(0, C)
+        tall = (k[:, None] < b) & (c[None, :] < b)
+        transposed = tl.load(D + block * D_block + c[None, :] * D_row + k[:, None] * D_column, mask=tall, other=0.0)
+        transposed = transposed.to(x.dtype.element_ty)
+        for tile in range(tiles):
+            row = ((share * tiles + tile) * TILE + tl.arange(0, TILE)).to(tl.int64)
+            start, inside = row[:, None] * width + block * b, (row[:, None] < rows) & (c[None, :] < b)
+            values = tl.load(x + start + k[None, :], mask=(row[:, None] < rows) & (k[None, :] < b), other=0.0)
+            mixed = tl.load(x + start + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            mixed += tl.dot(values, transposed, input_precision=PRECISION)
+            tl.store(out + start + c[None, :], mixed.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _wide_mix_backward_kernel(
+        x, up, D, grad, out, out_up, partial, rows, width, blocks, tiles, chunks, D_block, D_row, D_column,
+        b: tl.constexpr, B: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, GATED: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """``_mix_backward_kernel`` for a block that is cut into ``chunks`` of C columns, one for a program."""
+        block, share, k = tl.program_id(0) // chunks, tl.program_id(1), tl.arange(0, B)
+        c = tl.program_id(0) % chunks * C + tl.arange(0, C)
+        tall = (k[:, None] < b) & (c[None, :] < b)
+        mixing = tl.load(D + block * D_block + k[:, None] * D_row + c[None, :] * D_column, mask=tall, other=0.0)
+        mixing = mixing.to(x.dtype.element_ty)
+        total = tl.zeros((B, C), dtype=tl.float32)
+        for tile in range(tiles):
+            row = ((share * tiles + tile) * TILE + tl.arange(0, TILE)).to(tl.int64)
+            start, inside = row[:, None] * width + block * b, (row[:, None] < rows) & (c[None, :] < b)
+            g = tl.load(grad + start + k[None, :], mask=(row[:, None] < rows) & (k[None, :] < b), other=0.0)
+            values = tl.load(x + start + c[None, :], mask=inside, other=0.0)
+            back = tl.load(grad + start + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            back += tl.dot(g, mixing, input_precision=PRECISION)
+            if GATED:
+                gate = tl.fma(back, 0.0, values.to(tl.float32))  # as in the other kernel
+                factor = tl.load(up + start + c[None, :], mask=inside, other=0.0).to(tl.float32)
+                sigmoid = tl.fdiv(1.0, 1.0 + tl.exp2(gate * -1.4426950408889634))
+                passed = gate * sigmoid
+                back *= sigmoid
+                tl.store(out_up + start + c[None, :], (back * gate).to(out.dtype.element_ty), mask=inside)
+                back *= factor * (1 + gate - passed)
+                values = (passed * factor).to(x.dtype.element_ty)
+            tl.store(out + start + c[None, :], back.to(out.dtype.element_ty), mask=inside)
+            total = tl.dot(tl.trans(g), values, total, input_precision=PRECISION)
+        place = (share * blocks + block) * b * b + k[:, None] * b + c[None, :]
+        tl.store(partial + place, total, mask=tall)
+
+    @triton.jit
     def _sum_kernel(partial, out, size, shares, TILE: tl.constexpr):
         """A program: the sum over the shares of TILE numbers."""
         place = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -225,13 +280,20 @@ def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
-    tile, options = _form(x, rows)
-    shares = _shares(x, N, rows)
+    chunks = _chunks(b)
+    tile, options = _form(x, rows, chunks > 1)
+    shares = _shares(x, N * chunks, rows)
     tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
-    _launch(
-        _mix_kernel, (N, shares), x, D, out, rows, N * b, tiles, *D.stride(),
-        b, _tile_width(b), tile, _precision(x), **options,
-    )  # fmt: skip
+    if chunks > 1:
+        _launch(
+            _wide_mix_kernel, (N * chunks, shares), x, D, out, rows, N * b, tiles, chunks, *D.stride(),
+            b, _tile_width(b), CHUNK, tile, _precision(x), **options,
+        )  # fmt: skip
+    else:
+        _launch(
+            _mix_kernel, (N, shares), x, D, out, rows, N * b, tiles, *D.stride(),
+            b, _tile_width(b), tile, _precision(x), **options,
+        )  # fmt: skip
     return out
 
 
@@ -257,14 +319,21 @@ def mix_backward(
     out_up = torch.empty_like(grad) if is_gated else out
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
-    tile, options = _form(x, rows, is_gated)
-    shares = _shares(x, N, rows, sums=True)
+    chunks = _chunks(b)
+    tile, options = _form(x, rows, chunks > 1, is_gated)
+    shares = _shares(x, N * chunks, rows, sums=True)
     tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
     partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
-    _launch(
-        _mix_backward_kernel, (N, shares), x, up, D, grad, out, out_up, partial, rows, N * b, N, tiles, *D.stride(),
-        b, _tile_width(b), tile, is_gated, _precision(x), **options,
-    )  # fmt: skip
+    if chunks > 1:
+        _launch(
+            _wide_mix_backward_kernel, (N * chunks, shares), x, up, D, grad, out, out_up, partial, rows, N * b, N,
+            tiles, chunks, *D.stride(), b, _tile_width(b), CHUNK, tile, is_gated, _precision(x), **options,
+        )  # fmt: skip
+    else:
+        _launch(
+            _mix_backward_kernel, (N, shares), x, up, D, grad, out, out_up, partial, rows, N * b, N, tiles, *D.stride(),
+            b, _tile_width(b), tile, is_gated, _precision(x), **options,
+        )  # fmt: skip
     total = partial[0]
     if shares > 1:
         total = torch.empty_like(total)
@@ -282,9 +351,18 @@ def _tile_width(b: int) -> int:
     return max(16, triton.next_power_of_2(b))
 
 
-def _form(x: torch.Tensor, rows: int, is_gated: bool = False) -> tuple[int, dict[str, int]]:
+def _chunks(b: int) -> int:
+    """How many programs share a block's columns."""
+    return 1 if b <= NARROW_BLOCK else triton.cdiv(b, CHUNK)
+
+
+def _form(x: torch.Tensor, rows: int, is_wide: bool, is_gated: bool = False) -> tuple[int, dict[str, int]]:
     """Rows of a tile, for a few rows no more than needed, and the options of the launch. What was within 2 % of the
     fastest on an H200, forward and backward, for blocks of 64 and 128; it fits into 99 KiB of a chip, too."""
+    if is_wide:
+        if x.dtype.itemsize == 4:
+            return 16, {"num_warps": 8, "num_stages": 1}
+        return 16 if rows <= 16 or SHARED_MEMORY < 160 * 1024 else 64, {"num_warps": 8, "num_stages": 2}
     if x.dtype.itemsize == 4:  # 32 rows take 112 KiB
         return 16 if rows <= 16 or SHARED_MEMORY < 112 * 1024 else 32, {"num_warps": 8, "num_stages": 1}
     if is_gated:  # more arithmetic for each number: small programs, so that a multiprocessor runs two at once

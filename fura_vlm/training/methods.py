@@ -190,8 +190,8 @@ def compile_layers(model: PreTrainedModel | PeftModel, family: Family, activatio
     seeing = [part for part in (parts.tower, *parts.projectors) if part is not None]
     if any(p.requires_grad for part in seeing for p in part.parameters()):
         # Only then are there gradients to the first layer's input; without pictures it would be another graph.
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        base.enable_input_require_grads()
+        # ``enable_input_require_grads`` has gradients go through the tower, too, which nobody needs.
+        parts.decoder.get_input_embeddings().register_forward_hook(lambda module, given, made: made.requires_grad_())
     for part in (parts.tower if family.compiles_tower else None, parts.decoder):
         for layer in part.modules() if part is not None else ():
             if isinstance(layer, GradientCheckpointingLayer):

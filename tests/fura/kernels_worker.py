@@ -205,11 +205,12 @@ def mlp(rows, hooked):
 for dtype in (torch.float32, torch.float16):
     gated(100, 2, 16, 40, dtype)
     gated(70, 3, 20, 10, dtype)
+    gated(70, 2, 148, 10, dtype)
 for rows in (200, 20):  # more than the weight's and fewer
     mlp(rows, False)
 mlp(200, True)
 for dtype in (torch.float32, torch.float16):
-    for rows, N, b in ((1, 2, 16), (5, 3, 4), (150, 2, 43), (300, 1, 128), (2100, 1, 16)):
+    for rows, N, b in ((1, 2, 16), (5, 3, 4), (150, 2, 43), (300, 1, 128), (2100, 1, 16), (90, 2, 148), (20, 1, 256)):
         mixing(rows, N, b, dtype)
 mixing(150, 2, 20, torch.float32, transposed=True)
 for rows, out in ((100, 48), (20, 48), (20, 5)):  # more rows than outputs, fewer, and a rank below the block's size
@@ -220,5 +221,6 @@ for resolution in (torch.float32, torch.bfloat16, torch.float16):
     delta(2, 16, 16, resolution)
 delta(3, 20, 12, torch.bfloat16)
 delta(3, 43, 43, torch.float32, train_s=False)
-report("large blocks", used=kernels.usable(torch.zeros(1, 256), 256))
+delta(1, 148, 140, torch.float32)
+report("large blocks", used=kernels.usable(torch.zeros(1, 257), 257))
 switched_off()  # the last: kernels stay off

@@ -31,7 +31,7 @@ def reported():
 
 def test_mixing_and_its_gradients(reported):
     cases = {name: row for name, row in reported.items() if name.startswith("mix")}
-    assert len(cases) == 11
+    assert len(cases) == 15
     for name, row in cases.items():
         # float16 results are rounded once, to 11 bits; sums are made in float32 in any case
         rounding = 5e-4 if row["half"] else 1e-6
@@ -41,7 +41,7 @@ def test_mixing_and_its_gradients(reported):
 
 def test_a_gate_and_its_gradients(reported):
     cases = {name: row for name, row in reported.items() if name.startswith("gated")}
-    assert len(cases) == 4
+    assert len(cases) == 6
     for name, row in cases.items():
         # float16: the factors, their product and what comes back through the weight are rounded, to 11 bits
         rounding = 2e-3 if row["half"] else 2e-6
@@ -67,7 +67,7 @@ def test_layers_are_the_explicit_factorisation(reported):
 def test_the_block_matrices_are_those_of_block_delta(reported):
     """The kernels hold its formula, and its gradients, once more."""
     cases = {name: row for name, row in reported.items() if name.startswith("delta")}
-    assert len(cases) == 5
+    assert len(cases) == 6
     for name, row in cases.items():
         assert row["kernel"] and max(row[what] for what in ("D", "dR", "ds")) < 2e-6, (name, row)
 
