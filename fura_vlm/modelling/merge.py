@@ -98,6 +98,11 @@ class Merging:
                 loaded = {f"{name}.{part}": weight.data for part, weight in _weights(module) if self._is_there(weight)}
                 self._ready |= {parameter: data for parameter, data in loaded.items() if parameter in self._name}
 
+        if tied := sorted((self._layers.keys() | self._ready.keys()) - self._name.keys()):
+            raise ModelError(
+                f"{adapter} trains {tied[0]}, which is not in the files at {base}, where it is one with another weight"
+            )
+
     def read(self, name: str) -> torch.Tensor:
         """The weight that is called ``name`` in the files.
 

@@ -108,7 +108,7 @@ class WeightFiles:
 
 def parameter_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str]:
     """For each parameter of ``model`` the name that ``files`` has for it, whichever of the layouts that transformers
-    has had over time they are written in.
+    has had over time they are written in. One that is tied to another need not be there.
 
     Raises:
         ModelError: a parameter is missing in the files, is quantised there, or has another shape.
@@ -121,12 +121,13 @@ def parameter_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str
     for name in files.tensors:
         parameter, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
         found[parameter] = name
-    missing = sorted(set(wanted) - set(found))
+    tied = {name for name, other in model.all_tied_weights_keys.items() if other in found}
+    missing = sorted(set(wanted) - set(found) - tied)
     if missing:
         raise ModelError(
             f"{files.path} is not a whole {files.what}: {len(missing)} weights are missing, first {missing[0]}"
         )
-    for parameter, tensor in wanted.items():
+    for parameter, tensor in ((parameter, wanted[parameter]) for parameter in wanted if parameter in found):
         stored = files.tensors[found[parameter]]
         if tensor.is_floating_point() and (stored.itemsize < 2 or not stored.is_floating_point()):
             dtype = str(stored.dtype).removeprefix("torch.")
@@ -140,7 +141,7 @@ def parameter_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str
                 f"{files.path} does not fit its config.json: {found[parameter]} is {tuple(shape)} where it has to be "
                 f"{tuple(tensor.shape)}: its files belong to different models"
             )
-    return {parameter: found[parameter] for parameter in wanted}
+    return {parameter: found[parameter] for parameter in wanted if parameter in found}
 
 
 def write_sharded(

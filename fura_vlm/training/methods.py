@@ -11,6 +11,7 @@ projector  the projector alone, in full: LLaVA's first stage (arXiv 2310.03744)
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from fura_vlm.families.base import Family
 from fura_vlm.fura import FuraConfig
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.errors import TrainingError
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,12 @@ def adapter_config(config: TrainConfig, family: Family, model: PreTrainedModel) 
         "projector": _linear(model, names.projectors),
         "tower": _linear(model, filter(None, [names.tower]), but=within),
     }
+    if names.projectors and projector == "adapter" and not linear["projector"]:
+        logger.warning(
+            "The projector of a model of the type %s has no linear layers to adapt, and stays as it is: "
+            "--mm_projector full trains it.",
+            family.config.model_type,
+        )
     adapted = ["decoder"] + ["projector"] * (projector == "adapter") + ["tower"] * (tower == "adapter")
     left_out = [] if config.target_modules is None else [each for part, each in linear.items() if part not in adapted]
     full = [] if projector != "full" else [name for name in names.projectors if tower != "full" or name not in within]

@@ -113,7 +113,7 @@ def task_prompts(folder: Path) -> dict[str, list[dict]]:
     """
     write_benchmarks(folder / "benchmarks", per_task=DOCUMENTS)
     names = list(dict.fromkeys(name for protocol in TASKS.values() for name in protocol))
-    processors = {"ids": load_family(str(FROZEN_PROCESSOR)), "embedded_ids": load_processor(str(EMBEDDED_MODEL))}
+    processors = {"ids": load_family(str(FROZEN_PROCESSOR)), "embedded_ids": load_family(str(EMBEDDED_MODEL))}
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
     try:
         tasks = load_tasks(names, str(folder / "benchmarks"), DOCUMENTS)
