@@ -29,7 +29,6 @@ from fura_vlm.fura import FuraConfig
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.errors import TrainingError
 
-
 logger = logging.getLogger(__name__)
 
 

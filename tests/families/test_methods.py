@@ -11,9 +11,9 @@ from fura_vlm.modelling.config import MergeConfig
 from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.modelling.merge import merge
 from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.loss import train_on_labels_only
 from fura_vlm.training.methods import METHODS, prepare, quantization
-from fura_vlm.training.errors import TrainingError
 
 
 def trained(folder, steps: int = 3, **settings):
