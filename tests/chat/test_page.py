@@ -309,6 +309,7 @@ def test_a_reload_keeps_the_conversation(page, reference, scenes):
     choose(page, "Model", "base")
     choose(page, "Side by side with", "tuned")
     ask(page, "What is this?", scenes[0])
+    expect(bot(page, "right")).to_have_count(1)  # the button alone is as before until the answers begin
     idle(page)
     seen = [page.locator(f"#{side} [role=log]").inner_text() for side in ("left", "right")]
     for _ in range(2):

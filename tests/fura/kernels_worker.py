@@ -9,10 +9,11 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from fura_models import tiny_llama
+from fura_models import LLAMA, tiny_llama
 from fura_reference import ExplicitFura
 from peft import get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fura_vlm.fura import FuraConfig, basis, kernels
 from fura_vlm.fura import layer as layer_module
@@ -172,7 +173,7 @@ def gated(rows, N, b, out, dtype):
 def mlp(rows, hooked):
     """A Llama's MLP in float32 against the same in float64, where there are no kernels, before and after unloading."""
     torch.manual_seed(3)
-    model = tiny_llama()
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA | {"hidden_size": 16, "intermediate_size": 32}))
     config = FuraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], block_size=8, init_weights=False)
     model = get_peft_model(model, config)
     block = model.base_model.model.model.layers[0].mlp
@@ -206,9 +207,9 @@ for dtype in (torch.float32, torch.float16):
     gated(100, 2, 16, 40, dtype)
     gated(70, 3, 20, 10, dtype)
     gated(70, 2, 148, 10, dtype)
-for rows in (200, 20):  # more than the weight's and fewer
+for rows in (40, 10):  # more than the weight's and fewer
     mlp(rows, False)
-mlp(200, True)
+mlp(40, True)
 for dtype in (torch.float32, torch.float16):
     for rows, N, b in ((1, 2, 16), (5, 3, 4), (150, 2, 43), (300, 1, 128), (2100, 1, 16), (90, 2, 148), (20, 1, 256)):
         mixing(rows, N, b, dtype)

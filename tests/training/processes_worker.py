@@ -45,6 +45,13 @@ PLACES = {
     "killed": ((1,), FuraTrainer, "training_step", be_killed),
     "saving": ((1,), FuraTrainer, "save_model", refuse),
 }
+# What is gone through at once: processes that end one another mostly wait. Two that fail have to do so at one time.
+GROUPS = [
+    ["processor of both"],
+    ["settings", "processor", "data"],
+    ["model", "prepare", "trainer"],
+    ["training", "killed", "saving"],
+]
 
 
 def fail(place: str, rank: int, port: str, folder: Path, mixture: str) -> None:
@@ -79,15 +86,18 @@ def status_of(process: int) -> int | None:
 
 def main() -> None:
     rank, ports, folder, mixture = int(sys.argv[1]), sys.argv[2].split(","), Path(sys.argv[3]), sys.argv[4]
-    statuses = {}
-    for place, port in zip(PLACES, ports, strict=True):
-        process = os.fork()
-        if not process:
-            try:
-                fail(place, rank, port, folder, mixture)
-            finally:
-                os._exit(7)  # neither ended by a failure nor trained to the end without one
-        statuses[place] = status_of(process)
+    port_of, statuses = dict(zip(PLACES, ports, strict=True)), {}
+    for group in GROUPS:
+        processes = {}
+        for place in group:
+            processes[place] = os.fork()
+            if not processes[place]:
+                try:
+                    fail(place, rank, port_of[place], folder, mixture)
+                finally:
+                    os._exit(7)  # neither ended by a failure nor trained to the end without one
+        for place, process in processes.items():
+            statuses[place] = status_of(process)
     (folder / f"{rank}.json").write_text(json.dumps(statuses))
 
 

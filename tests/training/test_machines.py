@@ -3,29 +3,15 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, free_port
 from safetensors.torch import load_file
 from test_runs import wait_for
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(shared_launch):
-    job = shared_launch("uninterrupted")
-    assert job.status == 0, job.output
-    return job
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def assert_same(job, uninterrupted):
@@ -56,7 +42,7 @@ esac
 """
 
 
-def test_slurm_job_on_two_nodes_stops_in_time_and_one_process_goes_on(uninterrupted, launch, tmp_path):
+def test_slurm_job_on_two_nodes_stops_in_time_and_one_process_goes_on(uninterrupted, launch, train, tmp_path):
     """ZeRO-3 on two nodes until the signal that SLURM sends before a job's time is up; then on one."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
@@ -88,14 +74,15 @@ def test_slurm_job_on_two_nodes_stops_in_time_and_one_process_goes_on(uninterrup
     [checkpoint] = run.glob("checkpoint-*")
     assert json.loads((checkpoint / "written_by.json").read_text()) == {"processes": 2, "train_batch_size": 4}
 
-    job = launch("job", **settings)
+    job = train("job", **settings)
     assert f"stopped: {checkpoint}" in job.output
+    assert "mismatch" not in job.output  # two turns a step now, and one before
     assert_same(job, uninterrupted)
     assert not list(run.rglob("*universal*"))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_two_processes_go_on_where_one_was_killed(stage, uninterrupted, launch):
+def test_two_processes_go_on_where_one_was_killed(stage, uninterrupted, launch, train):
     """The step stays as large as it was, though nothing says how large."""
     settings = {"save_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     settings["deepspeed"] = f"scripts/zero{stage}.json"
@@ -108,11 +95,11 @@ def test_two_processes_go_on_where_one_was_killed(stage, uninterrupted, launch):
     process.communicate()
     assert not list(Path("/dev/shm").glob(f"*{port}*"))  # no memory that nobody has any longer
 
-    refused = launch("killed", **settings | {"per_device_train_batch_size": 3})
+    refused = train("killed", **settings | {"per_device_train_batch_size": 3})
     assert "train_batch_size 4 is no multiple of the 3 records that 1 processes take at once" in refused.output
-    refused = launch("killed", train_batch_size=8, **settings)
+    refused = train("killed", train_batch_size=8, **settings)
     assert f"{checkpoint} was written by a run of 4 records a step, and train_batch_size is 8" in refused.output
-    job = launch("killed", processes=2, **settings)
+    job = train("killed", processes=2, **settings)
     assert_same(job, uninterrupted)
     # The main process alone writes what there is one of.
     both = {path.name for path in (launch.folder / "killed" / "checkpoint-6").iterdir()}

@@ -33,8 +33,8 @@ def said(job) -> str:
     return lines[0]
 
 
-def test_bad_records_are_listed_once(launch, mixture):
-    folder = launch.folder / "mixture"
+def test_bad_records_are_listed_once(train, mixture):
+    folder = train.folder / "mixture"
     shutil.copytree(mixture, folder)
     records = json.loads((folder / "train.json").read_text())[:12]
     with_image = [record for record in records if "image" in record]
@@ -48,14 +48,14 @@ def test_bad_records_are_listed_once(launch, mixture):
     good = [with_image[0] | {"id": "cmyk", "image": "images/cmyk.jpg"}]
     (folder / "mixed.json").write_text(json.dumps(records + bad + good))
 
-    job = launch("lenient", data_path=str(folder / "mixed.json"), max_steps=1)
+    job = train("lenient", data_path=str(folder / "mixed.json"), max_steps=1)
     assert job.status == 0, job.output
     assert "3 of 16 records left out" in job.output
     report = [json.loads(line) for line in (job.run / "skipped.jsonl").read_text().splitlines()]
     assert {row["record"] for row in report} == {"missing", "cut", "silent"}
     assert all(row["file"].endswith("mixed.json") and row["place"] and row["reason"] for row in report)
 
-    job = launch("strict", data_path=str(folder / "mixed.json"), strict=True, processes=2)
+    job = train("strict", data_path=str(folder / "mixed.json"), strict=True, processes=2)
     assert job.status != 0
     assert "3 of 16 records cannot be used" in said(job)
 
@@ -84,9 +84,9 @@ def test_a_recipe_given_by_name_is_the_whole_recipe(launch):
     )
 
 
-def test_deepspeed_configuration_that_is_none(launch):
-    assert "There is no DeepSpeed configuration at zero9.json" in said(launch("ds", deepspeed="zero9.json"))
-    path = launch.folder / "cut.json"
+def test_deepspeed_configuration_that_is_none(train):
+    assert "There is no DeepSpeed configuration at zero9.json" in said(train("ds", deepspeed="zero9.json"))
+    path = train.folder / "cut.json"
     path.write_text('{"zero_optimization": {')
     with pytest.raises(TrainingError, match=f"^{path} is no DeepSpeed configuration in JSON: .*line 1"):
         check(TrainConfig(deepspeed=str(path)))
@@ -99,8 +99,8 @@ def test_deepspeed_configuration_that_is_none(launch):
         ({"report_to": ["nobody"]}, "These settings are refused: nobody is not supported"),
     ],
 )
-def test_settings_that_a_library_refuses(settings, words, launch):
-    assert words in said(launch("refused", **settings, processes=2))
+def test_settings_that_a_library_refuses(settings, words, train):
+    assert words in said(train("refused", **settings, processes=2))
 
 
 @pytest.mark.parametrize(
@@ -142,34 +142,34 @@ def test_a_folder_with_braces_in_its_name(tmp_path):
     assert choose_run(config) == tmp_path / "{seed}-fura"
 
 
-def test_deepspeed_configuration_for_more_gpus(launch):
-    path = launch.folder / "ds8.json"
+def test_deepspeed_configuration_for_more_gpus(train):
+    path = train.folder / "ds8.json"
     path.write_text(json.dumps(json.loads(Path("scripts/zero2.json").read_text()) | {"train_batch_size": 32}))
-    line = said(launch("more", deepspeed=str(path), processes=2))
+    line = said(train("more", deepspeed=str(path), processes=2))
     assert f"{path} says otherwise than the recipe on 2 processes (train_batch_size=32 there, " in line
     assert "=8 here)" in line and '"auto"' in line
 
 
-def test_batch_that_does_not_divide(launch):
-    job = launch("batch", processes=2, train_batch_size=12)
+def test_batch_that_does_not_divide(train):
+    job = train("batch", processes=2, train_batch_size=12)
     assert "train_batch_size 12 is no multiple of the 8 records that 2 processes take at once" in said(job)
 
 
-def test_four_bits_under_zero3(launch):
-    assert "qfura keeps its base in 4 bits" in said(launch("four", method="qfura", deepspeed="scripts/zero3.json"))
+def test_four_bits_under_zero3(train):
+    assert "qfura keeps its base in 4 bits" in said(train("four", method="qfura", deepspeed="scripts/zero3.json"))
 
 
-def test_compiled_layers_under_zero3(launch):
-    job = launch("compiled", compile_layers=True, deepspeed="scripts/zero3.json")
+def test_compiled_layers_under_zero3(train):
+    job = train("compiled", compile_layers=True, deepspeed="scripts/zero3.json")
     assert "compile_layers and ZeRO-3 do not go together" in said(job)
 
 
-def test_checkpoint_of_another_method(launch):
-    run = launch.folder / "other"
+def test_checkpoint_of_another_method(train):
+    run = train.folder / "other"
     (run / "checkpoint-3").mkdir(parents=True)
-    settings = dataclasses.asdict(TrainConfig(**launch.recipe, output_dir=str(run), method="lora"))
+    settings = dataclasses.asdict(TrainConfig(**train.recipe, output_dir=str(run), method="lora"))
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    line = said(launch("other", method="fura"))
+    line = said(train("other", method="fura"))
     assert f"{run} holds an interrupted run with another method ('lora' there, 'fura' here)" in line
     assert "choose another --output_dir" in line
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-3", "config.yaml", "lock"]  # nothing is lost
@@ -215,8 +215,8 @@ def test_out_of_memory_advises_what_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["fura", "lora"])
-def test_target_modules_that_match_nothing(method, launch):
-    job = launch("target", method=method, target_modules="nonsense", processes=2 if method == "fura" else 1)
+def test_target_modules_that_match_nothing(method, train):
+    job = train("target", method=method, target_modules="nonsense", processes=2 if method == "fura" else 1)
     assert job.status != 0
     assert f"{method} cannot be set up with these settings: Target modules nonsense not found" in said(job)
 
@@ -251,28 +251,28 @@ def test_stopping_passes_over_processes_that_have_ended(tmp_path):
     assert process.wait() == signal.SIGTERM
 
 
-def test_port_in_use(launch):
+def test_port_in_use(train):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"Port {port} is in use" in said(launch("port", env={"MASTER_PORT": str(port)}))
+        assert f"Port {port} is in use" in said(train("port", env={"MASTER_PORT": str(port)}))
 
 
-def test_unknown_setting_names_the_nearest(launch):
-    job = launch("typo", learning_rat=1e-3)
+def test_unknown_setting_names_the_nearest(train):
+    job = train("typo", learning_rat=1e-3)
     assert job.status != 0
     assert "Did you mean 'learning_rate'?" in re.sub(r"\s+", " ", job.output)
 
 
-def test_full_disk(launch):
-    disk = launch.folder / "disk"
+def test_full_disk(train):
+    disk = train.folder / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("no right to mount a small disk here")
     try:
-        job = launch("full", output_dir=str(disk / "run"), max_steps=2, save_steps=1)
+        job = train("full", output_dir=str(disk / "run"), max_steps=2, save_steps=1)
         assert "the disk is full" in said(job)
         assert not list((disk / "run").glob("checkpoint-*"))
     finally:

@@ -61,3 +61,25 @@ def test_a_process_that_is_killed_ends_the_other(ended):
     assert statuses == [1, -9], output
     assert "lost the connection to another process, which was killed" in output
     assert "Traceback" not in output
+
+
+def test_the_command_trains_by_itself_and_says_nothing_that_frightens(mixture, tmp_path):
+    """Without a launcher, and with a compiler for GPUs where there is none. Of two turns a step."""
+    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    env = {name: value for name, value in os.environ.items() if name not in launcher + ("CUDA_HOME", "CUDA_PATH")}
+    settings = {"output_dir": tmp_path / "run", "data_path": mixture / "train.json", "model_max_length": 512}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "save_steps": 1}
+    settings |= {"bf16": "false", "dataloader_num_workers": 0, "report_to": "[]"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fura_vlm.cli", "train", *(f"--{name}={value}" for name, value in settings.items())],
+        env=env | {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{tmp_path}:{env['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "run" / "report.md").is_file() and (tmp_path / "run" / "checkpoint-2").is_dir()
+    for noise in ("mpi4py", "steps mismatch", "No CUDA runtime", "barrier()", "destroy_process_group", "Traceback"):
+        assert noise not in done.stdout, done.stdout
