@@ -1,11 +1,21 @@
 """A folder with a small model for each family, made once."""
 
 import pytest
+import torch
 from family_models import BUILDERS
 from transformers import AutoConfig
 
 from fura_vlm.families.base import Family
 from fura_vlm.families.registry import family_class
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models as small as these are done before a second one has begun."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

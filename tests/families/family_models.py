@@ -67,10 +67,18 @@ def _ids(tokenizer, **names) -> dict:
 
 
 def llava(folder: Path) -> None:
-    import shutil
-
+    """The embedded model's processor and a smaller model of its classes."""
     root = Path(__file__).parents[2] / "data" / "tiny-llava"
-    shutil.copytree(root, folder, dirs_exist_ok=True)
+    transformers.AutoProcessor.from_pretrained(root, backend="pil").save_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(root)
+    for part, sizes in (
+        (config.text_config, {"num_key_value_heads": 2, "head_dim": 8}),
+        (config.vision_config, {"projection_dim": 16}),
+    ):
+        sizes |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+        for name, value in sizes.items():
+            setattr(part, name, value)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
 def llava_next(folder: Path) -> None:
