@@ -100,9 +100,7 @@ def assert_same(job, other, tolerance: float) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("family", list(BUILDERS))
 def test_two_processes_are_one(family, stage, alone, train_family):
-    job = train_family(
-        family, "two", processes=2, per_device_train_batch_size=2, deepspeed=f"scripts/zero{stage}.json"
-    )
+    job = train_family(family, "two", processes=2, per_device_train_batch_size=2, deepspeed=f"scripts/zero{stage}.json")
     assert_same(job, alone(family), tolerance=2e-4)
 
 
