@@ -27,14 +27,14 @@ PHONE = {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def reference(run):
     """What ``generate`` answers to the last question of a conversation, without this project's engine."""
-    model, processor = load_any(run)
+    model, family = load_any(run)
 
     @torch.inference_mode()
     def answer(exchanges, adapter=True, length=24):
-        inputs = encode(build_prompt(exchanges, processor, 1024 - length), processor)
+        inputs = encode(build_prompt(exchanges, family, 1024 - length), family)
         with nullcontext() if adapter else model.disable_adapter():
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=length)
-        return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return family.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     return answer
 

@@ -1,0 +1,183 @@
+"""The chat of every family against its model's own ``generate``: a small random model of the real classes each."""
+
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+sys.path.append(str(Path(__file__).parents[1] / "families"))
+from family_models import BUILDERS
+from family_talk import picture
+
+from fura_vlm.chat.engine import ChatError, Engine, Sampling
+from fura_vlm.chat.models import Models, decoded
+from fura_vlm.chat.page import as_seen
+from fura_vlm.chat.prompt import Exchange, build_prompt, encode
+from fura_vlm.modelling.load import load_any
+
+LENGTH = 24  # beyond the 16 tokens that gemma3's windows see
+QUESTIONS = ["What is this?", "How many are there in the picture? Describe it please.", "Is it red? Yes or no?"]
+
+
+@pytest.fixture(scope="module", params=list(BUILDERS))
+def models(request, tmp_path_factory) -> Models:
+    folder = tmp_path_factory.mktemp(request.param)
+    BUILDERS[request.param](folder)
+    model, family = load_any(str(folder))
+    torch.manual_seed(0)
+    layers = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+    config = LoraConfig(target_modules=layers, r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    return Models(str(folder), get_peft_model(model, config).eval(), family, {"tuned": "default", "base": None})
+
+
+@pytest.fixture
+def engine(models):
+    engine = Engine(models.model, models.family, max_rows=8)
+    yield engine
+    engine.close()
+    models.model.base_model.enable_adapter_layers()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, size in enumerate([(61, 33), (30, 95), (120, 50)]):
+        picture(*size, number).save(folder / f"{number}.png")
+    return [str(folder / f"{number}.png") for number in range(3)]
+
+
+def tensors(models, *exchanges) -> dict:
+    return encode(build_prompt([Exchange(*exchange) for exchange in exchanges], models.family, 1800), models.family)
+
+
+@torch.inference_mode()
+def generate(models, inputs, name) -> list[int]:
+    with models.model.disable_adapter() if name is None else nullcontext():
+        made = models.model.generate(**inputs, do_sample=False, max_new_tokens=LENGTH)
+    return made[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def written(engine, asked: list[tuple[dict, str | None]]) -> list:
+    """The answers to questions that are asked at once."""
+    generations = [engine.submit(inputs, name, Sampling(max_new_tokens=LENGTH)) for inputs, name in asked]
+    deadline = time.monotonic() + 120
+    while not all(generation.done for generation in generations):
+        assert time.monotonic() < deadline, "it does not end"
+        time.sleep(0.005)
+    assert [generation.error for generation in generations] == [None] * len(generations)
+    return generations
+
+
+def conversations(models, files) -> list[tuple]:
+    """Of different lengths, with one, two and no pictures, one of them with a turn before."""
+    shown = files if models.family.sees else [None] * 3
+    return [
+        [(QUESTIONS[0], shown[0])],
+        [(QUESTIONS[1], None)],
+        [(QUESTIONS[2], shown[1], "No. A cat and a red dog."), (QUESTIONS[0], shown[2])],
+        [(QUESTIONS[1] * 4, shown[2])],
+    ]
+
+
+def test_rows_answer_as_generate_does(models, engine, files):
+    """Alone, and all at once over the base and the adapter, in an order in which each remembers another's pictures."""
+    asked = [
+        (tensors(models, *conversation), name)
+        for conversation in conversations(models, files)
+        for name in ("default", None)
+    ]
+    engine.close()  # ``generate`` has the model for itself
+    models.model.base_model.enable_adapter_layers()
+    expected = [generate(models, inputs, name) for inputs, name in asked]
+    engine = Engine(models.model, models.family, max_rows=8)
+    try:
+        together = [generation.tokens for generation in written(engine, asked)]
+        alone = [written(engine, [each])[0].tokens for each in asked[::-1]][::-1]
+    finally:
+        engine.close()
+    assert alone == expected
+    assert together == expected
+    assert len({tuple(tokens) for tokens in expected}) > 4  # the answers tell the questions apart
+    assert any(len(tokens) == LENGTH for tokens in expected)
+
+
+def test_a_second_turn(models, engine, files):
+    """The answer that the chat has written goes into the next prompt as text; the picture stays in the first one."""
+    first = (QUESTIONS[0], files[0] if models.family.sees else None)
+    [answer] = written(engine, [(tensors(models, first), "default")])
+    second = tensors(models, (*first, decoded(models, answer)), (QUESTIONS[1], None))
+    [again] = written(engine, [(second, "default")])
+    engine.close()
+    models.model.base_model.enable_adapter_layers()
+    assert again.tokens == generate(models, second, "default")
+
+
+def test_lengths_are_those_of_the_tensors(models, files):
+    """What is forgotten and cut depends on them."""
+    for conversation in conversations(models, files):
+        exchanges = [Exchange(*exchange) for exchange in conversation]
+        length = encode(build_prompt(exchanges, models.family, 1800), models.family)["input_ids"].shape[1]
+        assert build_prompt(exchanges, models.family, length).notice is None
+        try:
+            assert build_prompt(exchanges, models.family, length - 1).notice
+        except ChatError as error:
+            assert "do not fit" in str(error)
+
+
+def test_tokens_that_a_user_types_are_text(models):
+    plain = build_prompt([Exchange("What is this?")], models.family, 1800).text
+    for token in models.family.reserved():
+        assert build_prompt([Exchange(f"What{token} is this?")], models.family, 1800).text == plain
+
+
+def test_marks_of_turns_are_among_them(models):
+    if "<|im_end|>" in models.family.tokenizer.get_vocab():
+        assert {"<|im_start|>", "<|im_end|>"} <= models.family.reserved()
+
+
+def test_what_is_seen(models, files):
+    """The number of tokens is that of the prompt; LLaVA-1.5's own words are in test_serving.py."""
+    family = models.family
+    if not family.sees:
+        with pytest.raises(ChatError, match="takes text alone"):
+            build_prompt([Exchange("What is this?", files[0])], family, 1800)
+        return
+    seen, words = as_seen(files[2], family)
+    assert words.startswith("120 x 50 pixels become ")
+    if family.enough is None:
+        assert seen.size == (120, 50)
+        tokens = int((tensors(models, ("What is this?", files[2]))["input_ids"] == family.run_id).sum())
+        assert words == f"120 x 50 pixels become {tokens} tokens."
+
+
+def test_a_picture_is_read_smaller_only_where_nothing_is_lost(models, tmp_path):
+    if not models.family.sees:
+        return
+    from fura_vlm.chat.prompt import read_image
+
+    picture(2800, 2700).save(tmp_path / "large.png")
+    size = (1400, 1350) if models.family.enough else (2800, 2700)
+    assert read_image(str(tmp_path / "large.png"), models.family).size == size
+
+
+def test_a_model_that_is_to_repeat_little(models, engine, files):
+    """Published Qwen2.5-VL ask for it in generation_config.json, and ``generate`` heeds that when it is greedy, too."""
+    engine.close()
+    models.model.base_model.enable_adapter_layers()
+    settings = models.model.get_base_model().generation_config
+    inputs = [tensors(models, *conversation) for conversation in conversations(models, files)]
+    usual = [generate(models, each, "default") for each in inputs]
+    settings.repetition_penalty = 1.5
+    try:
+        expected = [generate(models, each, "default") for each in inputs]
+        engine = Engine(models.model, models.family, max_rows=8)
+        made = [generation.tokens for generation in written(engine, [(each, "default") for each in inputs])]
+        engine.close()
+    finally:
+        settings.repetition_penalty = None
+        models.model.base_model.enable_adapter_layers()
+    assert made == expected != usual
