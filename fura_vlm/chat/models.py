@@ -62,10 +62,12 @@ def load_models(path: str | None, adapters: list[str]) -> Models:
         adapters: run folders or adapters' folders.
 
     Raises:
-        ModelError: if one of them is missing or does not go with the base.
+        ModelError: if one of them is missing or does not go with the base, or the base has no form of a conversation.
     """
     path = path or default_model()
     model, family = load_any(path)
+    if family.conversation == "template":
+        family.chat_template()
     names: dict[str, str | None] = {}
     if isinstance(model, PeftModel):
         names[_label(path, names)] = model.active_adapter

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))
-from family_models import BUILDERS
+from family_models import BUILDERS, CHATML, _qwen, _save, _text, bpe
 from family_talk import picture
 
 from fura_vlm.chat.engine import ChatError, Engine, Sampling
@@ -23,13 +24,54 @@ LENGTH = 24  # beyond the 16 tokens that gemma3's windows see
 QUESTIONS = ["What is this?", "How many are there in the picture? Describe it please.", "Is it red? Yes or no?"]
 
 
-@pytest.fixture(scope="module", params=list(BUILDERS))
+def scaled(folder: Path) -> None:
+    """A language model that scales what its head makes."""
+    _words(folder, transformers.GraniteConfig, logits_scaling=4.0)
+
+
+def convolution(folder: Path) -> None:
+    """A language model that keeps more of the tokens than keys and values: rows cannot be joined."""
+    _words(folder, transformers.Lfm2Config, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+
+
+def _words(folder: Path, config_class, **settings) -> None:
+    tokenizer = bpe(
+        ["<|im_start|>", "<|im_end|>", "<pad>"], eos_token="<|im_end|>", pad_token="<pad>",
+        chat_template=CHATML.replace("IMAGE", "''"),
+    )  # fmt: skip
+    config = config_class(vocab_size=len(tokenizer), **_text(**settings))
+    _save(folder, transformers.AutoModelForCausalLM._model_mapping[config_class], config, tokenizer, tokenizer)
+
+
+def general(folder: Path) -> None:
+    """Qwen3.5, which has no file in families/: linear attention in half of its layers, and 3-D positions."""
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 14, "out_hidden_size": 32,
+        "num_position_embeddings": 64, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    }  # fmt: skip
+    linear = {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    }  # fmt: skip
+
+    def config(text_config, **settings):
+        return transformers.Qwen3_5Config(text_config=text_config | linear, **settings)
+
+    _qwen(
+        folder, "3", config, transformers.Qwen3_5ForConditionalGeneration, transformers.Qwen3VLProcessor, vision
+    )  # fmt: skip
+
+
+MADE = BUILDERS | {made.__name__: made for made in (scaled, convolution, general)}
+
+
+@pytest.fixture(scope="module", params=list(MADE))
 def models(request, tmp_path_factory) -> Models:
     folder = tmp_path_factory.mktemp(request.param)
-    BUILDERS[request.param](folder)
+    MADE[request.param](folder)
     model, family = load_any(str(folder))
     torch.manual_seed(0)
-    layers = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+    layers = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj", "w2"))]
     config = LoraConfig(target_modules=layers, r=4, init_lora_weights=False, task_type="CAUSAL_LM")
     return Models(str(folder), get_peft_model(model, config).eval(), family, {"tuned": "default", "base": None})
 
@@ -55,9 +97,10 @@ def tensors(models, *exchanges) -> dict:
 
 
 @torch.inference_mode()
-def generate(models, inputs, name) -> list[int]:
+def generate(models, inputs, name, **settings) -> list[int]:
+    settings = {"do_sample": False, "max_new_tokens": LENGTH} | settings
     with models.model.disable_adapter() if name is None else nullcontext():
-        made = models.model.generate(**inputs, do_sample=False, max_new_tokens=LENGTH)
+        made = models.model.generate(**inputs, **settings)
     return made[0, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -181,3 +224,22 @@ def test_a_model_that_is_to_repeat_little(models, engine, files):
         settings.repetition_penalty = None
         models.model.base_model.enable_adapter_layers()
     assert made == expected != usual
+
+
+def test_drawn_answers(models, engine):
+    """With the same random numbers ``generate`` draws the same, so the probabilities are the same."""
+    inputs = tensors(models, (QUESTIONS[1], None))
+    drawn = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        generation = engine.submit(inputs, "default", Sampling(2.0, 0.8, LENGTH))
+        while not generation.done:
+            time.sleep(0.005)
+        drawn.append(generation.tokens)
+    engine.close()
+    models.model.base_model.enable_adapter_layers()
+    for seed, tokens in enumerate(drawn):
+        torch.manual_seed(seed)
+        settings = {"do_sample": True, "temperature": 2.0, "top_p": 0.8, "top_k": 0}
+        assert generate(models, inputs, "default", **settings) == tokens
+    assert len(set(map(tuple, drawn))) > 1
