@@ -252,8 +252,13 @@ def _length_of(family: Family) -> Callable[[list[Exchange]], int]:
             return family.prompt_length(messages, [size(path) for path in pictures(messages)])
         except ChatError:
             raise
-        except (FuraVLMError, TemplateError, TypeError, ValueError) as error:  # a template may raise what it likes
-            raise ChatError(f"The model does not take this conversation: {first_line(error)}") from error
+        except FuraVLMError as error:
+            said, out = str(error), "send another picture" if exchanges[-1].image else "start a new conversation"
+            raise ChatError(f"{said[:1].upper()}{said[1:]}: {out}") from error
+        except (TemplateError, TypeError, ValueError) as error:  # a template may raise what it likes, with its reason
+            raise ChatError(
+                f"The model's chat template refuses the conversation ({first_line(error)}): start a new one"
+            ) from error
 
     return length
 

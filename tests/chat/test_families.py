@@ -1,7 +1,9 @@
 """The chat of every family against its model's own ``generate``: a small random model of the real classes each."""
 
+import asyncio
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,10 +16,14 @@ sys.path.append(str(Path(__file__).parents[1] / "families"))
 from family_models import BUILDERS, CHATML, _qwen, _save, _text, bpe
 from family_talk import picture
 
+from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError, Engine, Sampling
 from fura_vlm.chat.models import Models, decoded
 from fura_vlm.chat.page import as_seen
-from fura_vlm.chat.prompt import Exchange, build_prompt, encode
+from fura_vlm.chat.prompt import Exchange, build_prompt, encode, read_image
+from fura_vlm.chat.session import Chat, Session
+from fura_vlm.chat.terminal import chat as talk
+from fura_vlm.families.qwen_vl import QwenVL
 from fura_vlm.modelling.load import load_any
 
 LENGTH = 24  # beyond the 16 tokens that gemma3's windows see
@@ -200,8 +206,6 @@ def test_what_is_seen(models, files):
 def test_a_picture_is_read_smaller_only_where_nothing_is_lost(models, tmp_path):
     if not models.family.sees:
         return
-    from fura_vlm.chat.prompt import read_image
-
     picture(2800, 2700).save(tmp_path / "large.png")
     size = (1400, 1350) if models.family.enough else (2800, 2700)
     assert read_image(str(tmp_path / "large.png"), models.family).size == size
@@ -243,3 +247,72 @@ def test_drawn_answers(models, engine):
         settings = {"do_sample": True, "temperature": 2.0, "top_p": 0.8, "top_k": 0}
         assert generate(models, inputs, "default", **settings) == tokens
     assert len(set(map(tuple, drawn))) > 1
+
+
+def test_a_picture_that_the_model_refuses(models, tmp_path):
+    """Qwen's processors take none that is two hundred times as wide as high; the reason and the way out are said."""
+    if not isinstance(models.family, QwenVL):
+        return
+    picture(4000, 10).save(tmp_path / "long.png")
+    with pytest.raises(
+        ChatError, match="^The model takes no picture of 4000 x 10 pixels: .* send another picture$"
+    ):
+        build_prompt([Exchange("What is this?", str(tmp_path / "long.png"))], models.family, 1800)
+
+
+def test_a_conversation_that_the_template_refuses(models):
+    """One that demands turns in turn, as Gemma's does; a question whose reading was broken off has no answer."""
+    before = models.family.processor.chat_template
+    models.family.processor.chat_template = "{{ raise_exception('turns must alternate') }}"
+    try:
+        exchanges = [Exchange("One?"), Exchange("Two?")]
+        if models.family.conversation != "template":
+            assert build_prompt(exchanges, models.family, 1800).text
+            return
+        with pytest.raises(ChatError, match=r"refuses the conversation \(turns must alternate\): start a new one"):
+            build_prompt(exchanges, models.family, 1800)
+    finally:
+        models.family.processor.chat_template = before
+
+
+def test_a_session_with_and_without_pictures(models, files):
+    """A picture that a program sends to a model of text alone is refused, and the conversation goes on."""
+    chat = Chat(models, max_users=2)
+    session = Session()
+
+    async def ask(image):
+        async for _ in chat.ask(session, QUESTIONS[0], image, ["base"], Sampling(max_new_tokens=4)):
+            pass
+
+    async def talk_twice():
+        if models.family.sees:
+            await ask(files[0])
+        else:
+            with pytest.raises(ChatError, match="takes text alone: ask without a picture"):
+                await ask(files[0])
+            assert not session.turns
+        await ask(None)
+
+    try:
+        with ThreadPoolExecutor() as pool:  # the driver of the browser may have a loop of its own in this thread
+            pool.submit(asyncio.run, talk_twice()).result()
+        assert len(session.turns) == 1 + models.family.sees and not session.busy
+    finally:
+        chat.engine.close()
+        models.model.base_model.enable_adapter_layers()
+
+
+@pytest.mark.parametrize("name", ["text", "qwen2_5_vl"])
+def test_the_terminal_asks_for_a_picture_where_the_model_takes_one(name, tmp_path, files, capsys):
+    BUILDERS[name](tmp_path / name)
+    settings = {"model": str(tmp_path / name), "question": QUESTIONS[0], "max_new_tokens": LENGTH}
+    wrong, right = (files[0], None) if name == "text" else (None, files[0])
+    with pytest.raises(ChatError, match="name no picture" if name == "text" else "Name a picture"):
+        talk(ChatConfig(image=wrong, **settings))
+    capsys.readouterr()
+    talk(ChatConfig(image=right, **settings))
+    model, family = load_any(settings["model"])
+    inputs = encode(build_prompt([Exchange(QUESTIONS[0], right)], family, 1800), family)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=LENGTH)[0, inputs["input_ids"].shape[1] :]
+    assert capsys.readouterr().out.strip() == family.tokenizer.decode(ids, skip_special_tokens=True).strip()

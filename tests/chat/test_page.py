@@ -565,3 +565,21 @@ def test_no_answer_makes_the_browser_fetch(browser, served, address, elsewhere):
     assert not refused  # nothing was there to be refused
     assert page.locator("#left .mermaid, #left iframe, #left .message img, #left .message svg svg").count() == 0
     context.close()
+
+
+def test_a_model_of_text_alone_has_no_place_for_a_picture(browser, tmp_path):
+    BUILDERS["text"](tmp_path)
+    with serving("--model", str(tmp_path), "--max_new_tokens", "8") as (address, _):
+        page = browser.new_page()
+        page.goto(address)
+        page.locator("#question textarea").fill("What is this?")
+        expect(page.locator("#question textarea")).to_have_attribute("placeholder", "Ask")
+        expect(page.locator("#question input[type=file]")).to_have_count(0)
+        expect(page.get_by_text("Camera")).to_have_count(0)
+        page.locator("#question textarea").press("Enter")
+        expect(page.locator("#speed")).to_contain_text("8 tokens", timeout=60_000)
+        expect(page.locator("#notice")).not_to_contain_text("picture")
+        page.get_by_text("Look inside").click()
+        expect(page.get_by_text("a context of 2,048 tokens")).to_be_visible()
+        expect(page.get_by_text("What the model sees")).to_have_count(0)
+        page.close()
