@@ -254,9 +254,7 @@ def test_a_picture_that_the_model_refuses(models, tmp_path):
     if not isinstance(models.family, QwenVL):
         return
     picture(4000, 10).save(tmp_path / "long.png")
-    with pytest.raises(
-        ChatError, match="^The model takes no picture of 4000 x 10 pixels: .* send another picture$"
-    ):
+    with pytest.raises(ChatError, match="^The model takes no picture of 4000 x 10 pixels: .* send another picture$"):
         build_prompt([Exchange("What is this?", str(tmp_path / "long.png"))], models.family, 1800)
 
 

@@ -3,6 +3,7 @@
 import base64
 import http.server
 import re
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from answers_that_fetch import attempts
-from chat_server import bad_files, free_port
+from chat_server import bad_files, free_port, serving
 from playwright.sync_api import expect
+
+sys.path.append(str(Path(__file__).parents[1] / "families"))
+from family_models import BUILDERS
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.models import load_models
