@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,12 +88,12 @@ def build_prompt(exchanges: list[Exchange], family: Family, max_tokens: int) -> 
 
     if not family.sees and any(exchange.image for exchange in exchanges):
         raise ChatError("This model takes text alone: ask without a picture")
-    length = _length_of(family)
+    measure = _Measure(family)
 
     def fits(exchanges: list[Exchange]) -> bool:
-        return length(exchanges) <= max_tokens
+        return measure.conversation(exchanges) <= max_tokens
 
-    newest = _newest(exchanges, family, max_tokens)
+    newest = _newest(exchanges, family, max_tokens, measure)
     if not newest[-1].question:
         raise ChatError("There is no question: type one")
 
@@ -131,8 +131,8 @@ def encode(prompt: Prompt, family: Family) -> dict:
     Raises:
         ChatError: if a picture is no longer there.
     """
-    for path in prompt.images:
-        _check_kept(path)
+    if not all(Path(path).is_file() for path in prompt.images):
+        raise ChatError("A picture of this conversation is kept no longer: start a new conversation")
     return family.inputs(prompt.messages, [read_image(path, family) for path in prompt.images])
 
 
@@ -163,11 +163,11 @@ def is_animation(path: str) -> bool:
         return getattr(image, "is_animated", False) and image.format != "MPO"  # a phone's JPEG with a preview
 
 
-def _newest(exchanges: list[Exchange], family: Family, max_tokens: int) -> list[Exchange]:
+def _newest(exchanges: list[Exchange], family: Family, max_tokens: int, measure: _Measure) -> list[Exchange]:
     """Of the newest exchanges at least as many as fit into ``max_tokens``, without special tokens; one at least.
 
-    They are measured one by one, by their words alone, so that what is far too old is not read at all. Where words
-    meet what stands around them, their tokens may join: a few of each are not counted.
+    They are measured one by one, by their words and pictures alone, so that what is far too old is not read at all.
+    Where words meet what stands around them, their tokens may join: a few of each are not counted.
     """
     kept, room, reserved = [], max_tokens, family.reserved()
     for exchange in reversed(exchanges):
@@ -175,6 +175,7 @@ def _newest(exchanges: list[Exchange], family: Family, max_tokens: int) -> list[
         exchange = Exchange(_plain(exchange.question, reserved), exchange.image, answer)
         words = family.tokenizer([exchange.question, answer or ""], add_special_tokens=False)["input_ids"]
         room -= max(sum(len(ids) - 4 for ids in words), 1)
+        room -= measure.picture(exchange) if room >= 0 else 0
         if kept and room < 0:
             break
         kept.append(exchange)
@@ -235,34 +236,42 @@ def _messages(exchanges: list[Exchange]) -> list[Message]:
     return messages
 
 
-def _length_of(family: Family) -> Callable[[list[Exchange]], int]:
-    """What counts the tokens of exchanges. It looks at the header of each picture once."""
-    sizes: dict[str, tuple[int, int]] = {}
+class _Measure:
+    """Counts tokens as the family does. It looks at the header of each picture once."""
 
-    def size(path: str) -> tuple[int, int]:
-        if path not in sizes:
-            if family.needs_sizes:
-                _check_kept(path)
-            sizes[path] = picture_size(path) if family.needs_sizes else (1, 1)
-        return sizes[path]
+    def __init__(self, family: Family):
+        self._family = family
+        self._sizes: dict[str, tuple[int, int]] = {}
 
-    def length(exchanges: list[Exchange]) -> int:
+    def picture(self, exchange: Exchange) -> int:
+        """Tokens of the picture of an exchange, 0 without one."""
+        if not exchange.image:
+            return 0
+        with _refusals([exchange]):
+            return self._family.picture_length(*self._size(exchange.image))
+
+    def conversation(self, exchanges: list[Exchange]) -> int:
+        """Tokens of the prompt that exchanges make."""
         messages = _messages(exchanges)
-        try:
-            return family.prompt_length(messages, [size(path) for path in pictures(messages)])
-        except ChatError:
-            raise
-        except FuraVLMError as error:
-            said, out = str(error), "send another picture" if exchanges[-1].image else "start a new conversation"
-            raise ChatError(f"{said[:1].upper()}{said[1:]}: {out}") from error
-        except (TemplateError, TypeError, ValueError) as error:  # a template may raise what it likes, with its reason
-            raise ChatError(
-                f"The model's chat template refuses the conversation ({first_line(error)}): start a new one"
-            ) from error
+        with _refusals(exchanges):
+            return self._family.prompt_length(messages, [self._size(path) for path in pictures(messages)])
 
-    return length
+    def _size(self, path: str) -> tuple[int, int]:
+        if path not in self._sizes:
+            known = self._family.needs_sizes and Path(path).is_file()  # one that is missing is noticed when it is read
+            self._sizes[path] = picture_size(path) if known else (64, 64)
+        return self._sizes[path]
 
 
-def _check_kept(path: str) -> None:
-    if not Path(path).is_file():
-        raise ChatError("A picture of this conversation is kept no longer: start a new conversation")
+@contextlib.contextmanager
+def _refusals(exchanges: list[Exchange]):
+    """What the family or its template raises, as sentences for the user."""
+    try:
+        yield
+    except FuraVLMError as error:
+        said, out = str(error), "send another picture" if exchanges[-1].image else "start a new conversation"
+        raise ChatError(f"{said[:1].upper()}{said[1:]}: {out}") from error
+    except (TemplateError, TypeError, ValueError) as error:  # a template may raise what it likes, with its reason
+        raise ChatError(
+            f"The model's chat template refuses the conversation ({first_line(error)}): start a new one"
+        ) from error

@@ -112,7 +112,7 @@ class Family:
         needs_sizes: whether a picture's tokens depend on its size, so that indexing has to look at its header.
         sees: whether it takes pictures.
         enough: width and height from which on a larger picture shows the model nothing more, or ``None`` where nobody
-            can say: such a picture may be read at a fraction of its size.
+            can say: such a picture may be read at a fraction of its size. Only of families that need no sizes.
         bare_head: whether logits are what ``parts``' head makes of the decoder's states, not scaled or capped after
             it. Else an answer is written by the model as a whole.
     """
@@ -506,6 +506,14 @@ class Family:
         ids = self.tokenizer(expanded.text, add_special_tokens=self.adds_special_tokens([expanded.text]))["input_ids"]
         return len(ids) + sum(runs) - len(runs)
 
+    def picture_length(self, width: int, height: int) -> int:
+        """The tokens of a picture of this size that the model puts features in place of.
+
+        Raises:
+            EncodingError: the model does not take it.
+        """
+        return self._expansion(width, height).count(self.run_token)
+
     def seen(self, image: Image.Image) -> tuple[Image.Image, str]:
         """A picture as the model sees it, for people to look at, and what becomes of its pixels, to follow "640 x
         480 pixels" in a sentence. By default it is the picture itself, with its number of tokens.
@@ -513,8 +521,7 @@ class Family:
         Raises:
             EncodingError: the model does not take it.
         """
-        tokens = self._expansion(*image.size).count(self.run_token)
-        return image, f"become {tokens:,} tokens."
+        return image, f"become {self.picture_length(*image.size):,} tokens."
 
     def batch(self, several: Sequence[dict]) -> dict[str, torch.Tensor]:
         """``inputs`` of several conversations as one batch, padded on the left."""

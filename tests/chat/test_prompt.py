@@ -264,3 +264,19 @@ def test_animations_are_known(family, tmp_path):
     frames[0].save(tmp_path / "still.gif")
     assert is_animation(str(tmp_path / "moving.gif")) and not is_animation(str(tmp_path / "still.gif"))
     assert read_image(str(tmp_path / "moving.gif"), family).getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_of_many_pictures_few_are_measured(family, tmp_path, monkeypatch):
+    """Some processors have to make each to say how long it is; eight fit into 512 tokens."""
+    measured = []
+    expansion = family.expansion
+    monkeypatch.setattr(family, "_expansion", lambda *size: measured.append(size) or expansion(*size))
+    monkeypatch.setattr(type(family), "needs_sizes", True)
+    exchanges = []
+    for number in range(100):
+        Image.new("RGB", (40 + number, 40)).save(tmp_path / f"{number}.png")
+        exchanges.append(Exchange("And this?", str(tmp_path / f"{number}.png"), "yes"))
+    exchanges[-1].answer = None
+    prompt = build_prompt(exchanges, family, 512)
+    assert 5 <= len(prompt.images) <= 8 and prompt.images[-1] == exchanges[-1].image
+    assert {size[0] for size in measured} <= set(range(40 + 90, 40 + 100))
