@@ -18,9 +18,6 @@ SETTING = re.compile(r"(?<![\w.])(config\.)?vision_tower(_lr)?(?![\w.])")
 (``model.vision_tower``) is none."""
 
 STILL_TO_DO = {
-    "chat/engine.py": 1,
-    "chat/models.py": 3,
-    "chat/prompt.py": 2,
     "data/captions.py": 3,  # of the embedded world
     "evaluation/generation.py": 2,
     "evaluation/lmms_model.py": 1,
