@@ -63,6 +63,11 @@ class Llava(Family):
         one the tokenizer and the sizes are taken.
         """
         processor = AutoProcessor.from_pretrained(path, backend="pil")
+        if not isinstance(processor, LlavaProcessor):
+            raise ModelError(
+                f"{path} has a {type(processor).__name__} where a LlavaProcessor belongs: take the files that were "
+                "published with the model"
+            )
         _check_sizes(path, processor, config)
         images = processor.image_processor
         if not getattr(images, "do_pad", False) or processor.num_additional_image_tokens != 1:

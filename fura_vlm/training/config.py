@@ -15,8 +15,8 @@ class TrainConfig:
     """One fine-tuning run. Fields that transformers' ``TrainingArguments`` also has mean the same here.
 
     Args:
-        model_name_or_path: the base, a folder or hub name of a ``LlavaForConditionalGeneration`` with its processor.
-        data_path: the mixture, a JSON or JSONL file in the LLaVA format.
+        model_name_or_path: the base, a folder or hub name of a model with its processor.
+        data_path: the mixture: a JSON, JSONL or Parquet file, a folder of the datasets library, or a hub name.
         image_folder: where the mixture's image paths start; by default the folder of ``data_path``.
         eval_data_path: held-out questions in the same format; the first of each record is answered before and after
             training.

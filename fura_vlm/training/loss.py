@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -143,28 +144,33 @@ def use_all_parts(model: nn.Module, family: Family) -> None:
     ZeRO-3 gathers weights, in step with the others. A process whose batch has no picture would leave out the
     projector. It therefore sees a blank picture, whose features enter the sum multiplied by zero.
     """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     if family.parts(model).tower is None:
         return
     blank = family.blank()
+    # Where pictures are put in place, so that a process with pictures and one without call modules in the same order:
+    # ZeRO-3 gathers the weights of those that come next by the order of the step before.
+    place = model.model if type(family).embed is Family.embed else model
+    as_it_was = place.forward
 
-    def see_blank(module, args, kwargs):
+    @functools.wraps(as_it_was)
+    def forward(input_ids=None, *args, **inputs):
         # Embeddings that are given have their pictures in place already.
-        if kwargs.get("inputs_embeds") is not None or kwargs.get("pixel_values") is not None or not module.training:
-            return None
-        input_ids, *args = args if args else [kwargs.pop("input_ids")]
+        if input_ids is None or inputs.get("pixel_values") is not None or not model.training:
+            return as_it_was(input_ids, *args, **inputs)
         embeddings = model.get_input_embeddings()(input_ids)
-        inputs = {
+        of_blank = {
             name: value.to(embeddings.device, embeddings.dtype if value.is_floating_point() else value.dtype)
             for name, value in blank.items()
         }
-        features = family.picture_features(model, inputs)
-        kwargs["inputs_embeds"] = embeddings + 0 * sum(each.sum() for each in features)
+        features = family.picture_features(model, of_blank)
+        inputs["inputs_embeds"] = embeddings + 0 * sum(each.sum() for each in features)
         # Told, since some models would go on from the positions of the pictures that they saw last.
         length = embeddings.shape[1]
-        kwargs["position_ids"] = torch.arange(length, device=embeddings.device).expand(len(embeddings), length)
-        return (None, *args) if args else (), kwargs
+        inputs["position_ids"] = torch.arange(length, device=embeddings.device).expand(len(embeddings), length)
+        return as_it_was(None, *args, **inputs)
 
-    model.model.register_forward_pre_hook(see_blank, with_kwargs=True)
+    place.forward = forward
 
 
 def positions(batch: dict[str, torch.Tensor], run_id: int) -> dict[str, torch.Tensor]:

@@ -98,7 +98,6 @@ library_name: peft
 pipeline_tag: image-text-to-text
 tags:
 - {name}
-- llava
 ---
 
 # {run}
@@ -108,9 +107,9 @@ An adapter of {base}, trained with FuRA-VLM by the method {name}. With Pillow, P
 ```python
 {registers}from peft import PeftModel
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-base = LlavaForConditionalGeneration.from_pretrained("{base}")
+base = AutoModelForImageTextToText.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "RUN/adapter").eval()
 processor = AutoProcessor.from_pretrained("RUN/processor")
 turn = {{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}

@@ -13,10 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     CLIPProcessor,
-    LlamaConfig,
     LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    Qwen2_5_VLConfig,
 )
 
 from fura_vlm.fura import FuraConfig
@@ -162,24 +159,12 @@ def test_weights_of_another_model(part, change, words, tmp_path):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("config", [Qwen2_5_VLConfig, LlavaNextConfig, LlamaConfig], ids=lambda cls: cls.model_type)
-def test_a_model_of_another_family_is_named(config, tmp_path):
-    """With all the files of its processor, some of which want packages that are not here, or with none."""
-    config().save_pretrained(tmp_path)
-    shutil.copy(f"{BASE}/tokenizer.json", tmp_path)
-    images = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
-    for use in (load_processor, load_any, lambda path: load_base(path, torch.float32)):
-        with pytest.raises(ModelError, match=f"^{tmp_path} is a model of the type '{config.model_type}': .*llava-hf/"):
-            use(str(tmp_path))
-
-
 def test_a_processor_of_another_family_is_named(tmp_path):
     """As in the folder of a run, without a config.json."""
-    own = load_processor(BASE)
+    own = load_family(BASE).processor
     CLIPProcessor(own.image_processor, own.tokenizer).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"^{tmp_path} has a CLIPProcessor where a LlavaProcessor belongs"):
-        load_processor(str(tmp_path))
+        load_family(str(tmp_path), BASE)
 
 
 @pytest.fixture

@@ -97,7 +97,10 @@ class Trainer(Launcher):
         super().__init__(folder, mixture)
         self.copies = copies
 
-    def __call__(self, name: str, processes: int = 1, env: dict | None = None, **settings) -> Job:
+    def __call__(
+        self, name: str, processes: int = 1, env: dict | None = None, until: str | None = None, **settings
+    ) -> Job:
+        """``until``: a path within the run; once it is there, the processes are killed."""
         output = self.folder / f"{name}.log"
         output.unlink(missing_ok=True)
         common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
@@ -107,6 +110,7 @@ class Trainer(Launcher):
             "arguments": ["train", "--config", str(self.write(name, settings))],
             "environments": [common | rank | (env or {}) for rank in ranks],
             "output": str(output),
+            "until": until and str(self.folder / name / until),
         }
         self.copies.stdin.write(json.dumps(order) + "\n")
         self.copies.stdin.flush()

@@ -4,7 +4,7 @@ A copy is what a launcher starts: a process of its own, with its rank in its env
 ends. Only the seconds in which it would import PyTorch, transformers and DeepSpeed are saved.
 
 Each line of its input is an order in JSON: ``arguments`` of the command, ``environments`` (a dict for each process)
-and ``output``, a file for all that they print. The answer is a line with the exit status of each, None where it had to
+and ``output``, a file for all that they print; ``until``, a path or None: all are killed once it is there. The answer is a line with the exit status of each, None where it had to
 be killed.
 """
 
@@ -40,7 +40,7 @@ def serve() -> list[str]:
                 become(environment, order["output"])
                 return order["arguments"]
             processes.append(process)
-        answers.write(json.dumps(statuses_of(processes)) + "\n")
+        answers.write(json.dumps(statuses_of(processes, order.get("until"))) + "\n")
         answers.flush()
     sys.exit()
 
@@ -54,9 +54,13 @@ def become(environment: dict[str, str], output: str) -> None:
         os.dup2(file, stream)
 
 
-def statuses_of(processes: list[int]) -> list[int | None]:
+def statuses_of(processes: list[int], until: str | None) -> list[int | None]:
     deadline, statuses = time.monotonic() + PATIENCE, {}
     while len(statuses) < len(processes):
+        if until and os.path.exists(until):
+            for process in set(processes) - set(statuses):
+                os.kill(process, signal.SIGKILL)
+            until = None
         for process in set(processes) - set(statuses):
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
@@ -65,7 +69,7 @@ def statuses_of(processes: list[int]) -> list[int | None]:
                 os.kill(process, signal.SIGKILL)
                 os.waitpid(process, 0)
                 statuses[process] = None
-        time.sleep(0.02)
+        time.sleep(0.01)
     return [statuses[process] for process in processes]
 
 

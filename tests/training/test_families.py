@@ -1,0 +1,128 @@
+"""Training of every family through the command: however many processes, interrupted or not, the same comes out."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.append(str(Path(__file__).parents[1] / "families"))
+
+from family_models import BUILDERS  # noqa: E402
+from family_talk import PICTURES  # noqa: E402
+
+STEPS = 3
+SETTINGS = {
+    "block_size": 8,
+    "learning_rate": 3e-3,
+    "per_device_train_batch_size": 4,
+    "max_steps": STEPS,
+    "group_by_modality_length": False,  # so that a process has rows with and without pictures
+    "warmup_steps": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A small model of each family, made when it is first asked for."""
+    made = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            BUILDERS[name](made[name])
+        return made[name]
+
+    return folder
+
+
+def record(number: int, pictures: list[str], words: str = "What is this?") -> dict:
+    question = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": words}]
+    answer = ["A cat.", "three", "A red dog and a cat", "No."][number % 4]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"id": str(number), "images": pictures, "messages": turns}
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory) -> dict[bool, Path]:
+    """Records with no, one and two pictures of odd sizes; and, under ``False``, of text alone."""
+    folder = tmp_path_factory.mktemp("records")
+    for number, image in PICTURES.items():
+        image.save(folder / f"{number}.png")
+    pictures = [["1.png"], [], ["2.png", "3.png"], [], [], ["3.png"], [], ["2.png"], ["1.png", "2.png"], [], [], []]
+    made = {}
+    for with_pictures in (True, False):
+        made[with_pictures] = folder / f"{'mixed' if with_pictures else 'text'}.json"
+        rows = [record(number, some if with_pictures else []) for number, some in enumerate(pictures)]
+        made[with_pictures].write_text(json.dumps(rows))
+    return made
+
+
+@pytest.fixture
+def train_family(train, folders, mixtures):
+    def run(family: str, name: str, processes: int = 1, **settings):
+        given = {"model_name_or_path": str(folders(family)), "data_path": str(mixtures[family != "text"])}
+        return train(name, processes, **SETTINGS | given | settings)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, mixture, copies, folders, mixtures):
+    """What other ways to the same end are compared with: one process under ZeRO-2, by family."""
+    from conftest import Trainer
+
+    train, done = Trainer(tmp_path_factory.mktemp("alone"), mixture, copies), {}
+
+    def job(family: str):
+        if family not in done:
+            given = {"model_name_or_path": str(folders(family)), "data_path": str(mixtures[family != "text"])}
+            done[family] = train(family, **SETTINGS | given)
+            assert done[family].status == 0, done[family].output
+            assert len(done[family].losses()) == STEPS
+        return done[family]
+
+    return job
+
+
+def assert_same(job, other, tolerance: float) -> None:
+    """The losses of all steps and the weights of the adapter."""
+    assert job.status == 0, job.output
+    assert job.losses() == pytest.approx(other.losses(), rel=1e-4)
+    ours, theirs = (load_file(each.run / "adapter" / "adapter_model.safetensors") for each in (job, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_two_processes_are_one(family, stage, alone, train_family):
+    job = train_family(family, "two", processes=2, per_device_train_batch_size=2, deepspeed=f"scripts/zero{stage}.json")
+    assert_same(job, alone(family), tolerance=2e-4)
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_a_resumed_run_is_an_uninterrupted_one(family, alone, train_family):
+    job = train_family(family, "killed", save_steps=1, until="checkpoint-1")
+    assert job.status == -9 and not (job.run / "adapter").exists(), job.output
+    job = train_family(family, "killed", save_steps=1)
+    assert "checkpoint-" in job.output, job.output  # it says where it goes on
+    assert_same(job, alone(family), tolerance=0.0)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("tower", ["adapter", "full"])
+def test_the_tower_is_trained_at_its_own_rate(tower, family, train_family):
+    """With a rate of nothing it stays; the language model learns meanwhile. With a rate it does not stay."""
+    first, moved = {}, {}
+    for rate in (0.0, 1e-3):
+        job = train_family(family, f"rate-{rate}", vision_tower=tower, vision_tower_lr=rate)
+        assert job.status == 0, job.output
+        saved = load_file(job.run / "adapter" / "adapter_model.safetensors")
+        moved[rate] = {name: value for name, value in saved.items() if ".vis" in name}
+        first[rate] = {name: value for name, value in saved.items() if ".vis" not in name}
+        assert moved[rate] and first[rate]
+    assert any(not torch.equal(value, moved[1e-3][name]) for name, value in moved[0.0].items())
