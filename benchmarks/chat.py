@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fura_vlm import FuraConfig
 from fura_vlm.chat.engine import Engine, Generation, Sampling
-from fura_vlm.families.llava import named_config
+from fura_vlm.families.llava import Llava, named_config
 
 IMAGE_TOKENS, IMAGE_TOKEN, TEXT_TOKENS = 576, 32000, 64
 READ_SECONDS = 0.1  # how often the page looks at what has been written
@@ -55,6 +55,7 @@ llava.generation_config.pad_token_id = 0
 layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 fura = FuraConfig(target_modules=layers, init_weights=False, task_type="CAUSAL_LM")
 model = get_peft_model(llava, fura).eval()
+family = Llava(None, llava.config)
 
 ids = torch.randint(5, 31000, (1, 1 + IMAGE_TOKENS + TEXT_TOKENS))
 ids[0, 1 : 1 + IMAGE_TOKENS] = IMAGE_TOKEN
@@ -115,7 +116,7 @@ cases = {
     f"{options.together} answers together": ["default"] * options.together,
     "side by side: adapter and base": ["default", None],
 }
-engine = Engine(model, max_rows=options.together)
+engine = Engine(model, family, max_rows=options.together)
 rows, same = [], True
 for name, adapters in cases.items():
     chat(8, adapters), bare(8)  # to warm up

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ChatConfig:
-    """Talk about an image, in the terminal or in the browser.
+    """Talk with a model, about a picture if it takes any, in the terminal or in the browser.
 
     Args:
-        image: the picture to talk about in the terminal.
-        model: a run folder, an adapter, or a LLaVA (a folder or a name on the hub); by default the newest run in
+        image: the picture to talk about in the terminal; a model of text alone takes none.
+        model: a run folder, an adapter, or a model (a folder or a name on the hub); by default the newest run in
             runs/, or else the embedded model.
         adapters: more runs or adapters over the same base, to choose from in the browser.
         web: open the chat in the browser.

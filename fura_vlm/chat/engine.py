@@ -8,6 +8,7 @@ model, PEFT's switch between adapters, which is one for the whole model, concern
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections import deque
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fura_vlm.chat.threads import thread_tuner
 from fura_vlm.errors import FuraVLMError, first_line
+from fura_vlm.families.base import Family
 
 SWITCHED = BaseTunerLayer, AuxiliaryTrainingWrapper  # what PEFT turns on and off
 
@@ -47,8 +50,9 @@ class Generation:
     """An answer that is being written. The engine appends to ``tokens``; whoever asked reads them when it likes.
 
     Attributes:
-        inputs: what the processor made of the prompt, a batch of one.
+        inputs: the prompt as ``Family.inputs`` makes it, a batch of one.
         adapter: PEFT's name of the adapter, or ``None`` for the base model.
+        prompt: ids of the prompt, (1, n), of a model that is to repeat little.
         tokens: the ids written so far, the end token included.
         done: no more will come: complete, cancelled or failed.
         error: why it failed, or ``None``.
@@ -58,6 +62,7 @@ class Generation:
     inputs: dict[str, torch.Tensor]
     adapter: str | None
     sampling: Sampling
+    prompt: torch.Tensor | None = None
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     error: str | None = None
@@ -82,28 +87,38 @@ class Engine:
     """Answers many questions with one model. Thread-safe.
 
     Args:
-        model: a ``LlavaForConditionalGeneration``, or a PEFT model around one, in evaluation mode. From now on
-            nothing else may call it.
+        model: as it is or within a PEFT model, in evaluation mode. From now on nothing else may call it.
+        family: that of the model.
         max_rows: answers written at the same time; more wait, first come, first served.
     """
 
-    def __init__(self, model, max_rows: int = 24):
-        self.model = model
+    def __init__(self, model, family: Family, max_rows: int = 24):
+        self.model, self._family = model, family
         self._peft = model.base_model if isinstance(model, PeftModel) else None
         self._switches = [] if self._peft is None else [m for m in model.modules() if isinstance(m, SWITCHED)]
-        self._llava = model.get_base_model() if isinstance(model, PeftModel) else model
-        ends = self._llava.generation_config.eos_token_id or self._llava.config.get_text_config().eos_token_id
+        self._plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        settings, text_config = self._plain.generation_config, self._plain.config.get_text_config(decoder=True)
+        ends = settings.eos_token_id or text_config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list) else {ends}
+        penalty = getattr(settings, "repetition_penalty", None) or 1.0
+        self._penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1.0 else None
+        # Rows can be joined where all that is kept of a token are its keys and values. Layers with a window keep all of
+        # them, too: what is out of sight is masked.
+        kinds = {type(layer) for layer in DynamicCache(config=text_config).layers}
+        self._joins = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        self._text_config = text_config
+        takes = inspect.signature(self._plain.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._max_rows = max_rows
         self._adapter: str | None = None  # that the model is switched to
         self._active = model.active_adapter if self._peft is not None else None  # that PEFT turns on
         self._enable(False)
         self._waiting: deque[Generation] = deque()
         self._writing: list[Generation] = []
-        self._batches: dict[str | None, _Batch] = {}
+        self._batches: dict[tuple, _Batch] = {}
         self._wake = threading.Condition()
         self._closed = False
-        self._threads = {phase: thread_tuner(self._llava.device) for phase in ("prompt", "token")}
+        self._threads = {phase: thread_tuner(self._plain.device) for phase in ("prompt", "token")}
         self._thread = threading.Thread(target=self._run, name="chat-engine", daemon=True)
         self._thread.start()
 
@@ -111,8 +126,7 @@ class Engine:
         """Puts a question in the queue and returns at once.
 
         Args:
-            inputs: ``input_ids`` and ``attention_mask`` (1, n) int64, and ``pixel_values`` (images, 3, h, w) if there
-                are any.
+            inputs: the prompt as ``Family.inputs`` makes it.
             adapter: PEFT's name of an adapter, or ``None`` for the base model.
         """
         generation = Generation(dict(inputs), adapter, sampling)
@@ -150,21 +164,21 @@ class Engine:
                     self._writing = [*(row for row in self._writing if not row.done), newcomer]
             if newcomer is not None:
                 self._guarded([newcomer], self._admit, newcomer)
-            for adapter, batch in list(self._batches.items()):
+            for key, batch in list(self._batches.items()):
                 self._guarded(batch.rows, self._advance, batch)
                 if not batch.rows:
-                    del self._batches[adapter]
+                    del self._batches[key]
         for generation in [*self._waiting, *self._writing]:
             if not generation.done:
                 self._finish(generation)
 
     def _choose_threads(self) -> None:
         """Before the first question, on tokens that nobody asked for. It goes on with those of the answers."""
-        tuner, token = self._threads["token"], torch.zeros(1, 1, dtype=torch.long, device=self._llava.device)
+        tuner, token = self._threads["token"], torch.zeros(1, 1, dtype=torch.long, device=self._plain.device)
         end = time.monotonic() + START_SECONDS
         while tuner.tunes and not (tuner.settled or self._waiting or self._closed) and time.monotonic() < end:
             with tuner.step("start"):
-                self._llava.model.language_model(input_ids=token, use_cache=False)
+                self._family.parts(self._plain).decoder(input_ids=token, use_cache=False)
         self._threads["prompt"].threads = tuner.threads
 
     def _guarded(self, concerned: list[Generation], step, *arguments) -> None:
@@ -190,18 +204,23 @@ class Engine:
             self._finish(generation)
             return
         self._use(generation.adapter)
-        inputs = {name: value.to(self._llava.device) for name, value in generation.inputs.items()}
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self._llava.dtype)
+        inputs = {name: value.to(self._plain.device) for name, value in generation.inputs.items()}
+        for name, value in inputs.items():
+            if value.is_floating_point():
+                inputs[name] = value.to(self._plain.dtype)
         generation.inputs = {}  # the picture is needed no longer
-        cache = DynamicCache(config=self._llava.config.get_text_config())
+        if self._penalty is not None:
+            generation.prompt = inputs["input_ids"]
+        cache = DynamicCache() if self._joins else DynamicCache(config=self._text_config)
         # Prompts of about the same length take about as long.
         with self._threads["prompt"].step((len(inputs), inputs["input_ids"].shape[1].bit_length())):
-            output = self._llava(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self._plain(**inputs, past_key_values=cache, use_cache=True, **self._last_only)
         token = self._write([generation], output.logits[:, -1])
         if not generation.done:
-            batch = self._batches.setdefault(generation.adapter, _Batch(self._llava))
-            self._guarded([generation, *batch.rows], batch.add, generation, cache, token)
+            key = (generation.adapter, None if self._joins else id(generation))
+            batch = self._batches.setdefault(key, _Batch(self._plain, self._family))
+            offset = self._family.position_offset(self._plain, inputs)
+            self._guarded([generation, *batch.rows], batch.add, generation, cache, token, offset)
 
     def _advance(self, batch: _Batch) -> None:
         """Writes the next token of each row."""
@@ -238,7 +257,10 @@ class Engine:
         Returns: the tokens, (rows) int64, on the device.
         """
         # Which of equal ones is taken depends on the dtype: ``generate`` has this one.
-        tokens = logits.float().argmax(-1)
+        logits = logits.float()
+        if self._penalty is not None:
+            logits = torch.cat([self._penalized(row, logits[i : i + 1]) for i, row in enumerate(rows)])
+        tokens = logits.argmax(-1)
         for index, row in enumerate(rows):
             if row.sampling.temperature > 0:
                 tokens[index] = _draw(logits[index : index + 1], row.sampling)
@@ -250,8 +272,13 @@ class Engine:
                 self._finish(row)
         return tokens
 
+    def _penalized(self, row: Generation, logits: torch.Tensor) -> torch.Tensor:
+        """With what the prompt and the answer have already less likely, as the model's settings ask."""
+        written = torch.tensor([row.tokens], dtype=torch.long, device=logits.device)
+        return self._penalty(torch.cat([row.prompt, written], dim=1), logits)
+
     def _finish(self, generation: Generation, error: str | None = None) -> None:
-        generation.inputs = {}
+        generation.inputs, generation.prompt = {}, None
         generation.error = error
         generation.ended = time.monotonic()
         generation.done = True  # last: a reader who sees it finds all the rest in place
@@ -260,17 +287,18 @@ class Engine:
 class _Batch:
     """Answers decoded together: rows of one key-value cache, padded on the left to the longest.
 
-    What a step needs stays on the device, and the language model is called without LLaVA around it: a step of a few
-    rows takes as long as it takes to launch its kernels, so that whatever else is done delays every token.
+    What a step needs stays on the device, and the decoder is called without the model around it: a step of a few rows
+    takes as long as it takes to launch its kernels, so that whatever else is done delays every token.
 
     Attributes:
         lengths: tokens of each row in the cache, padding not counted.
         last: each row's last token, (rows) int64, which is not in the cache yet.
-        positions: the same lengths, (rows) int64.
+        places: the same lengths, (rows) int64.
+        offsets: how far the positions of a row's next tokens are from their places, (rows) int64.
     """
 
-    def __init__(self, llava):
-        self._decoder, self._head = llava.model.language_model, llava.lm_head
+    def __init__(self, model, family: Family):
+        self._model, self._parts = model, family.parts(model) if family.bare_head else None
         self.clear()
 
     def clear(self) -> None:
@@ -278,20 +306,22 @@ class _Batch:
         self.lengths: list[int] = []
         self.cache: DynamicCache | None = None
         self.last: torch.Tensor | None = None
-        self.positions: torch.Tensor | None = None
+        self.places: torch.Tensor | None = None
+        self.offsets: torch.Tensor | None = None
 
-    def add(self, row: Generation, cache: DynamicCache, last: torch.Tensor) -> None:
+    def add(self, row: Generation, cache: DynamicCache, last: torch.Tensor, offset: int) -> None:
         """Adds a row whose prompt is in a cache of its own; ``last`` (1) follows it."""
         length = cache.get_seq_length()
-        position = torch.full_like(last, length)
+        place, offsets = torch.full_like(last, length), torch.full_like(last, offset)
         if not self.rows:
-            self.cache, self.last, self.positions = cache, last, position
+            self.cache, self.last, self.places, self.offsets = cache, last, place, offsets
         else:
             width = max(*self.lengths, length)
             for layer, new in zip(self.cache.layers, cache.layers, strict=True):
                 layer.keys = torch.cat([_widen(layer.keys, width), _widen(new.keys, width)])
                 layer.values = torch.cat([_widen(layer.values, width), _widen(new.values, width)])
-            self.last, self.positions = torch.cat([self.last, last]), torch.cat([self.positions, position])
+            self.last, self.places = torch.cat([self.last, last]), torch.cat([self.places, place])
+            self.offsets = torch.cat([self.offsets, offsets])
         self.rows.append(row)
         self.lengths.append(length)
 
@@ -299,18 +329,22 @@ class _Batch:
         """Gives each row's last token to the model; returns what comes next, (rows, vocabulary)."""
         mask, longest = None, max(self.lengths)
         if min(self.lengths) < longest:  # without padding attention needs no mask, and is faster
-            columns = torch.arange(longest + 1, device=self.positions.device)
-            mask = (columns >= longest - self.positions[:, None]).long()
-        states = self._decoder(
-            input_ids=self.last[:, None],
-            attention_mask=mask,
-            position_ids=self.positions[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+            columns = torch.arange(longest + 1, device=self.places.device)
+            mask = (columns >= longest - self.places[:, None]).long()
+        inputs = {
+            "input_ids": self.last[:, None],
+            "attention_mask": mask,
+            "position_ids": (self.places + self.offsets)[:, None],
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        if self._parts is None:
+            logits = self._model(**inputs).logits[:, -1]
+        else:
+            logits = self._parts.head(self._parts.decoder(**inputs).last_hidden_state[:, -1])
         self.lengths = [length + 1 for length in self.lengths]
-        self.positions = self.positions + 1
-        return self._head(states[:, -1])
+        self.places = self.places + 1
+        return logits
 
     def drop_done(self) -> None:
         """Takes out the rows that are complete, and the padding that only they needed."""
@@ -324,8 +358,8 @@ class _Batch:
         self.rows = [self.rows[index] for index in kept]
         self.lengths = [self.lengths[index] for index in kept]
         padded = width - max(self.lengths)
-        indices = torch.tensor(kept, device=self.positions.device)
-        self.last, self.positions = self.last[indices], self.positions[indices]
+        indices = torch.tensor(kept, device=self.places.device)
+        self.last, self.places, self.offsets = self.last[indices], self.places[indices], self.offsets[indices]
         for layer in self.cache.layers:
             layer.keys = layer.keys[indices, :, padded:]
             layer.values = layer.values[indices, :, padded:]

@@ -1,4 +1,4 @@
-"""What a chat talks with: one base, its processor and the adapters over it."""
+"""What a chat talks with: one base, its family and the adapters over it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import LlavaProcessor
 
+from fura_vlm.chat.engine import Generation
 from fura_vlm.embedded.questions import FAMILIES, ask
 from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.errors import first_line
+from fura_vlm.families.base import Family
 from fura_vlm.modelling.load import ModelError, find_adapter, load_adapter, load_any
 
 EMBEDDED = Path("data/tiny-llava")
@@ -25,25 +26,25 @@ class Models:
     """One copy of the weights and what can be switched over it.
 
     Attributes:
-        model: a ``LlavaForConditionalGeneration``, or a ``PeftModel`` around one.
+        model: as it is or within a ``PeftModel``.
         adapters: what a user calls them, and PEFT's names; ``None`` is the base without any. The first is the default.
     """
 
     path: str
     model: torch.nn.Module
-    processor: LlavaProcessor
+    family: Family
     adapters: dict[str, str | None]
 
     @property
     def base(self) -> str:
         """Where the base came from."""
-        llava = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        return llava.config.name_or_path
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return model.config.name_or_path
 
     @property
     def context(self) -> int:
         """Tokens the language model reads at most."""
-        return self.model.config.get_text_config().max_position_embeddings
+        return self.model.config.get_text_config(decoder=True).max_position_embeddings
 
 
 def default_model() -> str:
@@ -54,17 +55,19 @@ def default_model() -> str:
 
 
 def load_models(path: str | None, adapters: list[str]) -> Models:
-    """Loads a run, an adapter or a LLaVA, and more adapters over its base.
+    """Loads a run, an adapter or a model, and more adapters over its base.
 
     Args:
         path: as in :func:`fura_vlm.modelling.load.load_any`; by default :func:`default_model`.
         adapters: run folders or adapters' folders.
 
     Raises:
-        ModelError: if one of them is missing or does not go with the base.
+        ModelError: if one of them is missing or does not go with the base, or the base has no form of a conversation.
     """
     path = path or default_model()
-    model, processor = load_any(path)
+    model, family = load_any(path)
+    if family.conversation == "template":
+        family.chat_template()
     names: dict[str, str | None] = {}
     if isinstance(model, PeftModel):
         names[_label(path, names)] = model.active_adapter
@@ -81,7 +84,7 @@ def load_models(path: str | None, adapters: list[str]) -> Models:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"The adapter at {other} does not go with {path}: {first_line(error)}") from error
         names[label] = name
-    return Models(path, model.eval(), processor, names | {BASE: None})
+    return Models(path, model.eval(), family, names | {BASE: None})
 
 
 def describe(models: Models) -> str:
@@ -131,6 +134,13 @@ def examples(models: Models, folder: Path) -> list[tuple[str, str]]:
             draw(scene).save(folder / f"example-{family}.png")
             found[family] = (str(folder / f"example-{family}.png"), question.text)
     return list(found.values())[:4]
+
+
+def decoded(models: Models, generation: Generation) -> str:
+    """What is written of an answer so far, as text."""
+    text = models.family.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
+    # A character of several tokens is not whole before its last one.
+    return text if generation.done else text.rstrip("\ufffd")
 
 
 def _label(path: str, taken: dict[str, str | None]) -> str:

@@ -11,8 +11,7 @@ import traceback
 from pathlib import Path
 
 import gradio as gr
-import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError, Generation, Sampling
@@ -21,8 +20,12 @@ from fura_vlm.chat.markdown import JOINER, literal
 from fura_vlm.chat.models import BASE, Models, describe, examples
 from fura_vlm.chat.prompt import picture_size, read_image
 from fura_vlm.chat.session import KEEP_SECONDS, Chat, Session, Turn
+from fura_vlm.errors import FuraVLMError
+from fura_vlm.families.base import Family
 
 NOTHING = "nothing"
+LOOK = (1344, 1344)
+"""Width and height of what is sent to be looked at."""
 HEAD = (Path(__file__).parent / "head.html").read_text(encoding="utf-8")
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
@@ -44,6 +47,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
     labels = list(models.adapters)
     samples = examples(models, folder)
     longest = max(1, min(1024, models.context // 2))
+    sees = models.family.sees
 
     with Page(title="FuRA-VLM", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS), fill_width=True) as page:
         session = gr.State(Session())
@@ -59,7 +63,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 min_width=280,
                 buttons=["copy"],
                 allow_file_downloads=False,
-                placeholder="Add a picture and ask about it.",
+                placeholder="Add a picture and ask about it." if sees else "Ask.",
                 examples=[{"text": question, "files": [path]} for path, question in samples] or None,
             )
             right = gr.Chatbot(
@@ -77,8 +81,9 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             show_label=False,
             file_count="multiple",
             file_types=["image"],
+            sources=["upload"] if sees else [],
             max_plain_text_length=1_000_000,  # a long text stays text
-            placeholder="Ask; drop or paste a picture",
+            placeholder="Ask; drop or paste a picture" if sees else "Ask",
             elem_id="question",
             autofocus=True,
         )
@@ -92,11 +97,11 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1: any word")
                 usual = min(config.max_new_tokens, longest)
                 length = gr.Slider(1, longest, value=usual, step=1, label="Longest answer", info="in tokens")
-        with gr.Accordion("Camera", open=False):
+        with gr.Accordion("Camera", open=False, visible=sees):
             camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=240)
         with gr.Accordion("Look inside", open=False, elem_id="inside") as inside, gr.Row():
             gr.Markdown(describe(models))
-            with gr.Column():
+            with gr.Column(visible=sees):
                 seen = gr.Image(label="What the model sees", interactive=False, height=240, buttons=[])
                 padding = gr.Markdown(elem_id="padding")
 
@@ -139,7 +144,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             except ChatError as error:
                 yield *[gr.skip()] * 4, _notice([error], wrong=True)
                 return
-            alone = image is None and not any(turn.image for turn in session.turns)
+            alone = sees and image is None and not any(turn.image for turn in session.turns)
             says = ["There is no picture yet: the model answers from words alone."] if alone else []
             async for values in answer(session, message["text"], image, *settings, says=says):
                 yield values
@@ -195,8 +200,8 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         def look(session):
             image = next((turn.image for turn in reversed(session.turns) if turn.image), None)
             try:
-                return as_seen(image, models.processor) if image else (None, "")
-            except ChatError as error:
+                return as_seen(image, models.family) if image and sees else (None, "")
+            except FuraVLMError as error:
                 return None, literal(str(error))
 
         async def api(session, message, model, temperature, top_p, max_new_tokens):
@@ -268,22 +273,16 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
     return page
 
 
-def as_seen(path: str, processor) -> tuple[Image.Image, str]:
-    """The picture as the model gets it, its own part framed, and a sentence about what was padded."""
-    image, settings = read_image(path), processor.image_processor
-    pixels = settings(images=image, return_tensors="np")["pixel_values"][0]
-    mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
-    seen = Image.fromarray(((pixels * std + mean).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+def as_seen(path: str, family: Family) -> tuple[Image.Image, str]:
+    """The picture as the model gets it, and a sentence about what becomes of it.
+
+    Raises:
+        FuraVLMError: the picture cannot be used, or the model does not take it.
+    """
+    seen, words = family.seen(read_image(path, family))
+    seen.thumbnail(LOOK)
     width, height = picture_size(path)
-    size = f"{width} x {height} pixels become {seen.width} x {seen.height}"
-    if width == height:
-        return seen, f"{size}; nothing is padded."
-    where = "left and right" if width < height else "above and below"
-    share = 1 - min(width, height) / max(width, height)
-    margin = round(share / 2 * seen.width)
-    box = (margin, 0) if width < height else (0, margin)
-    ImageDraw.Draw(seen).rectangle((*box, seen.width - 1 - box[0], seen.height - 1 - box[1]), outline="red")
-    return seen, f"{size}; {share:.0%} of it is padding, {where}."
+    return seen, f"{width} x {height} pixels {words}"
 
 
 def _sampling(temperature: float, top_p: float, length: int, longest: int) -> Sampling:

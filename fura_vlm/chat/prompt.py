@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jinja2 import TemplateError
 from PIL import Image
 
 from fura_vlm.chat.engine import ChatError
-from fura_vlm.data.conversation import prompt
-from fura_vlm.data.dataset import count_image_tokens
 from fura_vlm.data.images import ImageError, load_image, upright_size
-from fura_vlm.data.records import IMAGE, Turn
+from fura_vlm.errors import FuraVLMError, first_line
+from fura_vlm.families.base import Family
+from fura_vlm.families.messages import Message, Picture, Text, pictures
 
 MAX_QUESTION = 100_000
 """Characters of a question; no model here reads half as many."""
@@ -20,8 +22,6 @@ MAX_CONVERSATION = 400_000
 """Characters of a conversation: all of it goes to the browser with every piece of an answer."""
 MAX_PIXELS = 25_000_000
 """Pixels of a picture: what a good camera takes. Decoded they are 75 MB."""
-DRAFT = (1344, 1344)
-"""Width and height at which a picture is still whole to a model: four times a tower's 336 pixels."""
 FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"
 """What browsers and cameras send. Pillow knows forty more; each is a parser that a stranger's file would reach."""
 _decoding = threading.Lock()
@@ -47,17 +47,22 @@ class Prompt:
     """What the model reads.
 
     Attributes:
-        text: the conversation up to ``ASSISTANT:``, with ``<image>`` where a picture stands.
-        images: the paths of the pictures, in order.
+        messages: the conversation up to the question.
+        text: the same up to where the answer begins, with the family's mark where a picture stands.
         notice: what was left out to keep within the context, or ``None``.
     """
 
+    messages: list[Message]
     text: str
-    images: list[str]
     notice: str | None = None
 
+    @property
+    def images(self) -> list[str]:
+        """The paths of the pictures, in order."""
+        return pictures(self.messages)
 
-def build_prompt(exchanges: list[Exchange], processor, max_tokens: int) -> Prompt:
+
+def build_prompt(exchanges: list[Exchange], family: Family, max_tokens: int) -> Prompt:
     """The prompt for the last question of a conversation.
 
     Too long a conversation loses its oldest exchanges first, but never the latest picture, which moves to the oldest
@@ -66,14 +71,13 @@ def build_prompt(exchanges: list[Exchange], processor, max_tokens: int) -> Promp
 
     Args:
         exchanges: the conversation; the last one has no answer yet.
-        processor: a ``LlavaProcessor`` with a fast tokenizer.
-        max_tokens: tokens the prompt may have, image tokens included.
+        family: that of the model.
+        max_tokens: tokens the prompt may have, those of pictures included.
 
     Raises:
-        ChatError: if there is no question, if the question or the conversation has too many characters, or if
-            ``max_tokens`` has no room even for the picture.
+        ChatError: if there is no question, if the question or the conversation has too many characters, if
+            ``max_tokens`` has no room even for the picture, or if the model takes no such picture or conversation.
     """
-    tokenizer = processor.tokenizer
     asked, characters = len(exchanges[-1].question), sum(len(e.question) + len(e.answer or "") for e in exchanges)
     if asked > MAX_QUESTION:
         raise ChatError(f"The question has {asked:,} characters: ask with {MAX_QUESTION:,} at most")
@@ -82,10 +86,14 @@ def build_prompt(exchanges: list[Exchange], processor, max_tokens: int) -> Promp
             f"The conversation has {characters:,} characters, {MAX_CONVERSATION:,} at most are kept: start a new one"
         )
 
-    def fits(exchanges: list[Exchange]) -> bool:
-        return _length(exchanges, tokenizer, count_image_tokens(processor)) <= max_tokens
+    if not family.sees and any(exchange.image for exchange in exchanges):
+        raise ChatError("This model takes text alone: ask without a picture")
+    measure = _Measure(family)
 
-    newest = _newest(exchanges, tokenizer, max_tokens)
+    def fits(exchanges: list[Exchange]) -> bool:
+        return measure.conversation(exchanges) <= max_tokens
+
+    newest = _newest(exchanges, family, max_tokens, measure)
     if not newest[-1].question:
         raise ChatError("There is no question: type one")
 
@@ -113,33 +121,32 @@ def build_prompt(exchanges: list[Exchange], processor, max_tokens: int) -> Promp
         notice = (
             f"The conversation is longer than the model can read: the oldest {dropped} of its questions are forgotten."
         )
-    return Prompt(_text(kept, tokenizer), [exchange.image for exchange in kept if exchange.image], notice)
+    messages = _messages(kept)
+    return Prompt(messages, family.prompt(messages), notice)
 
 
-def encode(prompt: Prompt, processor) -> dict:
-    """The tensors of a prompt: ``input_ids``, ``attention_mask`` (1, n) int64, ``pixel_values`` (images, 3, h, w).
+def encode(prompt: Prompt, family: Family) -> dict:
+    """The tensors of a prompt, as ``Family.inputs``.
 
     Raises:
         ChatError: if a picture is no longer there.
     """
     if not all(Path(path).is_file() for path in prompt.images):
         raise ChatError("A picture of this conversation is kept no longer: start a new conversation")
-    images = [read_image(path) for path in prompt.images]
-    return dict(processor(text=prompt.text, images=images or None, return_tensors="pt"))
+    return family.inputs(prompt.messages, [read_image(path, family) for path in prompt.images])
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str, family: Family) -> Image.Image:
     """A user's picture as 8-bit RGB, upright. Pictures are decoded one at a time, which bounds the memory.
 
-    A picture of twice ``DRAFT`` or more comes at a half, a third, ... of its size; it stays far larger than what a
-    vision tower of 336 pixels sees.
+    A picture of twice ``family.enough`` or more comes at a half, a third, ... of its size.
 
     Raises:
         ChatError: if it cannot be used. The message has the file's name, and not where the server keeps it.
     """
     try:
         with _decoding:
-            return load_image(path, MAX_PIXELS, formats=FORMATS, draft=DRAFT)
+            return load_image(path, MAX_PIXELS, formats=FORMATS, draft=family.enough)
     except ImageError as error:
         raise ChatError(str(error).replace(str(path), Path(path).name)) from error
 
@@ -156,18 +163,19 @@ def is_animation(path: str) -> bool:
         return getattr(image, "is_animated", False) and image.format != "MPO"  # a phone's JPEG with a preview
 
 
-def _newest(exchanges: list[Exchange], tokenizer, max_tokens: int) -> list[Exchange]:
+def _newest(exchanges: list[Exchange], family: Family, max_tokens: int, measure: _Measure) -> list[Exchange]:
     """Of the newest exchanges at least as many as fit into ``max_tokens``, without special tokens; one at least.
 
-    They are measured one by one, so that what is far too old is not read at all. Where one ends and another begins,
-    their tokens may join: a few of each are not counted.
+    They are measured one by one, by their words and pictures alone, so that what is far too old is not read at all.
+    Where words meet what stands around them, their tokens may join: a few of each are not counted.
     """
-    kept, room = [], max_tokens
-    frame = len(tokenizer(_text([], tokenizer))["input_ids"])
+    kept, room, reserved = [], max_tokens, family.reserved()
     for exchange in reversed(exchanges):
-        answer = exchange.answer and _plain(exchange.answer, tokenizer)
-        exchange = Exchange(_plain(exchange.question, tokenizer), exchange.image, answer)
-        room -= max(len(tokenizer(_text([exchange], tokenizer))["input_ids"]) - frame - 4, 1)
+        answer = exchange.answer and _plain(exchange.answer, reserved)
+        exchange = Exchange(_plain(exchange.question, reserved), exchange.image, answer)
+        words = family.tokenizer([exchange.question, answer or ""], add_special_tokens=False)["input_ids"]
+        room -= max(sum(len(ids) - 4 for ids in words), 1)
+        room -= measure.picture(exchange) if room >= 0 else 0
         if kept and room < 0:
             break
         kept.append(exchange)
@@ -197,13 +205,13 @@ def _most(number: int, fits) -> int:
     return low
 
 
-def _plain(text: str, tokenizer) -> str:
-    """Without the tokenizer's special tokens: what a user types is text, neither an image nor the end of a turn.
+def _plain(text: str, reserved: set[str]) -> str:
+    """Without ``reserved`` tokens: what a user types is text, neither an image nor the end of a turn.
 
     In one pass: whenever the text so far ends in a special token, the token goes. So none is left, not even one whose
     pieces came together when another was taken out of it.
     """
-    special = sorted({IMAGE, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+    special = sorted(reserved, key=len, reverse=True)
     if not any(token in text for token in special):
         return text.strip()
     by_end = {token[-1]: [other for other in special if other[-1] == token[-1]] for token in special}
@@ -217,15 +225,53 @@ def _plain(text: str, tokenizer) -> str:
     return "".join(plain).strip()
 
 
-def _text(exchanges: list[Exchange], tokenizer) -> str:
-    turns = []
+def _messages(exchanges: list[Exchange]) -> list[Message]:
+    """A picture stands before the words, as in training."""
+    messages = []
     for exchange in exchanges:
-        turns.append(Turn("human", (IMAGE + "\n" if exchange.image else "") + exchange.question))
+        shown = (Picture(exchange.image),) if exchange.image else ()
+        messages.append(Message("user", (*shown, Text(exchange.question))))
         if exchange.answer is not None:
-            turns.append(Turn("gpt", exchange.answer))
-    return prompt(turns, tokenizer.eos_token)
+            messages.append(Message("assistant", (Text(exchange.answer),)))
+    return messages
 
 
-def _length(exchanges: list[Exchange], tokenizer, image_tokens: int) -> int:
-    pictures = sum(exchange.image is not None for exchange in exchanges)
-    return len(tokenizer(_text(exchanges, tokenizer))["input_ids"]) + pictures * (image_tokens - 1)
+class _Measure:
+    """Counts tokens as the family does. It looks at the header of each picture once."""
+
+    def __init__(self, family: Family):
+        self._family = family
+        self._sizes: dict[str, tuple[int, int]] = {}
+
+    def picture(self, exchange: Exchange) -> int:
+        """Tokens of the picture of an exchange, 0 without one."""
+        if not exchange.image:
+            return 0
+        with _refusals([exchange]):
+            return self._family.picture_length(*self._size(exchange.image))
+
+    def conversation(self, exchanges: list[Exchange]) -> int:
+        """Tokens of the prompt that exchanges make."""
+        messages = _messages(exchanges)
+        with _refusals(exchanges):
+            return self._family.prompt_length(messages, [self._size(path) for path in pictures(messages)])
+
+    def _size(self, path: str) -> tuple[int, int]:
+        if path not in self._sizes:
+            known = self._family.needs_sizes and Path(path).is_file()  # one that is missing is noticed when it is read
+            self._sizes[path] = picture_size(path) if known else (64, 64)
+        return self._sizes[path]
+
+
+@contextlib.contextmanager
+def _refusals(exchanges: list[Exchange]):
+    """What the family or its template raises, as sentences for the user."""
+    try:
+        yield
+    except FuraVLMError as error:
+        said, out = str(error), "send another picture" if exchanges[-1].image else "start a new conversation"
+        raise ChatError(f"{said[:1].upper()}{said[1:]}: {out}") from error
+    except (TemplateError, TypeError, ValueError) as error:  # a template may raise what it likes, with its reason
+        raise ChatError(
+            f"The model's chat template refuses the conversation ({first_line(error)}): start a new one"
+        ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fura_vlm.chat.engine import ChatError, Engine, Generation, Sampling
 from fura_vlm.chat.markdown import literal
-from fura_vlm.chat.models import Models
+from fura_vlm.chat.models import Models, decoded
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode, is_animation, read_image
 from fura_vlm.chat.readers import Readers
 
@@ -105,7 +105,7 @@ class Chat:
 
     def __init__(self, models: Models, max_users: int):
         self.models = models
-        self.engine = Engine(models.model, max_rows=max_users)
+        self.engine = Engine(models.model, models.family, max_rows=max_users)
         self.readers = Readers()
         self.kept: dict[str, Session] = {}  # by key, the one used last at the end
 
@@ -181,19 +181,17 @@ class Chat:
 
     def _read(self, session: Session, sampling: Sampling) -> list[dict]:
         """The tensors of the last turn of a session, for each side that is asked."""
-        turn, prompts = session.turns[-1], []
-        if turn.image:
-            read_image(turn.image)
+        turn, prompts, family = session.turns[-1], [], self.models.family
+        if turn.image and family.sees:
+            read_image(turn.image, family)
             if is_animation(turn.image):
                 session.notices.append("The picture is an animation: its first frame is used.")
         room = self.models.context - sampling.max_new_tokens
         for beside in [None, *turn.models[1:]]:
-            prompts.append(build_prompt(session.history(beside), self.models.processor, room))
+            prompts.append(build_prompt(session.history(beside), family, room))
         session.notices += [prompts[0].notice] if prompts[0].notice else []
-        return [encode(prompt, self.models.processor) for prompt in prompts]
+        return [encode(prompt, family) for prompt in prompts]
 
     def _copy(self, running: list[Generation], turn: Turn) -> None:
         for side, generation in enumerate(running):
-            text = self.models.processor.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
-            # A character of several tokens is not whole before its last one.
-            turn.answers[side] = text if generation.done else text.rstrip("\ufffd")
+            turn.answers[side] = decoded(self.models, generation)

@@ -29,7 +29,13 @@ def render(messages: Sequence[Message], eos: str) -> Rendered:
 
 
 def prompt(messages: Sequence[Message], eos: str) -> str:
-    """What the model is given, up to where the answer begins."""
+    """What the model is given, up to where the answer begins.
+
+    Raises:
+        EncodingError: as ``render``.
+    """
+    if [message.role for message in messages if message.role != "system"] != ["user"]:
+        raise EncodingError("Alpaca's form has one question and one answer, and this conversation has another number")
     introduction = next((message.text for message in messages if message.role == "system"), INTRODUCTION)
     question = next(message.text for message in messages if message.role == "user")
     return f"{introduction}\n\n### Instruction:\n{question}\n\n### Response:\n"

@@ -110,6 +110,11 @@ class Family:
         projector_names: where the projector is below ``model.model``; by default what is neither tower nor decoder.
         compiles_tower: whether the tower's layers are one graph for pictures of every number and size.
         needs_sizes: whether a picture's tokens depend on its size, so that indexing has to look at its header.
+        sees: whether it takes pictures.
+        enough: width and height from which on a larger picture shows the model nothing more, or ``None`` where nobody
+            can say: such a picture may be read at a fraction of its size. Only of families that need no sizes.
+        bare_head: whether logits are what ``parts``' head makes of the decoder's states, not scaled or capped after
+            it. Else an answer is written by the model as a whole.
     """
 
     model_types: tuple[str, ...] = ()
@@ -118,6 +123,9 @@ class Family:
     projector_names: tuple[str, ...] | None = None
     compiles_tower = True
     needs_sizes = True
+    sees = True
+    enough: tuple[int, int] | None = None
+    bare_head = False
 
     def __init__(self, processor, config, ends: Sequence[str] = (), conversation: str | None = None):
         self.processor, self.config = processor, config
@@ -216,7 +224,9 @@ class Family:
 
     def reserved(self) -> set[str]:
         """Tokens that nobody may type: they would be taken for pictures, or for the end of a turn."""
+        added = self.tokenizer.added_tokens_decoder.values()  # some are special and have no name, as <|im_start|>
         tokens = {*self.tokenizer.all_special_tokens, self.placeholder, self.run_token}
+        tokens |= {token.content for token in added if token.special}
         return {token for token in tokens if token.strip()}
 
     def template(self, messages: Sequence[Message], answer_next: bool = False) -> str:
@@ -483,6 +493,36 @@ class Family:
         )
         return dict(made)
 
+    def prompt_length(self, messages: Sequence[Message], sizes: Sequence[tuple[int, int]]) -> int:
+        """The tokens of ``inputs``, without its pictures.
+
+        Args:
+            sizes: (width, height) of each picture, in order; of families that do not need sizes any numbers will do.
+
+        Raises:
+            EncodingError: the model does not take the pictures.
+        """
+        expanded, runs = self._expanded(Rendered(self.prompt(messages), []), pictures(messages), sizes)
+        ids = self.tokenizer(expanded.text, add_special_tokens=self.adds_special_tokens([expanded.text]))["input_ids"]
+        return len(ids) + sum(runs) - len(runs)
+
+    def picture_length(self, width: int, height: int) -> int:
+        """The tokens of a picture of this size that the model puts features in place of.
+
+        Raises:
+            EncodingError: the model does not take it.
+        """
+        return self._expansion(width, height).count(self.run_token)
+
+    def seen(self, image: Image.Image) -> tuple[Image.Image, str]:
+        """A picture as the model sees it, for people to look at, and what becomes of its pixels, to follow "640 x
+        480 pixels" in a sentence. By default it is the picture itself, with its number of tokens.
+
+        Raises:
+            EncodingError: the model does not take it.
+        """
+        return image, f"become {self.picture_length(*image.size):,} tokens."
+
     def batch(self, several: Sequence[dict]) -> dict[str, torch.Tensor]:
         """``inputs`` of several conversations as one batch, padded on the left."""
         values = {"input_ids": self.tokenizer.pad_token_id}
@@ -541,9 +581,16 @@ class Family:
         made = model.model.get_image_features(**inputs, return_dict=True)
         return list(_tensors(made.pooler_output)) + list(_tensors(made.get("deepstack_features")))
 
-    def position_offset(self, model: nn.Module) -> int:
+    def position_offset(self, model: nn.Module, inputs: dict) -> int:
         """After a prompt was read alone: how far the next token's position is from its place in the sequence. It is
-        not 0 where a picture takes fewer positions than tokens (M-RoPE)."""
+        not 0 where a picture takes fewer positions than tokens (M-RoPE).
+
+        Args:
+            model: the plain model, which remembers the offset of the pictures that it read last.
+            inputs: what it has read, as ``inputs`` makes it.
+        """
+        if inputs.keys() <= self.of_text:
+            return 0
         deltas = getattr(model.model, "rope_deltas", None)
         return 0 if deltas is None else int(deltas.flatten()[0])
 

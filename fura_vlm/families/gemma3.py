@@ -10,6 +10,7 @@ class Gemma3(Family):
 
     model_types = ("gemma3",)
     projector_names = ("multi_modal_projector",)
+    bare_head = True
     token_types = "token_type_ids"
 
     @property

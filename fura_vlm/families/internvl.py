@@ -10,6 +10,7 @@ class InternVL(Family):
 
     model_types = ("internvl",)
     projector_names = ("multi_modal_projector",)
+    bare_head = True
 
     def expansion(self, width: int, height: int) -> str:
         processor = self.processor

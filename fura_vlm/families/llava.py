@@ -16,7 +16,9 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from transformers import (
     AutoProcessor,
@@ -48,6 +50,9 @@ class Llava(Family):
     conversations = ("v1", "plain")
     projector_names = ("multi_modal_projector",)
     needs_sizes = False
+    enough = (1344, 1344)
+    """Four times the 336 pixels of the published towers."""
+    bare_head = True
 
     @classmethod
     def load_processor(cls, path: str, config) -> LlavaProcessor:
@@ -58,6 +63,11 @@ class Llava(Family):
         one the tokenizer and the sizes are taken.
         """
         processor = AutoProcessor.from_pretrained(path, backend="pil")
+        if not isinstance(processor, LlavaProcessor):
+            raise ModelError(
+                f"{path} has a {type(processor).__name__} where a LlavaProcessor belongs: take the files that were "
+                "published with the model"
+            )
         _check_sizes(path, processor, config)
         images = processor.image_processor
         if not getattr(images, "do_pad", False) or processor.num_additional_image_tokens != 1:
@@ -119,6 +129,22 @@ class Llava(Family):
         if as_text := typed - vicunas:
             return self._encoded(rendered, runs, _without(tokenizer, as_text).encode(rendered.text))
         return self._encoded(rendered, runs, tokenizer(rendered.text).encodings[0])
+
+    def seen(self, image: Image.Image) -> tuple[Image.Image, str]:
+        """The square that the tower gets, the picture's own part framed, and what was padded."""
+        settings = self.processor.image_processor
+        pixels = settings(images=image, return_tensors="np")["pixel_values"][0]
+        mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
+        seen = Image.fromarray(((pixels * std + mean).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+        size = f"become {seen.width} x {seen.height}"
+        if image.width == image.height:
+            return seen, f"{size}; nothing is padded."
+        where = "left and right" if image.width < image.height else "above and below"
+        share = 1 - min(image.size) / max(image.size)
+        margin = round(share / 2 * seen.width)
+        box = (margin, 0) if image.width < image.height else (0, margin)
+        ImageDraw.Draw(seen).rectangle((*box, seen.width - 1 - box[0], seen.height - 1 - box[1]), outline="red")
+        return seen, f"{size}; {share:.0%} of it is padding, {where}."
 
     def embed(self, model, input_ids, places, of_pictures) -> torch.Tensor:
         """As ``LlavaModel`` makes it.

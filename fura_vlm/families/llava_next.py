@@ -10,6 +10,7 @@ class LlavaNext(Family):
 
     model_types = ("llava_next",)
     projector_names = ("multi_modal_projector",)
+    bare_head = True
 
     def patches(self) -> Patches:
         """As LLaVA's: the vectors at the ends of rows are about as many as the class tokens."""

@@ -13,6 +13,7 @@ class QwenVL(Family):
     """Qwen2-VL, 2.5 and 3, also with experts."""
 
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    bare_head = True
     compiles_tower = False
     """Its attention splits the patches by picture and window: another number of them would be another graph."""
 

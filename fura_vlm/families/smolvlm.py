@@ -10,6 +10,7 @@ class SmolVLM(Family):
 
     model_types = ("smolvlm", "idefics3")
     projector_names = ("connector",)
+    bare_head = True
 
     def patches(self) -> Patches:
         vision = self.config.vision_config

@@ -22,6 +22,7 @@ class Language(Family):
 
     conversations = ("template", *FORMS)
     needs_sizes = False
+    sees = False
 
     @classmethod
     def load_processor(cls, path: str, config):

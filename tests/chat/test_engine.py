@@ -31,7 +31,7 @@ def expected(models, scenes):
 
 @pytest.fixture
 def engine(models, expected):
-    engine = Engine(models.model, max_rows=8)
+    engine = Engine(models.model, models.family, max_rows=8)
     yield engine
     engine.close()
     models.model.base_model.enable_adapter_layers()
@@ -40,8 +40,8 @@ def engine(models, expected):
 def tensors(models, scene, number):
     """Questions of different lengths, some about a picture and some not."""
     question = "What is " + "really " * (number % 5) + "in the picture?"
-    prompt = build_prompt([Exchange(question, scene if number % 4 else None)], models.processor, 900)
-    return encode(prompt, models.processor)
+    prompt = build_prompt([Exchange(question, scene if number % 4 else None)], models.family, 900)
+    return encode(prompt, models.family)
 
 
 @torch.inference_mode()
@@ -126,7 +126,7 @@ def test_sampling_follows_the_model(models, engine, scenes):
 
 def test_nothing_is_kept_of_an_answer(models, expected, scenes):
     def tensors_alive_after(*numbers):
-        engine = Engine(models.model)
+        engine = Engine(models.model, models.family)
         for number in numbers:
             wait(engine.submit(tensors(models, scenes[number], number), "default", Sampling(max_new_tokens=4)))
         engine.close()  # its thread has ended then, so that what is alive does not depend on how far it has come
@@ -155,7 +155,7 @@ def test_an_error_without_words_ends_only_what_it_concerns(models, engine, scene
 
 
 def test_a_closed_engine_refuses(models, expected):
-    engine = Engine(models.model)
+    engine = Engine(models.model, models.family)
     engine.close()
     with pytest.raises(ChatError, match="closing"):
         engine.submit({}, None, Sampling())

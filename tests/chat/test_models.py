@@ -48,7 +48,7 @@ def test_several_adapters_over_one_base(run, second, scenes, first):
     models = load_models(run, [second]) if first == "run" else load_models(TINY, [run, second])
     labels = [label for label in models.adapters if label != "base"]
     assert labels == ["tuned", "half"] and models.adapters["base"] is None
-    inputs = encode(build_prompt([Exchange("What is this?", scenes[0])], models.processor, 900), models.processor)
+    inputs = encode(build_prompt([Exchange("What is this?", scenes[0])], models.family, 900), models.family)
     for label, folder in (("tuned", f"{run}/adapter"), ("half", second)):
         alone = load_adapter(load_base(TINY, torch.float32), folder)
         models.model.set_adapter(models.adapters[label])
@@ -81,10 +81,10 @@ def test_adapters_that_are_missing_or_cut_off(run, tmp_path):
 
 def test_terminal(run, scenes, capsys, monkeypatch):
     models = load_models(run, [])
-    inputs = encode(build_prompt([Exchange("What is this?", scenes[0])], models.processor, 900), models.processor)
+    inputs = encode(build_prompt([Exchange("What is this?", scenes[0])], models.family, 900), models.family)
     with torch.inference_mode():
         ids = models.model.generate(**inputs, do_sample=False, max_new_tokens=12)
-    answer = models.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = models.family.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     chat(ChatConfig(image=scenes[0], model=run, question="What is this?", max_new_tokens=12))
     assert capsys.readouterr().out.strip() == answer.strip()
     monkeypatch.setattr("sys.stdin", io.StringIO("<image>\nWhat is this?\n\n"))

@@ -3,6 +3,7 @@
 import base64
 import http.server
 import re
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from answers_that_fetch import attempts
-from chat_server import bad_files, free_port
+from chat_server import bad_files, free_port, serving
 from playwright.sync_api import expect
+
+sys.path.append(str(Path(__file__).parents[1] / "families"))
+from family_models import BUILDERS
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.models import load_models
@@ -27,14 +31,14 @@ PHONE = {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def reference(run):
     """What ``generate`` answers to the last question of a conversation, without this project's engine."""
-    model, processor = load_any(run)
+    model, family = load_any(run)
 
     @torch.inference_mode()
     def answer(exchanges, adapter=True, length=24):
-        inputs = encode(build_prompt(exchanges, processor, 1024 - length), processor)
+        inputs = encode(build_prompt(exchanges, family, 1024 - length), family)
         with nullcontext() if adapter else model.disable_adapter():
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=length)
-        return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return family.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     return answer
 
@@ -566,3 +570,21 @@ def test_no_answer_makes_the_browser_fetch(browser, served, address, elsewhere):
     assert not refused  # nothing was there to be refused
     assert page.locator("#left .mermaid, #left iframe, #left .message img, #left .message svg svg").count() == 0
     context.close()
+
+
+def test_a_model_of_text_alone_has_no_place_for_a_picture(browser, tmp_path):
+    BUILDERS["text"](tmp_path)
+    with serving("--model", str(tmp_path), "--max_new_tokens", "8") as (address, _):
+        page = browser.new_page()
+        page.goto(address)
+        page.locator("#question textarea").fill("What is this?")
+        expect(page.locator("#question textarea")).to_have_attribute("placeholder", "Ask")
+        expect(page.locator("#question input[type=file]")).to_have_count(0)
+        expect(page.get_by_text("Camera")).to_have_count(0)
+        page.locator("#question textarea").press("Enter")
+        expect(page.locator("#speed")).to_contain_text("8 tokens", timeout=60_000)
+        expect(page.locator("#notice")).not_to_contain_text("picture")
+        page.get_by_text("Look inside").click()
+        expect(page.get_by_text("a context of 2,048 tokens")).to_be_visible()
+        expect(page.get_by_text("What the model sees")).to_have_count(0)
+        page.close()

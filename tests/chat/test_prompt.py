@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from fura_vlm.chat import prompt as prompt_module
 from fura_vlm.chat.engine import ChatError
 from fura_vlm.chat.prompt import (
-    DRAFT,
     MAX_CONVERSATION,
     MAX_QUESTION,
     Exchange,
@@ -23,18 +22,19 @@ from fura_vlm.chat.prompt import (
     picture_size,
     read_image,
 )
-from fura_vlm.data import conversation
 from fura_vlm.data.images import load_image
-from fura_vlm.data.records import Turn
-from fura_vlm.modelling.load import load_processor
+from fura_vlm.families.base import IGNORE, Family
+from fura_vlm.families.llava import Llava
+from fura_vlm.families.messages import Message, Picture, Text
+from fura_vlm.modelling.load import load_family
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return load_processor(TINY)
+def family():
+    return load_family(TINY)
 
 
-def test_tokens_are_those_of_training(processor, scenes):
+def test_tokens_are_those_of_training(family, scenes):
     """A conversation with a second picture on the way, against the labels that training would compute."""
     turns = [("What is this?", "A <b>card</b>."), ("Sure?", "Yes"), ("Where?", "left")]
     exchanges = [
@@ -43,20 +43,22 @@ def test_tokens_are_those_of_training(processor, scenes):
     exchanges[-1].answer = None
     record = []
     for n, (question, answer) in enumerate(turns):
-        record += [Turn("human", ("<image>\n" if n == 0 else "") + question), Turn("gpt", answer)]
-    trained = conversation.encode(record, processor.tokenizer, num_image_tokens=64, max_length=900)
-    ids = encode(build_prompt(exchanges, processor, 900), processor)["input_ids"][0].tolist()
-    assert trained["input_ids"][: len(ids)] == ids
-    assert trained["labels"][len(ids)] != conversation.IGNORE  # and there the last answer begins
-    assert set(trained["labels"][len(ids) :]) == {*trained["input_ids"][len(ids) :]}
+        shown = (Picture(scenes[0]),) if n == 0 else ()
+        record += [Message("user", (*shown, Text(question))), Message("assistant", (Text(answer),))]
+    [trained] = family.encode([(record, [(64, 64)])])
+    wanted, labels = (made.tolist() for made in family.spread(trained))
+    ids = encode(build_prompt(exchanges, family, 900), family)["input_ids"][0].tolist()
+    assert wanted[: len(ids)] == ids
+    assert labels[len(ids)] != IGNORE  # and there the last answer begins
+    assert labels[len(ids) :] == wanted[len(ids) :]
 
 
-def test_each_picture_stands_with_its_question(processor, scenes):
+def test_each_picture_stands_with_its_question(family, scenes):
     exchanges = [Exchange("One?", scenes[0], "1"), Exchange("Two?", scenes[1])]
-    prompt = build_prompt(exchanges, processor, 900)
+    prompt = build_prompt(exchanges, family, 900)
     assert prompt.images == scenes[:2]
     assert prompt.text.endswith("USER: <image>\nOne? ASSISTANT: 1</s>USER: <image>\nTwo? ASSISTANT:")
-    assert encode(prompt, processor)["pixel_values"].shape == (2, 3, 112, 112)
+    assert encode(prompt, family)["pixel_values"].shape == (2, 3, 112, 112)
 
 
 @pytest.mark.parametrize(
@@ -69,27 +71,27 @@ def test_each_picture_stands_with_its_question(processor, scenes):
         "What is<unk><s> this?<pad>",
     ],
 )
-def test_special_tokens_that_a_user_types_are_no_tokens(processor, scenes, typed):
-    prompt = build_prompt([Exchange(typed, scenes[0])], processor, 900)
-    assert prompt.text == build_prompt([Exchange("What is this?", scenes[0])], processor, 900).text
+def test_special_tokens_that_a_user_types_are_no_tokens(family, scenes, typed):
+    prompt = build_prompt([Exchange(typed, scenes[0])], family, 900)
+    assert prompt.text == build_prompt([Exchange("What is this?", scenes[0])], family, 900).text
 
 
-def test_a_long_question_is_cut_at_its_end(processor, scenes):
+def test_a_long_question_is_cut_at_its_end(family, scenes):
     long = "Where is the red circle? " + "very " * 10_000
-    prompt = build_prompt([Exchange(long, scenes[0])], processor, 512)
+    prompt = build_prompt([Exchange(long, scenes[0])], family, 512)
     assert "only its beginning" in prompt.notice
     assert "Where is the red circle? very" in prompt.text and prompt.text.endswith(" ASSISTANT:")
-    assert 500 < encode(prompt, processor)["input_ids"].shape[1] <= 512
+    assert 500 < encode(prompt, family)["input_ids"].shape[1] <= 512
 
 
-def test_a_long_conversation_forgets_its_beginning_but_not_the_picture(processor, scenes):
+def test_a_long_conversation_forgets_its_beginning_but_not_the_picture(family, scenes):
     exchanges = [Exchange(f"Question {n}?", scenes[0] if n == 0 else None, "yes " * 20) for n in range(30)]
     exchanges.append(Exchange("And now?"))
-    prompt = build_prompt(exchanges, processor, 512)
+    prompt = build_prompt(exchanges, family, 512)
     assert "forgotten" in prompt.notice and prompt.images == scenes[:1]
     assert "Question 0?" not in prompt.text and "Question 29?" in prompt.text
     assert prompt.text.count("<image>") == 1 and "questions. USER: <image>\nQuestion" in prompt.text
-    assert encode(prompt, processor)["input_ids"].shape[1] <= 512
+    assert encode(prompt, family)["input_ids"].shape[1] <= 512
 
 
 LONG = {
@@ -121,52 +123,53 @@ def byte_tokenizer(normalizer=None) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module", params=["llama", "bytes", "bytes without accents"])
-def any_processor(request):
-    """The embedded model's processor, with its own tokenizer and with others."""
-    processor = load_processor(TINY)
-    if request.param != "llama":
-        removes = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
-        processor.tokenizer = byte_tokenizer(removes if "without" in request.param else None)
-    return processor
+def any_family(request):
+    """The embedded model's family, with its own tokenizer and with others."""
+    family = load_family(TINY)
+    if request.param == "llama":
+        return family
+    removes = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    family.processor.tokenizer = byte_tokenizer(removes if "without" in request.param else None)
+    return Llava(family.processor, family.config)
 
 
 @pytest.mark.parametrize("script", LONG)
-def test_a_long_question_is_cut_in_any_script(any_processor, scenes, script, monkeypatch):
+def test_a_long_question_is_cut_in_any_script(any_family, scenes, script, monkeypatch):
     """In as many passes as the number of characters has binary digits, and to nearly all that fits."""
     passes = []
-    measure = prompt_module._length
-    monkeypatch.setattr(prompt_module, "_length", lambda *arguments: passes.append(1) or measure(*arguments))
+    measure = Family.prompt_length
+    monkeypatch.setattr(Family, "prompt_length", lambda *arguments: passes.append(1) or measure(*arguments))
     question = LONG[script][:MAX_QUESTION]
-    prompt = build_prompt([Exchange(question, scenes[0])], any_processor, 512)
+    prompt = build_prompt([Exchange(question, scenes[0])], any_family, 512)
     assert len(passes) <= 20
     kept = prompt.text.partition("<image>\n")[2].removesuffix(" ASSISTANT:")
     assert kept and question.startswith(kept)
-    size = len(any_processor.tokenizer(prompt.text)["input_ids"]) + 63  # the picture is 64 tokens
+    size = len(any_family.tokenizer(prompt.text)["input_ids"]) + 63  # the picture is 64 tokens
     assert size <= 512
     if kept != question.strip():  # one more character of up to four bytes, some of which make two tokens, is too much
         assert size > 512 - 12 and "only its beginning" in prompt.notice
 
 
-def test_what_is_far_too_long_is_refused(processor, scenes):
+def test_what_is_far_too_long_is_refused(family, scenes):
     with pytest.raises(ChatError, match=f"has 100,001 characters: ask with {MAX_QUESTION:,} at most"):
-        build_prompt([Exchange("a" * (MAX_QUESTION + 1), scenes[0])], processor, 900)
+        build_prompt([Exchange("a" * (MAX_QUESTION + 1), scenes[0])], family, 900)
     exchanges = [Exchange("a" * MAX_QUESTION, None, "yes")] * 4 + [Exchange("And now?")]
     with pytest.raises(ChatError, match=f"{MAX_CONVERSATION:,} at most are kept: start a new one"):
-        build_prompt(exchanges, processor, 900)
+        build_prompt(exchanges, family, 900)
 
 
-def test_of_a_long_conversation_little_is_read(processor, monkeypatch):
+def test_of_a_long_conversation_little_is_read(family, monkeypatch):
     """A thousand short questions are measured in a few passes over what may fit, not over all of it each time."""
     passes = []
-    measure = prompt_module._length
-    monkeypatch.setattr(prompt_module, "_length", lambda *arguments: passes.append(1) or measure(*arguments))
-    prompt = build_prompt([Exchange("?", None, "!")] * 1000 + [Exchange("And now?")], processor, 512)
+    measure = Family.prompt_length
+    monkeypatch.setattr(Family, "prompt_length", lambda *arguments: passes.append(1) or measure(*arguments))
+    prompt = build_prompt([Exchange("?", None, "!")] * 1000 + [Exchange("And now?")], family, 512)
     assert len(passes) <= 10
-    assert 480 < len(processor.tokenizer(prompt.text)["input_ids"]) <= 512
+    assert 480 < len(family.tokenizer(prompt.text)["input_ids"]) <= 512
 
 
 @pytest.mark.parametrize("text", ["<ima" * 4000 + "ge>" * 4000, "<image>" * 4000, "<" * 4000 + "</s>" * 3000])
-def test_special_tokens_are_taken_out_in_time_in_line_with_the_text(processor, text):
+def test_special_tokens_are_taken_out_in_time_in_line_with_the_text(family, text):
     """Twice the text takes twice the lines of Python, each of which looks at no more than one token's characters."""
 
     def lines(text: str) -> int:
@@ -180,7 +183,7 @@ def test_special_tokens_are_taken_out_in_time_in_line_with_the_text(processor, t
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            prompt_module._plain(text, processor.tokenizer)
+            prompt_module._plain(text, family.reserved())
         finally:
             sys.settrace(before)
         return count
@@ -188,52 +191,52 @@ def test_special_tokens_are_taken_out_in_time_in_line_with_the_text(processor, t
     assert len(text) < lines(text + text) < 2.1 * lines(text)
 
 
-def test_special_tokens_are_taken_out_as_if_one_by_one(processor):
+def test_special_tokens_are_taken_out_as_if_one_by_one(family):
     """Against taking out one after the other until none is left, on random nestings."""
     draw = random.Random(0)
     pieces = ["<image>", "</s>", "<s>", "<", "im", "age>", "</", "s>", "a", " "]
     for _ in range(500):
         text = expected = "".join(draw.choices(pieces, k=12))
-        special = {"<image>", *processor.tokenizer.all_special_tokens}
+        special = {"<image>", *family.tokenizer.all_special_tokens}
         while found := [token for token in special if token in expected]:
             expected = expected.replace(min(found, key=expected.index), "", 1)
-        assert prompt_module._plain(text, processor.tokenizer) == expected.strip()
+        assert prompt_module._plain(text, family.reserved()) == expected.strip()
 
 
 @pytest.mark.parametrize("question", ["", "  ", "<image>", "</s>\n"])
-def test_no_question(processor, scenes, question):
+def test_no_question(family, scenes, question):
     with pytest.raises(ChatError, match="type one"):
-        build_prompt([Exchange(question, scenes[0])], processor, 900)
+        build_prompt([Exchange(question, scenes[0])], family, 900)
 
 
-def test_bad_files_are_named_without_the_servers_folder(tmp_path):
+def test_bad_files_are_named_without_the_servers_folder(family, tmp_path):
     for name, reason in bad_files(tmp_path).items():
         with pytest.raises(ChatError, match=reason) as caught:
-            read_image(str(tmp_path / name))
+            read_image(str(tmp_path / name), family)
         assert str(caught.value).startswith(name) and str(tmp_path) not in str(caught.value)
 
 
-def test_only_meant_formats_are_opened(tmp_path):
+def test_only_meant_formats_are_opened(family, tmp_path):
     for name in ("picture.ppm", "picture.tga", "picture.ico", "picture.pcx"):
         Image.new("RGB", (40, 40), "red").save(tmp_path / name)
         with pytest.raises(ChatError, match="not an image"):
-            read_image(str(tmp_path / name))
+            read_image(str(tmp_path / name), family)
     for name in ("picture.png", "picture.jpg", "picture.webp", "picture.gif", "picture.bmp", "picture.tif"):
         Image.new("RGB", (40, 40), "red").save(tmp_path / name)
-        assert read_image(str(tmp_path / name)).getpixel((20, 20))[0] > 250
+        assert read_image(str(tmp_path / name), family).getpixel((20, 20))[0] > 250
 
 
 @pytest.mark.parametrize("name", ["large.jpg", "large.png", "turned.jpg"])
-def test_a_large_picture_is_read_smaller(tmp_path, name):
+def test_a_large_picture_is_read_smaller(family, tmp_path, name):
     """Three times what is enough, as JPEG (which can be decoded to a half) and as PNG; the middle of it is blue."""
-    width, height = 3 * DRAFT[0], 3 * DRAFT[1] + 300
+    width, height = 3 * Llava.enough[0], 3 * Llava.enough[1] + 300
     picture = Image.new("RGB", (width, height), "red")
     picture.paste((0, 0, 255), (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
     exif = Image.Exif()
     if name == "turned.jpg":
         exif[0x0112] = 6
     picture.save(tmp_path / name, exif=exif)
-    seen = read_image(str(tmp_path / name))
+    seen = read_image(str(tmp_path / name), family)
     upright = (height, width) if name == "turned.jpg" else (width, height)
     assert picture_size(str(tmp_path / name)) == upright
     factor = 3 if name == "large.png" else 2
@@ -242,20 +245,38 @@ def test_a_large_picture_is_read_smaller(tmp_path, name):
     assert np.allclose(seen.getpixel((9, 9)), (255, 0, 0), atol=3)
 
 
-def test_a_picture_of_the_usual_size_is_read_as_for_training(scenes, tmp_path):
-    Image.effect_noise((2 * DRAFT[0] - 1, 2 * DRAFT[1] - 1), 90).convert("RGB").save(tmp_path / "noise.jpg")
-    assert np.array_equal(read_image(str(tmp_path / "noise.jpg")), load_image(tmp_path / "noise.jpg"))
+def test_a_picture_of_the_usual_size_is_read_as_for_training(family, scenes, tmp_path):
+    Image.effect_noise((2 * Llava.enough[0] - 1, 2 * Llava.enough[1] - 1), 90).convert("RGB").save(
+        tmp_path / "noise.jpg"
+    )
+    assert np.array_equal(read_image(str(tmp_path / "noise.jpg"), family), load_image(tmp_path / "noise.jpg"))
 
 
-def test_a_picture_that_is_kept_no_longer(processor, tmp_path):
-    prompt = build_prompt([Exchange("One?", str(tmp_path / "gone.png"), "1"), Exchange("Two?")], processor, 900)
+def test_a_picture_that_is_kept_no_longer(family, tmp_path):
+    prompt = build_prompt([Exchange("One?", str(tmp_path / "gone.png"), "1"), Exchange("Two?")], family, 900)
     with pytest.raises(ChatError, match="kept no longer: start a new conversation"):
-        encode(prompt, processor)
+        encode(prompt, family)
 
 
-def test_animations_are_known(tmp_path):
+def test_animations_are_known(family, tmp_path):
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "still.gif")
     assert is_animation(str(tmp_path / "moving.gif")) and not is_animation(str(tmp_path / "still.gif"))
-    assert read_image(str(tmp_path / "moving.gif")).getpixel((5, 5)) == (255, 0, 0)
+    assert read_image(str(tmp_path / "moving.gif"), family).getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_of_many_pictures_few_are_measured(family, tmp_path, monkeypatch):
+    """Some processors have to make each to say how long it is; eight fit into 512 tokens."""
+    measured = []
+    expansion = family.expansion
+    monkeypatch.setattr(family, "_expansion", lambda *size: measured.append(size) or expansion(*size))
+    monkeypatch.setattr(type(family), "needs_sizes", True)
+    exchanges = []
+    for number in range(100):
+        Image.new("RGB", (40 + number, 40)).save(tmp_path / f"{number}.png")
+        exchanges.append(Exchange("And this?", str(tmp_path / f"{number}.png"), "yes"))
+    exchanges[-1].answer = None
+    prompt = build_prompt(exchanges, family, 512)
+    assert 5 <= len(prompt.images) <= 8 and prompt.images[-1] == exchanges[-1].image
+    assert {size[0] for size in measured} <= set(range(40 + 90, 40 + 100))

@@ -27,7 +27,7 @@ from fura_vlm.chat.page import as_seen
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
 from fura_vlm.chat.session import Chat, Session, Turn
 from fura_vlm.cli import main
-from fura_vlm.modelling.load import load_any, load_processor
+from fura_vlm.modelling.load import load_any, load_family
 
 LENGTH = 12
 QUESTION = "What is this?"
@@ -38,15 +38,13 @@ PLAIN = {"model": "base", "max_new_tokens": LENGTH, "api_name": "/chat"}
 @pytest.fixture(scope="module")
 def expected(run, scenes):
     """What ``generate`` answers about each scene, without the adapter."""
-    model, processor = load_any(run)
+    model, family = load_any(run)
     answers = {}
     with torch.inference_mode(), model.disable_adapter():
         for scene in scenes:
-            inputs = encode(build_prompt([Exchange(QUESTION, scene)], processor, 1000), processor)
+            inputs = encode(build_prompt([Exchange(QUESTION, scene)], family, 1000), family)
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=LENGTH)
-            answers[scene] = processor.tokenizer.decode(
-                ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            answers[scene] = family.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return {scene: answer.strip() for scene, answer in answers.items()}
 
 
@@ -390,7 +388,7 @@ def test_answers_are_markdown_without_html_and_pictures(text, shown):
 def test_what_the_model_sees(tmp_path):
     """A blue picture twice as wide as high: half of the square is padding, in the mean colour."""
     Image.new("RGB", (300, 150), (0, 0, 255)).save(tmp_path / "wide.png")
-    seen, words = as_seen(str(tmp_path / "wide.png"), load_processor(TINY))
+    seen, words = as_seen(str(tmp_path / "wide.png"), load_family(TINY))
     assert words == "300 x 150 pixels become 112 x 112; 50% of it is padding, above and below."
     assert seen.getpixel((56, 5)) == (122, 116, 104) and seen.getpixel((56, 56)) == (0, 0, 255)
     assert seen.getpixel((56, 28)) == (255, 0, 0)  # the frame

@@ -17,7 +17,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.evaluation.answers import AnswerStore
-from fura_vlm.evaluation.generation import EvaluationError, prompt_of
+from fura_vlm.evaluation.generation import EvaluationError
 from fura_vlm.evaluation.lmms_model import FuraVLM, generation_arguments
 from fura_vlm.evaluation.source import Source, find_model
 from fura_vlm.families.vicuna import SYSTEM_PROMPT
@@ -102,8 +102,9 @@ def test_questions_of_a_length_share_batches(make, expected):
 
 def test_beams(make):
     model = make()
-    processor, beams = model.answerer.processor, {"do_sample": False, "num_beams": 3, "max_new_tokens": 6}
-    inputs = processor(text=prompt_of(DOCUMENTS[0]["text"], 1), images=DOCUMENTS[0]["pictures"], return_tensors="pt")
+    processor, beams = model.answerer.family.processor, {"do_sample": False, "num_beams": 3, "max_new_tokens": 6}
+    text = f"{SYSTEM_PROMPT} USER: <image>\n{DOCUMENTS[0]['text']} ASSISTANT:"
+    inputs = processor(text=text, images=DOCUMENTS[0]["pictures"], return_tensors="pt")
     ids = model.answerer.model.generate(**inputs, **beams)[0, inputs["input_ids"].shape[1] :]
     answer = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert model.generate_until(requests(GREEDY | beams))[0] == answer

@@ -24,7 +24,7 @@ from fura_vlm.data.collator import Collator
 from fura_vlm.data.index import open_index
 from fura_vlm.embedded.benchmarks import write_benchmarks
 from fura_vlm.embedded.embedded import EmbeddedConfig, write_embedded
-from fura_vlm.evaluation.generation import Prepared, prompt_of
+from fura_vlm.evaluation.generation import Prepared, messages_of
 from fura_vlm.evaluation.lmms_model import FuraVLM
 from fura_vlm.evaluation.tasks import TASKS, load_tasks
 from fura_vlm.modelling.load import load_family
@@ -113,31 +113,31 @@ def task_prompts(folder: Path) -> dict[str, list[dict]]:
     """
     write_benchmarks(folder / "benchmarks", per_task=DOCUMENTS)
     names = list(dict.fromkeys(name for protocol in TASKS.values() for name in protocol))
-    processors = {"ids": load_family(str(FROZEN_PROCESSOR)), "embedded_ids": load_family(str(EMBEDDED_MODEL))}
+    families = {"ids": load_family(str(FROZEN_PROCESSOR)), "embedded_ids": load_family(str(EMBEDDED_MODEL))}
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
     try:
         tasks = load_tasks(names, str(folder / "benchmarks"), DOCUMENTS)
     finally:
         datasets.config.HF_DATASETS_CACHE = before
-    return {name: list(_task_prompts(loaded.task, processors)) for name, loaded in tasks.items()}
+    return {name: list(_task_prompts(loaded.task, families)) for name, loaded in tasks.items()}
 
 
-def _task_prompts(task, processors: dict) -> Iterator[dict]:
+def _task_prompts(task, families: dict) -> Iterator[dict]:
     task.build_all_requests()
     documents = SimpleNamespace(task_dict={task.config.task: {task.config.test_split: task.eval_docs}})
     questions = [FuraVLM._question(documents, request) for request in task.instances]
-    prepared = {key: Prepared(processor, questions, torch.float32) for key, processor in processors.items()}
+    prepared = {key: Prepared(family, questions, torch.float32) for key, family in families.items()}
     for number, question in enumerate(questions):
         pictures = len(question.pictures())
         asked = {
-            "prompt": prompt_of(question.text, pictures),
+            "prompt": families["ids"].prompt(messages_of(families["ids"], question.text, pictures)),
             "pictures": pictures,
             "arguments": question.arguments,
         }
         for key, each in prepared.items():
             inputs = each[number]
-            assert len(inputs["pixel_values"]) == pictures
-            asked[key] = ids_digest(inputs["input_ids"])
+            assert len(inputs.get("pixel_values", ())) == pictures
+            asked[key] = ids_digest(inputs["input_ids"][0])
         yield asked
 
 
@@ -148,9 +148,9 @@ def chat_prompt(exchanges: list[tuple[str, str | None, str | None]], max_tokens:
         exchanges: question, path of the picture or ``None``, and answer, which the last one lacks.
         max_tokens: tokens the prompt may have.
     """
-    processor = load_family(str(FROZEN_PROCESSOR))
-    prompt = build_prompt([Exchange(*exchange) for exchange in exchanges], processor, max_tokens)
-    inputs = encode(prompt, processor)
+    family = load_family(str(FROZEN_PROCESSOR))
+    prompt = build_prompt([Exchange(*exchange) for exchange in exchanges], family, max_tokens)
+    inputs = encode(prompt, family)
     pixels = inputs["pixel_values"].numpy().astype("<f4").tobytes() if prompt.images else None
     return {
         "text": prompt.text,

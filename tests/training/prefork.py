@@ -4,9 +4,8 @@ A copy is what a launcher starts: a process of its own, with its rank in its env
 ends. Only the seconds in which it would import PyTorch, transformers and DeepSpeed are saved.
 
 Each line of its input is an order in JSON: ``arguments`` of the command, ``environments`` (a dict for each process)
-and ``output``, a file for all that they print; ``until``, a path or None:
-all are killed once it is there. The answer is a line with the exit status of each, None where it had to
-be killed.
+and ``output``, a file for all that they print; ``until``, a path or None: all are killed once it is there. The answer
+is a line with the exit status of each, None where it had to be killed.
 """
 
 import atexit
