@@ -32,6 +32,13 @@ from fura_vlm.embedded.scenes import make_scene
 IMAGE_SIZE, PATCH_SIZE, VOCAB_SIZE, CONTEXT = 112, 14, 768, 1024
 
 
+def is_embedded(config) -> bool:
+    """Whether a model's configuration is that of the embedded one, whatever it was trained on since."""
+    if not isinstance(config, LlavaConfig):
+        return False
+    return config.vision_config.image_size == IMAGE_SIZE and config.text_config.vocab_size == VOCAB_SIZE
+
+
 def train_tokenizer(seed: int, lines: int = 20_000) -> LlamaTokenizer:
     """A Llama tokenizer (BPE over metaspaces, byte fallback) trained on the captions and texts.
 

@@ -174,16 +174,15 @@ class Answerer:
 
     @torch.inference_mode()
     def _generate(self, inputs: list[dict], arguments: dict) -> list[str]:
-        tokenizer, until = self.family.tokenizer, arguments["until"]
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in self.family.batch(inputs).items()}
-        generated = self.model.generate(
-            **batch,
+        until = arguments["until"]
+        texts = written(
+            self.model,
+            self.family,
+            inputs,
             **{name: value for name, value in arguments.items() if name != "until"},
             past_key_values=self.cache(arguments),
             stopping_criteria=self._ends(until),
-            pad_token_id=tokenizer.pad_token_id,
         )
-        texts = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_cut(text, until) for text in texts]
 
     def cache(self, arguments: dict) -> Cache | None:
@@ -201,6 +200,25 @@ class Answerer:
             criterion = StopStringCriteria(self.family.tokenizer, until)
             self._criteria[tuple(until)] = StoppingCriteriaList([criterion])
         return self._criteria[tuple(until)]
+
+
+def written(model, family: Family, inputs: Sequence[dict], **arguments) -> list[str]:
+    """What a model writes to several prompts at once.
+
+    Args:
+        model: as it is or within a PEFT model, in evaluation mode.
+        inputs: of each prompt what ``Family.inputs`` makes; pictures are taken in the model's dtype.
+        arguments: for ``generate``.
+
+    Returns: the answers without the tokens that end them, one for each prompt.
+    """
+    device, dtype = model.device, next(model.parameters()).dtype
+    batch = {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype, non_blocking=True)
+        for name, value in family.batch(inputs).items()
+    }
+    ids = model.generate(**batch, pad_token_id=family.tokenizer.pad_token_id, **arguments)
+    return family.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 class RoomyLayer(DynamicLayer):

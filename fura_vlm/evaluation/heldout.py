@@ -17,6 +17,7 @@ from fura_vlm.data.image_checks import check_images
 from fura_vlm.data.images import load_image
 from fura_vlm.data.messages import DataError, Record
 from fura_vlm.data.records import default_image_folder, read_records
+from fura_vlm.evaluation.generation import written
 from fura_vlm.families.base import Family
 from fura_vlm.families.messages import Message, pictures
 from fura_vlm.files import write_text
@@ -79,29 +80,16 @@ def answer_questions(
         records: the questions; ``record.extra["family"]`` groups them, where it is there.
         synced_gpus: as in ``generate``: needed where several processes share the weights (ZeRO-3).
     """
-    training, tokenizer = model.training, family.tokenizer
+    training = model.training
     model.eval()
     answers = []
     steps = range(0, len(records), batch_size)
     for start in tqdm(steps, desc="held-out questions", disable=not progress, mininterval=2, leave=False):
         batch = records[start : start + batch_size]
         asked = [question_of(record) for record in batch]
-        inputs = family.batch(
-            [family.inputs(messages, [load_image(source) for source in pictures(messages)]) for messages in asked]
-        )
-        dtype = next(model.parameters()).dtype
-        inputs = {
-            name: value.to(model.device, dtype if value.is_floating_point() else value.dtype)
-            for name, value in inputs.items()
-        }
-        generated = model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            synced_gpus=synced_gpus,
-        )
-        texts = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        inputs = [family.inputs(messages, [load_image(source) for source in pictures(messages)]) for messages in asked]
+        settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "synced_gpus": synced_gpus}
+        texts = written(model, family, inputs, **settings)
         for record, messages, text in zip(batch, asked, texts, strict=True):
             question, expected = messages[-1].text.strip(), record.messages[len(messages)].text
             image = next(iter(pictures(messages)), None)

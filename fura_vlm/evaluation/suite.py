@@ -160,11 +160,9 @@ def _data(data: str, source) -> str | None:
     if data == "hub":
         return None
     if data == "auto":
-        from fura_vlm.embedded.tiny import IMAGE_SIZE, VOCAB_SIZE
+        from fura_vlm.embedded.tiny import is_embedded
 
-        config = source.config()
-        small = config.vision_config.image_size == IMAGE_SIZE and config.text_config.vocab_size == VOCAB_SIZE
-        return str(EMBEDDED) if small else None
+        return str(EMBEDDED) if is_embedded(source.config()) else None
     return str(EMBEDDED) if data == "embedded" else data
 
 

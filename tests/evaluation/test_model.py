@@ -279,9 +279,9 @@ def test_batch_size_must_be_a_number():
 
 def test_published_processors_pad_here(make):
     model = make()
-    assert model.answerer.processor.image_processor.do_pad
+    assert model.answerer.family.processor.image_processor.do_pad
     wide = Image.new("RGB", (112, 56), "red")
-    batch = model.answerer.processor(text="<image>", images=[wide], return_tensors="pt")["pixel_values"][0]
+    batch = model.answerer.family.processor(text="<image>", images=[wide], return_tensors="pt")["pixel_values"][0]
     assert torch.allclose(batch[:, 0, :].mean(-1), torch.zeros(3), atol=0.02)  # the mean colour, normalised
 
 
