@@ -212,7 +212,7 @@ def written(model, family: Family, inputs: Sequence[dict], **arguments) -> list[
 
     Returns: the answers without the tokens that end them, one for each prompt.
     """
-    device, dtype = model.device, next(model.parameters()).dtype
+    device, dtype = model.device, model.dtype
     batch = {
         name: value.to(device, dtype if value.is_floating_point() else value.dtype, non_blocking=True)
         for name, value in family.batch(inputs).items()

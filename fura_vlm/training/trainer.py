@@ -47,6 +47,8 @@ class FuraTrainer(Trainer):
         self._staging = False
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         train_on_labels_only(model, family)
+        # Some classes say that theirs cannot be divided by the labels of all batches and processes. This one can.
+        self.model_accepts_loss_kwargs = True
         self.meter = Meter(self.model, family, self.args.device)
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)
