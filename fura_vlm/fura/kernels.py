@@ -4,7 +4,8 @@ As plain operations ``x + D x`` reads or writes its tensor five times, and its b
 around it are so much faster than memory that these passes are what an adapter costs: see docs/speed.md for what was
 measured.
 
-The kernels take blocks of up to ``MAX_BLOCK`` and any number of rows. Products are accumulated in float32, and what
+The kernels take blocks of up to ``MAX_BLOCK`` (``NARROW_BLOCK`` in float32, where the plain products are faster beyond)
+and any number of rows. Products are accumulated in float32, and what
 is written is rounded once. Triton comes with PyTorch's builds for GPUs; without it, on a CPU and for larger blocks the
 plain operations of ``basis.py`` do the same.
 
@@ -69,7 +70,7 @@ def usable(x: torch.Tensor, block_size: int) -> bool:
         ENABLED
         and (INTERPRETED or SHARED_MEMORY >= 96 * 1024 and x.is_cuda)  # which a block of 128 takes
         and triton is not None
-        and block_size <= MAX_BLOCK
+        and block_size <= (MAX_BLOCK if x.dtype.itemsize == 2 or INTERPRETED else NARROW_BLOCK)
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
     )
 
