@@ -53,11 +53,12 @@ def in_job(process):
 
 if sys.argv[1] == "job":
     found, otherwise = filter(in_job, psutil.process_iter()), []
-elif not psutil.pid_exists(int(sys.argv[2])):  # the signal reached it, too
-    sys.exit()
 else:
-    launcher = psutil.Process(int(sys.argv[2]))
-    found, otherwise = filter(trains, launcher.children(recursive=True)), [launcher]
+    try:
+        launcher = psutil.Process(int(sys.argv[2]))
+        found, otherwise = filter(trains, launcher.children(recursive=True)), [launcher]
+    except psutil.NoSuchProcess:  # the signal has reached it, too
+        sys.exit()
 for process in [process for process in found if not copied(process)] or otherwise:
     unless_gone(psutil.Process.terminate)(process)
 PYTHON

@@ -91,6 +91,9 @@ class Llava(Family):
         """As many tokens as the tower's picture has patches, whatever the size."""
         return IMAGE * self.image_tokens
 
+    def pixels(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        return dict(self.processor.image_processor(list(images), return_tensors="pt")) if images else {}
+
     @property
     def image_tokens(self) -> int:
         size, patch = self.processor.image_processor.crop_size, self.processor.patch_size

@@ -164,6 +164,13 @@ def _linear(model: nn.Module, parts: Iterable[str], but: set[str] = frozenset())
     return found
 
 
+def _is_meant(target_modules: str | list[str], name: str) -> bool:
+    """By PEFT's rule: a pattern of whole names, or their last parts."""
+    if isinstance(target_modules, str):
+        return target_modules == "all-linear" or re.fullmatch(target_modules, name) is not None
+    return any(name == last or name.endswith(f".{last}") for last in target_modules)
+
+
 def _pattern(names: Iterable[set[str]]) -> str:
     return "|".join(sorted(set().union(*names)))
 
@@ -175,6 +182,10 @@ def prepare(model: PreTrainedModel, config: TrainConfig, family: Family) -> PreT
         TrainingError, ValueError: the settings are refused by this project, or by PEFT.
     """
     if method_of(config).adapter is not None:
+        if config.target_modules and not any(
+            _is_meant(config.target_modules, name) for name, _ in model.named_modules()
+        ):
+            raise ValueError(f"Target modules {wanted} not found in {config.model_name_or_path}")
         return get_peft_model(model, adapter_config(config, family, model))
     parts = family.parts(model)
     for part in (parts.decoder, parts.head):

@@ -88,7 +88,7 @@ def test_deepspeed_configuration_that_is_none(train):
     assert "There is no DeepSpeed configuration at zero9.json" in said(train("ds", deepspeed="zero9.json"))
     path = train.folder / "cut.json"
     path.write_text('{"zero_optimization": {')
-    with pytest.raises(TrainingError, match=f"^{path} is no DeepSpeed configuration in JSON: .*line 1"):
+    with pytest.raises(TrainingError, match=f"^{path} is not a DeepSpeed configuration in JSON: .*line 1"):
         check(TrainConfig(deepspeed=str(path)))
 
 

@@ -106,8 +106,9 @@ def test_measured_steps_with_checkpointing():
 
 
 @pytest.mark.parametrize(("stage", "block_size"), [(3, None), (1, 256)])
-def test_without_the_kernels_the_mlps_product_is_kept(stage, block_size):
+def test_without_the_kernels_the_mlps_product_is_kept(stage, block_size, monkeypatch):
     """ZeRO-3's hooks are given it, and larger blocks are left to plain operations, which keep it."""
+    monkeypatch.setattr("fura_vlm.plan.shapes.MAX_BLOCK", 128)
     kept = []
     for setting_stage, size in ((1, None), (stage, block_size)):
         train = TrainConfig(method="fura", block_size=size)
