@@ -182,9 +182,8 @@ def prepare(model: PreTrainedModel, config: TrainConfig, family: Family) -> PreT
         TrainingError, ValueError: the settings are refused by this project, or by PEFT.
     """
     if method_of(config).adapter is not None:
-        if config.target_modules and not any(
-            _is_meant(config.target_modules, name) for name, _ in model.named_modules()
-        ):
+        wanted = config.target_modules
+        if wanted and not any(_is_meant(wanted, name) for name, _ in model.named_modules()):
             raise ValueError(f"Target modules {wanted} not found in {config.model_name_or_path}")
         return get_peft_model(model, adapter_config(config, family, model))
     parts = family.parts(model)

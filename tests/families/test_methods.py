@@ -24,7 +24,9 @@ def trained(folder, steps: int = 3, **settings):
     four_bits = quantization(config, family, torch.float32)
     model = prepare(load_base(str(folder), torch.float32, quantization_config=four_bits), config, family)
     train_on_labels_only(model.get_base_model() if isinstance(model, PeftModel) else model, family)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad], lr=3e-3 if settings["method"] == "full" else 1e-2
+    )
     batch = batch_of(family, [TEXT_ONLY, TURNS] if family.names.tower is None else [TEXT_ONLY, TWO, ONE])
     losses = []
     for _ in range(steps):
