@@ -6,8 +6,7 @@ measured.
 
 The kernels take blocks of up to ``MAX_BLOCK`` (``NARROW_BLOCK`` in float32, where the plain products are faster beyond)
 and any number of rows. Products are accumulated in float32, and what is written is rounded once. Triton comes with
-PyTorch's builds for GPUs; without it, on a CPU and for larger blocks the
-plain operations of ``basis.py`` do the same.
+PyTorch's builds for GPUs; without it, on a CPU and for larger blocks the plain operations of ``basis.py`` do the same.
 
 The environment variable ``FURA_KERNELS=0`` has the plain operations used everywhere, also on a GPU. Set it to try a
 change of the method: its formula stands in ``block_delta`` and ``apply_blocks`` of ``basis.py``, once more in
