@@ -118,7 +118,7 @@ class Engine:
         self._batches: dict[tuple, _Batch] = {}
         self._wake = threading.Condition()
         self._closed = False
-        self._threads = {phase: thread_tuner(self._plain.device) for phase in ("prompt", "token")}
+        self._threads = thread_tuner(self._plain.device)  # one: a change between prompts and tokens takes time itself
         self._thread = threading.Thread(target=self._run, name="chat-engine", daemon=True)
         self._thread.start()
 
@@ -174,12 +174,11 @@ class Engine:
 
     def _choose_threads(self) -> None:
         """Before the first question, on tokens that nobody asked for. It goes on with those of the answers."""
-        tuner, token = self._threads["token"], torch.zeros(1, 1, dtype=torch.long, device=self._plain.device)
+        tuner, token = self._threads, torch.zeros(1, 1, dtype=torch.long, device=self._plain.device)
         end = time.monotonic() + START_SECONDS
         while tuner.tunes and not (tuner.settled or self._waiting or self._closed) and time.monotonic() < end:
             with tuner.step("start"):
                 self._family.parts(self._plain).decoder(input_ids=token, use_cache=False)
-        self._threads["prompt"].threads = tuner.threads
 
     def _guarded(self, concerned: list[Generation], step, *arguments) -> None:
         """Runs a step. If it fails, the answers it concerned fail, and nothing else does."""
@@ -213,7 +212,7 @@ class Engine:
             generation.prompt = inputs["input_ids"]
         cache = DynamicCache() if self._joins else DynamicCache(config=self._text_config)
         # Prompts of about the same length take about as long.
-        with self._threads["prompt"].step((len(inputs), inputs["input_ids"].shape[1].bit_length())):
+        with self._threads.step(("prompt", len(inputs), inputs["input_ids"].shape[1].bit_length())):
             output = self._plain(**inputs, past_key_values=cache, use_cache=True, **self._last_only)
         token = self._write([generation], output.logits[:, -1])
         if not generation.done:
@@ -230,7 +229,7 @@ class Engine:
         batch.drop_done()
         if batch.rows:
             self._use(batch.rows[0].adapter)
-            with self._threads["token"].step((batch.rows[0].adapter, len(batch.rows))):
+            with self._threads.step(("tokens", batch.rows[0].adapter, len(batch.rows))):
                 logits = batch.step()
             batch.last = self._write(batch.rows, logits)
             batch.drop_done()
