@@ -17,7 +17,7 @@ from fura_vlm.families import registry
 from fura_vlm.families.base import Family
 from fura_vlm.families.text import Language
 from fura_vlm.modelling.load import load_base, load_family
-from fura_vlm.training.methods import METHODS
+from fura_vlm.training.methods import METHODS, compile_layers
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -89,12 +89,10 @@ def folder(general) -> Path:
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
-def row_of(cls: type[Family], folder: Path) -> str:
-    """What the code says of a family, with a small model of it to look at."""
-    family = cls(cls.load_processor(str(folder), None) if cls is Language else None, AutoConfig.from_pretrained(folder))
-    if family.processor is None:
-        family = cls(cls.load_processor(str(folder), family.config), family.config)
-    model = load_base(str(folder), torch.float32)
+def row_of(folder: Path) -> str:
+    """What the code says of the family of a model, a small one to look at."""
+    family, model = load_family(str(folder)), load_base(str(folder), torch.float32)
+    cls = type(family)
     types = ", ".join(f"`{each}`" for each in cls.model_types)
     if not types:
         types = "any language model" if cls is Language else "any other that sees and writes"
@@ -104,7 +102,9 @@ def row_of(cls: type[Family], folder: Path) -> str:
     projector = "none" if not family.names.projectors else "no: `full` or `frozen`"
     if family.names.projectors and test_methods.has_linear_projector(family, model):
         projector = "yes"
-    compiled = "none" if not family.sees else "yes" if cls.compiles_tower else "no"
+    compile_layers(model, family)
+    layers = family.parts(model).tower.modules() if family.sees else []
+    compiled = "none" if not family.sees else "yes" if any(each._compiled_call_impl for each in layers) else "no"
     cells = [
         f"[`{cls.__module__.rpartition('.')[2]}`](../{cls.__module__.replace('.', '/')}.py)",
         types,
@@ -122,7 +122,7 @@ def test_the_table_is_what_the_code_says(folder_of, general):
     for built in BUILDERS:
         by_class.setdefault(registry.family_class(AutoConfig.from_pretrained(folder_of(built))), folder_of(built))
     assert by_class.keys() == {*registry.FAMILIES, Language, Family}  # each has a small model, so that all is tested
-    wanted = [row_of(cls, by_class[cls]) for cls in (*registry.FAMILIES, Language, Family)]
+    wanted = [row_of(by_class[cls]) for cls in (*registry.FAMILIES, Language, Family)]
     found = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| [`")]
     assert found == wanted, "put this into the page:\n" + "\n".join(wanted)
 
