@@ -11,10 +11,12 @@ import test_tokens
 import torch
 import transformers
 from family_models import BUILDERS, CHATML, _ids, _save, _text, bpe
+from family_talk import assistant, user
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fura_vlm.families import registry
-from fura_vlm.families.base import Family
+from fura_vlm.families.base import EncodingError, Family
 from fura_vlm.families.text import Language
 from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.methods import METHODS, compile_layers
@@ -168,6 +170,13 @@ def test_the_example_trains_as_its_model_does(check, family, name, general):
 
 def test_the_examples_patches_need_no_processor(family, general):
     test_planning.test_patches_by_the_configuration_are_those_by_the_processor(family, general)
+
+
+def test_the_example_refuses_a_picture_of_which_nothing_would_be_left(family):
+    with pytest.raises(ValueError):
+        family.pixels([Image.new("RGB", (2000, 1))])
+    [made] = family.encode([([user(1, "What?"), assistant("No.")], [(2000, 1)])])
+    assert isinstance(made, EncodingError) and "takes no picture" in str(made)
 
 
 def test_the_example_says_what_the_general_family_says(family):
