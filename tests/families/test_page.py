@@ -1,6 +1,8 @@
 """docs/families.md: its table is what the code says, and its example of a family is one that works."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from family_talk import assistant, user
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from fura_vlm.errors import ModelError
 from fura_vlm.families import registry
 from fura_vlm.families.base import EncodingError, Family
 from fura_vlm.families.text import Language
@@ -105,6 +108,7 @@ def row_of(folder: Path) -> str:
     if family.names.projectors and test_methods.has_linear_projector(family, model):
         projector = "yes"
     compile_layers(model, family)
+    assert any(each._compiled_call_impl for each in family.parts(model).decoder.modules())
     layers = family.parts(model).tower.modules() if family.sees else []
     compiled = "none" if not family.sees else "yes" if any(each._compiled_call_impl for each in layers) else "no"
     cells = [
@@ -189,3 +193,33 @@ def test_the_example_says_what_the_general_family_says(family):
 @pytest.mark.parametrize("method", list(METHODS))
 def test_without_a_file_every_method_trains(method, general, name):
     test_methods.test_each_method_trains_its_parts_and_learns(method, general, name)
+
+
+# ----------------------------------------------------------------------------------------- what else the page says
+
+
+def test_other_tokens_than_the_processors_are_refused(general):
+    class Short(Family):
+        def expansion(self, width, height):
+            return super().expansion(width, height).removesuffix("[IMG_END]")
+
+    family = load_family(str(general))
+    with pytest.raises(ModelError, match="makes other attention_mask and input_ids of a conversation"):
+        Short(family.processor, family.config).check()
+
+
+def test_a_template_that_changes_answers_is_refused(general, tmp_path):
+    shutil.copytree(general, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text("utf-8").replace("part['text']", "part['text'] | upper"), "utf-8")
+    with pytest.raises(ModelError, match="cannot be trained here: the model's chat template changes answers"):
+        load_family(str(tmp_path / "model"))
+
+
+def test_code_of_a_models_own_is_not_run(tmp_path):
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n", "utf-8")
+    with pytest.raises(ModelError, match="asks for code of its own, which is never run here"):
+        load_family(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
