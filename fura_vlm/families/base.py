@@ -402,9 +402,7 @@ class Family:
         try:
             return self._expansion(width, height)
         except ValueError as error:
-            raise EncodingError(
-                f"the model takes no picture of {width} x {height} pixels ({error}): change its size, or leave it out"
-            ) from error
+            raise EncodingError(f"the model takes no picture of {width} x {height} pixels: {error}") from error
 
     def encode(
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[tuple[int, int]]]]

@@ -1,6 +1,7 @@
 """Records and models that a family cannot take: training says which and what to do, in a sentence and no traceback."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -105,6 +106,22 @@ def test_a_processor_of_another_model(family, folder, train_on):
     line = said(train_on(model, GOOD))
     assert f"is token {token} of its tokenizer and {token - 1} of its config.json" in line
     assert str(model) in line and "take the processor that was published with this one" in line
+
+
+@pytest.mark.parametrize(
+    ("family", "other", "words"),
+    [
+        ("gemma3", "internvl", "has a InternVLProcessor, which does not belong to a model of the type gemma3"),
+        ("internvl", "qwen2_5_vl", "its processor makes patches of 14 pixels and its config.json has 7"),
+        ("text", "smolvlm", "<end_of_utterance> is token 356 of its tokenizer, and its config.json has 355 tokens"),
+    ],
+)
+def test_the_processor_of_another_family(family, other, words, folder, train_on):
+    model, kept = folder(other), folder(family)
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(kept / name, model / name)
+    line = said(train_on(model, GOOD))
+    assert str(model) in line and words in line and "take the processor that was published with th" in line
 
 
 @pytest.mark.parametrize(
