@@ -39,6 +39,9 @@ MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\b")
 """In a chat template: it marks the answers itself."""
 
 
+_OTHER_MODEL = "its files belong to different models, so take the processor that was published with this one"
+
+
 class EncodingError(FuraVLMError):
     """A conversation that cannot become tokens. The message is the reason, fit for a list of problems."""
 
@@ -161,9 +164,48 @@ class Family:
             ModelError: it does not belong to the model.
             OSError, ValueError: as transformers.
         """
-        processor = AutoProcessor.from_pretrained(path)  # its part for videos knows no Pillow
-        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        # Its part for videos knows no Pillow. Left open, the last argument is asked of whoever sits at a terminal.
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
         return processor
+
+    def check_belongs(self, path: str) -> None:
+        """Compares the processor with the configuration: what both of them say has to be the same.
+
+        Args:
+            path: where the processor is from, for the message.
+
+        Raises:
+            ModelError: they belong to different models.
+        """
+        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
+        for token in self.ends:
+            known = self.tokenizer.convert_tokens_to_ids(token)
+            if None not in (known, vocabulary) and known >= vocabulary:
+                raise ModelError(
+                    f"{path}: {token} is token {known} of its tokenizer, and its config.json has {vocabulary} tokens: "
+                    f"{_OTHER_MODEL}"
+                )
+        if not self.sees:
+            return
+        token = self.run_token
+        if token not in self.tokenizer.get_vocab():
+            raise ModelError(
+                f"{path}: its tokenizer has no token {token}: take the tokenizer that was published with the model, or "
+                "put the model together with fura-vlm assemble"
+            )
+        known = self.tokenizer.convert_tokens_to_ids(token)
+        wanted = getattr(self.config, "image_token_id", getattr(self.config, "image_token_index", known))
+        if known != wanted:
+            raise ModelError(
+                f"{path}: {token} is token {known} of its tokenizer and {wanted} of its config.json: {_OTHER_MODEL}"
+            )
+        made = getattr(self.processor.image_processor, "patch_size", None)
+        seen = _edge(getattr(self.config.vision_config, "patch_size", None))
+        if isinstance(made, int) and isinstance(seen, int) and made != seen:
+            raise ModelError(
+                f"{path}: its processor makes patches of {made} pixels and its config.json has {seen}: {_OTHER_MODEL}"
+            )
 
     def check(self) -> None:
         """Compares, on a small conversation with two pictures, tokens and tensors with the processor's own.
@@ -339,6 +381,7 @@ class Family:
 
         Raises:
             ModelError: the processor does not say.
+            ValueError: as the processor, which refuses such a picture.
         """
         made = self.processor(
             text=[self.placeholder],
@@ -353,6 +396,13 @@ class Family:
                 "cannot be trained here"
             ) from error
         return replaced["replacement"]
+
+    def _expanded_picture(self, width: int, height: int) -> str:
+        """``expansion``, remembered. Processors refuse a picture beyond their limits with a ``ValueError``."""
+        try:
+            return self._expansion(width, height)
+        except ValueError as error:
+            raise EncodingError(f"the model takes no picture of {width} x {height} pixels: {error}") from error
 
     def encode(
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[tuple[int, int]]]]
@@ -395,7 +445,7 @@ class Family:
             )
         token, runs, pieces, shifts, last = self.run_token, [], [], [], 0
         for (start, end), size in zip(places, sizes, strict=True):
-            text = self._expansion(*size)
+            text = self._expanded_picture(*size)
             runs += [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
             text = re.sub(f"(?:{re.escape(token)})+", lambda _: token, text)
             pieces += [rendered.text[last:start], text]
@@ -512,7 +562,7 @@ class Family:
         Raises:
             EncodingError: the model does not take it.
         """
-        return self._expansion(width, height).count(self.run_token)
+        return self._expanded_picture(width, height).count(self.run_token)
 
     def seen(self, image: Image.Image) -> tuple[Image.Image, str]:
         """A picture as the model sees it, for people to look at, and what becomes of its pixels, to follow "640 x

@@ -21,7 +21,6 @@ import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from transformers import (
-    AutoProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -62,7 +61,7 @@ class Llava(Family):
         it, does not know of the tower's class token, and renders conversations without the system sentence. Of such a
         one the tokenizer and the sizes are taken.
         """
-        processor = AutoProcessor.from_pretrained(path, backend="pil")
+        processor = super().load_processor(path, config)
         if not isinstance(processor, LlavaProcessor):
             raise ModelError(
                 f"{path} has a {type(processor).__name__} where a LlavaProcessor belongs: take the files that were "
@@ -228,18 +227,6 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, image_size: int, patch_si
 
 
 def _check_sizes(path: str, processor: LlavaProcessor, config) -> None:
-    tokenizer, token = processor.tokenizer, processor.image_token
-    if token not in tokenizer.get_vocab():
-        raise ModelError(
-            f"{path}: its tokenizer has no token {token}: take the tokenizer that was published with the model, or put "
-            "the model together with fura-vlm assemble"
-        )
-    known = tokenizer.convert_tokens_to_ids(token)
-    if known != config.image_token_id:
-        raise ModelError(
-            f"{path}: {token} is token {known} of its tokenizer and {config.image_token_id} of its config.json: its "
-            "files belong to different models"
-        )
     size, seen = processor.image_processor.crop_size["height"], config.vision_config.image_size
     if size != seen:
         raise ModelError(

@@ -6,7 +6,7 @@ position lies before the token's place in the sequence.
 
 from __future__ import annotations
 
-from fura_vlm.families.base import EncodingError, Family, Parts, Patches
+from fura_vlm.families.base import Family, Parts, Patches
 
 
 class QwenVL(Family):
@@ -19,11 +19,7 @@ class QwenVL(Family):
 
     def expansion(self, width: int, height: int) -> str:
         images = self.processor.image_processor
-        try:
-            patches = images.get_number_of_image_patches(height, width)
-        except ValueError as error:
-            raise EncodingError(f"the model takes no picture of {width} x {height} pixels: {error}") from error
-        return self.run_token * (patches // images.merge_size**2)
+        return self.run_token * (images.get_number_of_image_patches(height, width) // images.merge_size**2)
 
     def parts(self, model) -> Parts:
         """The projector is the last part of the tower, and of Qwen3-VL's one in front of each deep layer, too."""

@@ -26,7 +26,7 @@ class Language(Family):
 
     @classmethod
     def load_processor(cls, path: str, config):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
     placeholder = run_token = ""
 

@@ -42,8 +42,16 @@ def load_family(path: str, base: str | None = None, conversation: str | None = N
         ) from error
     except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         # What a processor raises whose files are missing, damaged, or those of another class.
+        _refuse_code(path, error)
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
-    family = cls(processor, config, _ends(base or path, config, processor), conversation)
+    try:
+        family = cls(processor, config, _ends(base or path, config, processor), conversation)
+        family.check_belongs(path)
+    except AttributeError as error:
+        raise ModelError(
+            f"{path} has a {type(processor).__name__}, which does not belong to a model of the type "
+            f"{config.model_type} ({error}): take the processor that was published with the model"
+        ) from error
     if cls is Family:  # nobody has looked at this kind of model before
         family.check()
     return family
@@ -57,15 +65,20 @@ def read_config(path: str) -> PretrainedConfig:
     """
     check_folder(path)
     try:
-        return AutoConfig.from_pretrained(path)
+        # Left open, the argument is asked of whoever sits at a terminal.
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"{path} asks for code of its own, which is never run here: take the form of the model that "
-                "transformers knows by itself (its name often ends in -hf)"
-            ) from error
+        _refuse_code(path, error)
         what = "usable model" if isinstance(error, StrictDataclassError) else "model"
         raise ModelError(f"No {what} at {path}: {_first_line(error)}") from error
+
+
+def _refuse_code(path: str, error: Exception) -> None:
+    if "trust_remote_code" in str(error):
+        raise ModelError(
+            f"{path} asks for code of its own, which is never run here: take the form of the model that transformers "
+            "knows by itself (its name often ends in -hf)"
+        ) from error
 
 
 def _ends(path: str, config: PretrainedConfig, processor) -> list[str]:
