@@ -181,7 +181,7 @@ def _other(name: str, config: dict, limit: int | None) -> LoadedTask:
     if not means:  # MME's sum over pairs of questions, for one: neither a share nor a score for each document
         raise TaskError(
             f"{name} has no score that is a mean over its documents, on which table, intervals and comparison stand: "
-            "run it with python -m lmms_eval --model fura_llava"
+            "run it with python -m lmms_eval --model fura_vlm"
         )
     try:
         task = ConfigurableTask(config=config, model_name="fura_llava")
