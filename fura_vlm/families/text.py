@@ -24,6 +24,14 @@ class Language(Family):
     needs_sizes = False
     sees = False
 
+    def __init__(self, processor, config, ends: Sequence[str] = (), conversation: str | None = None):
+        if processor is None:
+            return super().__init__(processor, config, ends, conversation)
+        kept = processor.init_kwargs  # saved with the tokenizer: a trained model is asked as it was trained
+        super().__init__(processor, config, ends, conversation or kept.get("conversation"))
+        if self.conversation != self.conversations[0] or "conversation" in kept:
+            kept["conversation"] = self.conversation
+
     @classmethod
     def load_processor(cls, path: str, config):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)

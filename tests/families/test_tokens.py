@@ -6,6 +6,7 @@ from family_talk import ONE, PICTURES, TEXT_ONLY, TWO, assistant, conversations,
 from fura_vlm.errors import ModelError
 from fura_vlm.families.base import EncodingError
 from fura_vlm.families.text import Language
+from fura_vlm.modelling.load import load_family
 
 
 def own_ids(family, messages) -> list[int]:
@@ -153,6 +154,21 @@ def test_without_a_template_there_is_a_way(folder_of):
         ids, labels = encode(other, [user("How many?"), assistant("three")])
         assert other.tokenizer.decode(ids[labels != -100]).strip() == "three<|im_end|>"
         assert "How many?" in other.tokenizer.decode(ids[labels == -100])
+
+
+def test_a_trained_language_model_is_asked_as_it_was_trained(folder_of, tmp_path):
+    """Its form goes along with its tokenizer, into the run's folder and a merged model's."""
+    trained = load_family(str(folder_of("text")), conversation="alpaca")
+    trained.processor.save_pretrained(tmp_path)
+    asked = load_family(str(tmp_path), str(folder_of("text")))
+    assert asked.conversation == "alpaca"
+    assert (
+        asked.prompt([user("How many?")])
+        == trained.prompt([user("How many?")])
+        != language(folder_of).prompt([user("How many?")])
+    )
+    assert load_family(str(tmp_path), str(folder_of("text")), conversation="vicuna").conversation == "vicuna"
+    assert load_family(str(folder_of("text"))).conversation == "template"
 
 
 def test_a_language_model_takes_no_pictures(folder_of):
