@@ -102,15 +102,21 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model, all parameters frozen: on the CPU, or wherever ZeRO-3 puts its parts or the quantiser wants it.
 
+    Args:
+        attn_implementation: as in transformers; ``"sdpa"`` is eager attention for a model that has no other.
+
     Raises:
         ModelError: if ``path`` holds no model or its files are damaged.
     """
+    config = read_config(path)
+    auto = model_class(config)
+    eager = attn_implementation == "sdpa" and not auto._model_mapping[type(config)]._supports_sdpa
     model = load_pretrained(
-        model_class(read_config(path)),
+        auto,
         path,
         "model",
         dtype=dtype,
-        attn_implementation=attn_implementation,
+        attn_implementation="eager" if eager else attn_implementation,
         quantization_config=quantization_config,
     )
     return model.requires_grad_(False)

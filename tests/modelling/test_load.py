@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     CLIPProcessor,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlavaForConditionalGeneration,
 )
 
@@ -157,6 +159,24 @@ def test_weights_of_another_model(part, change, words, tmp_path):
     with pytest.raises(ModelError, match=words) as error:
         load_base(str(path), torch.float32)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_without_sdpa_takes_its_own_attention(tmp_path):
+    """Gemma 2 caps its attention's logits, which PyTorch's function cannot."""
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    made = Gemma2ForCausalLM(config)
+    made.save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    loaded = load_base(str(tmp_path), torch.float32)
+    assert torch.equal(loaded.eval()(ids).logits, made.eval()(ids).logits)
 
 
 def test_a_processor_of_another_family_is_named(tmp_path):
