@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+PATIENCE = 10.0  # seconds; the workers of a process that was killed hold on to its lock for some
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -20,3 +26,27 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path, by_one: Callable[[Callable[[], None]], object], refusal: Exception) -> Iterator[None]:
+    """Makes a folder and keeps others out of it: two at once would write over each other's files.
+
+    Args:
+        by_one: has one of several processes do what it is given, and all of them end if that fails.
+        refusal: raised if somebody is at work there.
+    """
+    lock = FileLock(folder / "lock")
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise refusal from None
+
+    by_one(take)
+    try:
+        yield
+    finally:
+        lock.release()

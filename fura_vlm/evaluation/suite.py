@@ -9,22 +9,20 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from rich.console import Console
 
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import EvalConfig
-from fura_vlm.files import write_text
+from fura_vlm.files import alone_in, write_text
 
 EMBEDDED = Path("data/benchmarks")
 RECIPE = "recipe.json"  # what write_benchmarks leaves beside the benchmarks
-PATIENCE = 10.0  # seconds; the workers of an evaluation that was killed hold on to its lock for some
 
 
 class SuiteError(FuraVLMError):
@@ -57,7 +55,8 @@ def evaluate(config: EvalConfig) -> Path | None:
     }
     _check_folder(folder, identity)
     try:
-        with _alone_in(folder):
+        busy = f"Another evaluation is under way in {folder}: wait for its end, stop it, or choose another --output_dir"
+        with alone_in(folder, _main_first, SuiteError(busy)):
             return _evaluate(config, source, data, folder, identity)
     except KeyboardInterrupt:
         if _is_main():
@@ -203,28 +202,6 @@ def _command(config: EvalConfig) -> str:
             shown = ",".join(value) if isinstance(value, list) else value
             words += [f"--{each.name}", str(shown).lower() if isinstance(value, bool) else str(shown)]
     return shlex.join(words)
-
-
-@contextmanager
-def _alone_in(folder: Path):
-    """Makes the folder and keeps other evaluations out of it: two at once would write over each other's files."""
-    lock = FileLock(folder / "lock")
-
-    def take() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=PATIENCE)
-        except Timeout:
-            raise SuiteError(
-                f"Another evaluation is under way in {folder}: wait for its end, stop it, or choose another "
-                "--output_dir"
-            ) from None
-
-    _main_first(take)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _make_embedded() -> None:

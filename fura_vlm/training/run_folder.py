@@ -19,18 +19,17 @@ import json
 import os
 import platform
 import shutil
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
-from fura_vlm.files import write_text
+from fura_vlm.files import alone_in, write_text
 from fura_vlm.modelling.assemble import PROJECTOR_KEYS
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.errors import TrainingError
@@ -68,25 +67,10 @@ def choose_run(config: TrainConfig) -> Path:
     return run
 
 
-@contextmanager
-def alone_in(run: Path):
-    """Makes the folder and keeps other runs out of it: two at once would write over each other's files."""
-    lock = FileLock(run / "lock")
-
-    def take() -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=10)  # the data workers of a run that was killed hold on to it for some seconds
-        except Timeout:
-            raise TrainingError(
-                f"Another run is under way in {run}: wait for its end, stop it, or choose another --output_dir"
-            ) from None
-
-    agree(take)
-    try:
-        yield
-    finally:
-        lock.release()
+def alone(run: Path) -> AbstractContextManager[None]:
+    """Makes the folder and keeps other runs out of it."""
+    busy = f"Another run is under way in {run}: wait for its end, stop it, or choose another --output_dir"
+    return alone_in(run, agree, TrainingError(busy))
 
 
 def begin(config: TrainConfig, run: Path) -> None:

@@ -28,7 +28,7 @@ from fura_vlm.training.memory import advice_on_memory
 from fura_vlm.training.methods import compile_layers, method_of, prepare, quantization
 from fura_vlm.training.processes import agree, refusing, together
 from fura_vlm.training.report import adapter_card, write_report
-from fura_vlm.training.run_folder import alone_in, begin, choose_run, describe, save, write_projector
+from fura_vlm.training.run_folder import alone, begin, choose_run, describe, save, write_projector
 from fura_vlm.training.settings import accumulation_steps, check, training_arguments, training_dtype
 from fura_vlm.training.trainer import FuraTrainer
 
@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> Path:
         check(config)
         set_seed(config.seed)
         run = agree(lambda: choose_run(config))
-        with alone_in(run):
+        with alone(run):
             agree(lambda: begin(config, run))
             _train(config, run, state)
     return run
