@@ -215,7 +215,7 @@ def test_numbers_out_of_range(changes, sentence):
         (b"", "is not a recipe: "),
         (b"output_dir: \xe9", "is not a recipe: 'utf-8' codec"),
         (b"gradient_accumulation_steps: 0", "gradient_accumulation_steps is 0 in .*: it has to be at least 1"),
-        (b"target_modules: nothing", "cannot be set up for this model: No modules were targeted"),
+        (b"target_modules: nothing", "cannot be set up for this model: Target modules nothing not found"),
         (b"model_name_or_path: ./llava-v1.6-mistral-7b", "There is no model at ./llava-v1.6-mistral-7b"),
     ],
 )
