@@ -82,3 +82,9 @@ def test_all_files_import_absolutely():
     for path in PACKAGE.rglob("*.py"):
         nodes = ast.walk(ast.parse(path.read_text("utf-8")))
         assert not any(isinstance(node, ast.ImportFrom) and node.level for node in nodes), path
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by their names alone."""
+    names = sorted(path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py")
+    assert names == sorted(set(names))
