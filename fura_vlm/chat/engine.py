@@ -8,6 +8,7 @@ model, PEFT's switch between adapters, which is one for the whole model, concern
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import time
@@ -175,10 +176,12 @@ class Engine:
     def _choose_threads(self) -> None:
         """Before the first question, on tokens that nobody asked for. It goes on with those of the answers."""
         tuner, token = self._threads, torch.zeros(1, 1, dtype=torch.long, device=self._plain.device)
+        read = functools.partial(self._family.parts(self._plain).decoder, input_ids=token, use_cache=False)
         end = time.monotonic() + START_SECONDS
+        tuner.begin(read)
         while tuner.tunes and not (tuner.settled or self._waiting or self._closed) and time.monotonic() < end:
             with tuner.step("start"):
-                self._family.parts(self._plain).decoder(input_ids=token, use_cache=False)
+                read()
 
     def _guarded(self, concerned: list[Generation], step, *arguments) -> None:
         """Runs a step. If it fails, the answers it concerned fail, and nothing else does."""

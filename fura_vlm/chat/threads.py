@@ -18,6 +18,7 @@ from statistics import median
 import torch
 
 PAIRS = 5  # steps of either number in a trial
+SHORT = 0.05  # seconds of a step
 REST, LONGEST_REST = 32, 1024  # steps between trials: after each that changed nothing twice as many
 
 
@@ -49,6 +50,21 @@ class ThreadTuner:
     def tunes(self) -> bool:
         """Whether there is anything to choose."""
         return self._most > 1
+
+    def begin(self, step: Callable[[], None]) -> None:
+        """Chooses the number to begin with by steps with one thread: one, if the second is done in ``SHORT`` seconds.
+
+        On cores that others use, too, a second thread makes short steps slower; where it does not, the trials find out.
+        """
+        if not self.tunes:
+            return
+        self._apply(1)
+        for limit in (20 * SHORT, SHORT):  # the first step makes what later ones find
+            began = self._clock()
+            step()
+            if self._clock() - began > limit:
+                return
+        self.threads = 1
 
     @property
     def settled(self) -> bool:

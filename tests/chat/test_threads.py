@@ -47,6 +47,23 @@ def test_the_fastest_number_stays(seconds, best):
     assert sum(threads == best for threads in machine.used[-2000:]) > 1900  # trials are rare
 
 
+@pytest.mark.parametrize("seconds, first", [(0.001, 1), (0.2, 8), (30.0, 8)])
+def test_it_begins_with_one_thread_where_steps_are_short(seconds, first):
+    """And does not try one thread twice where that takes long."""
+    machine = Machine(lambda threads: seconds / threads)
+    tuner, steps = machine.tuner(8), []
+
+    def step():
+        steps.append(machine.threads)
+        machine.now += machine.seconds(machine.threads)
+
+    tuner.begin(step)
+    assert tuner.threads == first
+    assert steps == [1] * (1 if seconds > 1 else 2)
+    machine.run(tuner, 3000)
+    assert tuner.threads == 8  # nobody else is on this machine
+
+
 def test_it_follows_when_others_come_and_go():
     machine = Machine(alone)
     tuner = machine.tuner(8)
