@@ -20,11 +20,11 @@ from PIL import Image as Pillow
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from fura_vlm import files
 from fura_vlm.cli import parse
 from fura_vlm.embedded.benchmarks import write_benchmarks
 from fura_vlm.embedded.embedded import EmbeddedConfig, EmbeddedError, write_embedded
 from fura_vlm.errors import FuraVLMError
-from fura_vlm.evaluation import suite
 from fura_vlm.evaluation.compare import compare
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
 from fura_vlm.evaluation.generation import Answerer
@@ -195,7 +195,7 @@ def test_tasks_as_people_type_them(typed, names):
 
 
 def test_a_folder_is_one_evaluation_at_a_time(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "PATIENCE", 0)
+    monkeypatch.setattr(files, "PATIENCE", 0)
     own = settings | {"output_dir": str(tmp_path / "eval"), "tasks": ["no_such_task"]}
     (tmp_path / "eval").mkdir()
     # The system's own lock, as another process holds it: lmms-eval makes FileLock one for all of this process.

@@ -69,7 +69,7 @@ def _ids(tokenizer, **names) -> dict:
 def llava(folder: Path) -> None:
     """The embedded model's processor and a smaller model of its classes."""
     root = Path(__file__).parents[2] / "data" / "tiny-llava"
-    transformers.AutoProcessor.from_pretrained(root, backend="pil").save_pretrained(folder)
+    processor = transformers.AutoProcessor.from_pretrained(root, backend="pil")
     config = transformers.AutoConfig.from_pretrained(root)
     for part, sizes in (
         (config.text_config, {"num_key_value_heads": 2, "head_dim": 8}),
@@ -78,7 +78,7 @@ def llava(folder: Path) -> None:
         sizes |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
         for name, value in sizes.items():
             setattr(part, name, value)
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    _save(folder, transformers.LlavaForConditionalGeneration, config, processor, processor.tokenizer)
 
 
 def llava_next(folder: Path) -> None:
