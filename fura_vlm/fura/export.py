@@ -41,7 +41,7 @@ def export_delta(
         raise FuraError(f"export_delta: there is no adapter {adapter_name!r}; there is {', '.join(model.peft_config)}.")
     state = model.state_dict()
     for name, layer in model.named_modules():
-        if isinstance(layer, FuraLayer) and adapter_name in layer.fura_side:
+        if isinstance(layer, FuraLayer) and adapter_name in layer.fura_adapters:
             layer.ensure_basis()
             for part in ("fura_dR", "fura_ds", "fura_V", "fura_s0"):
                 state.pop(f"{name}.{part}.{adapter_name}", None)

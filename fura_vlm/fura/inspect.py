@@ -54,7 +54,7 @@ def spectrum_report(model: nn.Module, adapter_name: str = "default") -> list[Spe
     Raises:
         FuraError: the model has no such adapter, or it is merged.
     """
-    layers = [m for m in model.modules() if isinstance(m, FuraLayer) and adapter_name in m.fura_side]
+    layers = [m for m in model.modules() if isinstance(m, FuraLayer) and adapter_name in m.fura_adapters]
     if not layers:
         raise FuraError(f"spectrum_report: the model has no FuRA adapter {adapter_name!r}.")
     if any(layer.merged for layer in layers):
@@ -62,7 +62,8 @@ def spectrum_report(model: nn.Module, adapter_name: str = "default") -> list[Spe
     config = model.peft_config[adapter_name]
     report = []
     for layer in layers:
-        side, (N, b) = layer.fura_side[adapter_name], layer.fura_blocks[adapter_name]
+        adapter = layer.fura_adapters[adapter_name]
+        side, (N, b) = adapter.side, adapter.blocks
         with gathered(layer.get_base_layer()):
             weight = layer.get_base_weight()
             _, values = decompose(weight if side == "input" else weight.T, N)

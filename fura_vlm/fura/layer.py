@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -13,20 +14,16 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from fura_vlm.fura.adapter import FuraAdapter
 from fura_vlm.fura.basis import (
     apply_blocks,
-    block_delta,
     block_shape,
     computing_dtype,
-    decompose,
     fold_pays,
     folded_linear,
     mix,
     multiply_columns,
     narrowed,
-    needs_floor,
-    raise_to_floor,
-    relative_floor,
 )
 from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.errors import FuraError
@@ -44,23 +41,15 @@ from fura_vlm.fura.weights import (
 
 
 class FuraLayer(BaseTunerLayer):
-    """Parameters of the FuRA adapters of one Linear.
-
-    Per adapter name, with ``N`` blocks of size ``b`` and rank ``r``:
-
-    - ``fura_dR (N, r, b)`` and ``fura_ds (N, r)``: trained; what has been added to the pretrained R and s.
-    - ``fura_V (N, b, r)`` and ``fura_s0 (N, r)``: the frozen basis. They are buffers, not frozen parameters:
-      DeepSpeed checkpoints of a PEFT model leave frozen parameters out, and dR is expressed in this very
-      basis, so that resuming over one computed anew, on a machine that decides signs otherwise, would be
-      wrong.
-    - ``fura_D (N, b, b)`` instead of all these for an adapter exported for inference.
+    """The FuRA adapters of one Linear, by name in ``fura_adapters``: a `FuraAdapter` each. Their tensors are registered
+    here, in ``fura_dR`` and the other containers: see there.
 
     With several adapters active their block matrices add, as LoRA's updates do, so that their order is of no
     importance and merging gives the same: ``y = (I + sum D_out) W (I + sum D_in) x + bias``.
     """
 
     adapter_layer_names = ("fura_dR", "fura_ds")
-    other_param_names = ("fura_V", "fura_s0", "fura_D", "fura_side", "fura_blocks", "fura_guarded", "fura_narrow")
+    other_param_names = ("fura_V", "fura_s0", "fura_D", "fura_adapters")
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs) -> None:
         self.base_layer = base_layer
@@ -72,13 +61,8 @@ class FuraLayer(BaseTunerLayer):
         self.fura_V = BufferDict(persistent=True)
         self.fura_s0 = BufferDict(persistent=True)
         self.fura_D = BufferDict(persistent=True)
-        self.fura_side: dict[str, str] = {}
-        self.fura_blocks: dict[str, tuple[int, int]] = {}
-        self.fura_guarded: dict[str, int] = {}
-        self.fura_narrow: dict[str, set[torch.dtype]] = {}  # the 16-bit dtypes too coarse for an adapter's values
+        self.fura_adapters: dict[str, FuraAdapter] = {}
         self.fingerprint: str | None = None
-        # adapters whose basis is neither computed nor loaded yet, and their singular_floor
-        self._without_basis: dict[str, float | None] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         self._unmerged: SavedWeight | None = None  # the base weight, while it is replaced by a merged one
@@ -87,7 +71,7 @@ class FuraLayer(BaseTunerLayer):
         self._kept_blocks: dict[tuple, tuple[list[tuple[int, int]], list[torch.Tensor]]] = {}
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self.fura_side)
+        return set(self.fura_adapters)
 
     def update_layer(self, adapter_name: str, config: FuraConfig, inference_mode: bool = False) -> None:
         """Add an adapter.
@@ -116,34 +100,17 @@ class FuraLayer(BaseTunerLayer):
             N, b = block_shape(dim, None, size, self.module_name)
         else:
             N, b = block_shape(dim, config.num_blocks, config.block_size, self.module_name)
-        r = min(b, other)
 
-        device, dtype = self.base_device, self.base_dtype
-        basis_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        if config.basis_dtype is not None:
-            basis_dtype = getattr(torch, config.basis_dtype)
-
+        device = self.base_device
         self._kept_blocks.clear()
-        self.fura_narrow.pop(adapter_name, None)
-        self.fura_side[adapter_name] = config.train_side
-        self.fura_blocks[adapter_name] = (N, b)
-        if config.delta_only:
-            self.fura_D[adapter_name] = torch.zeros(N, b, b, dtype=dtype, device=device)
-        else:
-            dR = torch.zeros(N, r, b, dtype=dtype, device=device)
-            ds = torch.zeros(N, r, dtype=dtype, device=device)
-            if not config.init_weights:
-                nn.init.normal_(dR, std=0.02)
-                nn.init.normal_(ds, std=0.02)
-            self.fura_dR[adapter_name] = nn.Parameter(dR)
-            if config.train_singular_values:
-                self.fura_ds[adapter_name] = nn.Parameter(ds)
-            # s0 = 0 is no basis: it marks one that is neither computed nor loaded
-            self.fura_V[adapter_name] = torch.zeros(N, b, r, dtype=basis_dtype, device=device)
-            self.fura_s0[adapter_name] = torch.zeros(N, r, dtype=basis_dtype, device=device)
-            self._without_basis[adapter_name] = config.singular_floor
-            if config.base_fingerprint is None and device != torch.device("meta"):
-                self.compute_basis(adapter_name)
+        containers = {
+            "dR": self.fura_dR, "ds": self.fura_ds, "V": self.fura_V, "s0": self.fura_s0, "D": self.fura_D
+        }  # fmt: skip
+        self.fura_adapters[adapter_name] = FuraAdapter(
+            adapter_name, containers, config, (N, b), min(b, other), self.base_dtype, device
+        )
+        if not config.delta_only and config.base_fingerprint is None and device != torch.device("meta"):
+            self.compute_basis(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @property
@@ -193,21 +160,8 @@ class FuraLayer(BaseTunerLayer):
             if not torch.isfinite(weight).all():
                 raise FuraError(f"{self.module_name}: the base weight holds NaN or Inf; repair or exclude it.")
             self.fingerprint = fingerprint(weight, self.quantization_backend)
-            # the output side is the input side of the transposed weight
-            oriented = weight if self.fura_side[adapter_name] == "input" else weight.T
-            V, s = decompose(oriented, self.fura_blocks[adapter_name][0])
-            floor = relative_floor(self._without_basis.get(adapter_name), weight.dtype)
-        s0, self.fura_guarded[adapter_name] = raise_to_floor(s, floor)
-        self.fura_V[adapter_name] = V.to(self.fura_V[adapter_name].dtype)
-        self.fura_s0[adapter_name] = s0.to(self.fura_s0[adapter_name].dtype)
+            self.fura_adapters[adapter_name].compute_basis(weight)
         self._kept_blocks.clear()
-        self._basis_is_known(adapter_name)
-
-    def _basis_is_known(self, adapter_name: str) -> None:
-        """Take note of a basis. Compiled code may not look at its numbers, so that is done here."""
-        self._without_basis.pop(adapter_name, None)
-        s0 = self.fura_s0[adapter_name]
-        self.fura_narrow[adapter_name] = {d for d in (torch.bfloat16, torch.float16) if needs_floor(s0, d)}
 
     def ensure_basis(self, compute: bool = True) -> None:
         """Take note of every basis that has been loaded, and compute those that were not.
@@ -216,13 +170,8 @@ class FuraLayer(BaseTunerLayer):
             compute: False leaves them for the first use of the adapter: the weights may be about to be
                 loaded.
         """
-        for name in [name for name in self.fura_s0 if name not in self.fura_narrow]:
-            s0 = self.fura_s0[name]
-            if s0.is_meta:
-                continue
-            if s0.any():
-                self._basis_is_known(name)
-            elif compute:
+        for name, adapter in self.fura_adapters.items():
+            if not adapter.is_ready and not adapter.look_at_basis() and compute and not adapter.s0.is_meta:
                 self.compute_basis(name)
 
     def delta(
@@ -239,15 +188,7 @@ class FuraLayer(BaseTunerLayer):
                 In a 16-bit one small singular values are raised, see `basis.divisor_floor`.
         """
         resolution = self.base_dtype if resolution is None else resolution
-        if adapter_name in self.fura_D:
-            D = self.fura_D[adapter_name]
-            return D if dtype is None else D.to(dtype)
-        ds = self.fura_ds[adapter_name] if adapter_name in self.fura_ds else None
-        parts = self.fura_dR[adapter_name], ds, self.fura_V[adapter_name], self.fura_s0[adapter_name]
-        if dtype is not None:
-            parts = [part if part is None else part.to(dtype) for part in parts]
-        D = block_delta(*parts, resolution)
-        return D if self.fura_side[adapter_name] == "input" else D.mT
+        return self.fura_adapters[adapter_name].delta(dtype, resolution)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -275,30 +216,26 @@ class FuraLayer(BaseTunerLayer):
         weight = weight.to(torch.promote_types(resolution, torch.float32))
         by_side = {"input": [], "output": []}
         for name in adapter_names:
-            by_side[self.fura_side[name]].append(self.delta(name, weight.dtype, resolution))
+            by_side[self.fura_adapters[name].side].append(self.delta(name, weight.dtype, resolution))
         weight = sum((multiply_columns(weight, D) for D in by_side["input"]), weight)
         return sum((multiply_columns(weight.T, D.mT).T for D in by_side["output"]), weight)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; see the base class."""
         self._kept_blocks.clear()
-        self._without_basis.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def cast_trained(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Cast what an adapter trains (or its D, if exported for inference); the basis keeps its dtype."""
         self._kept_blocks.clear()
-        for tensors in (self.fura_dR, self.fura_ds, self.fura_D):
-            if adapter_name in tensors:
-                tensors[adapter_name].data = tensors[adapter_name].data.to(dtype)
+        self.fura_adapters[adapter_name].cast_trained(dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
         """Move an adapter to the base layer's device. Its dtypes stay: the base's may be coarser."""
         device = self.base_device if device is None else device
         self._kept_blocks.clear()
-        for tensors in (self.fura_dR, self.fura_ds, self.fura_V, self.fura_s0, self.fura_D):
-            if device is not None and adapter_name in tensors and not tensors[adapter_name].is_meta:
-                tensors[adapter_name].data = tensors[adapter_name].data.to(device)
+        if device is not None and adapter_name in self.fura_adapters:
+            self.fura_adapters[adapter_name].move(device)
 
 
 class FuraLinear(nn.Module, FuraLayer):
@@ -317,7 +254,7 @@ class FuraLinear(nn.Module, FuraLayer):
         self._kept_blocks.clear()
         return super().train(mode)
 
-    def _apply(self, fn, recurse: bool = True) -> FuraLinear:
+    def _apply(self, fn: Callable, recurse: bool = True) -> FuraLinear:
         """Moves the layer as always, but its basis keeps its dtype (`basis_dtype`) when the model is cast.
 
         In float16 a small ``s0`` would become the zero that ``ds`` is divided by. In a weight cast to 16 bits the
@@ -325,13 +262,12 @@ class FuraLinear(nn.Module, FuraLayer):
         merge before the cast to keep it.
         """
         self._kept_blocks.clear()
-        before = {part: dict(getattr(self, part)) for part in ("fura_V", "fura_s0")}
+        before = [
+            (adapter, adapter.V, adapter.s0) for adapter in self.fura_adapters.values() if not adapter.is_exported
+        ]
         super()._apply(fn, recurse)
-        for part, tensors in before.items():
-            for name, tensor in tensors.items():
-                now = getattr(self, part)[name]
-                if now.dtype != tensor.dtype:
-                    getattr(self, part)[name] = tensor.to(now.device)
+        for adapter, V, s0 in before:
+            adapter.keep_basis(V, s0)
         return self
 
     def forward(
@@ -359,7 +295,7 @@ class FuraLinear(nn.Module, FuraLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if self._without_basis or len(self.fura_narrow) < len(self.fura_s0):
+        if not all(adapter.is_ready for adapter in self.fura_adapters.values()):
             self.ensure_basis()
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
@@ -369,11 +305,11 @@ class FuraLinear(nn.Module, FuraLayer):
         self, x: torch.Tensor, adapter_names: list[str], *args, up: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
         layer, computed = self.base_layer, computing_dtype(x)
-        if self._is_finer(computed) and any(computed in self.fura_narrow.get(name, ()) for name in adapter_names):
-            names = [name for name in adapter_names if name in self.fura_side]
+        names = [name for name in adapter_names if name in self.fura_adapters]
+        if self._is_finer(computed) and any(self.fura_adapters[name].is_too_coarse(computed) for name in names):
             return linear(gated(x, up), self._adapted(self.get_base_weight(), names), layer.bias)
-        inner = self._blocks(adapter_names, "input", x.dtype, computed)
-        outer = self._blocks(adapter_names, "output", x.dtype, computed)
+        inner = self._blocks(names, "input", x.dtype, computed)
+        outer = self._blocks(names, "output", x.dtype, computed)
         folds = len(inner) == 1 and type(layer) is nn.Linear and fold_pays(x, layer.weight, inner[0])
         if folds and not (args or kwargs) and self._is_plain():
             y = folded_linear(x, layer.weight, layer.bias, inner[0], up)
@@ -408,7 +344,7 @@ class FuraLinear(nn.Module, FuraLayer):
 
         Between the tokens of an answer they stay the same: in evaluation mode, without gradients, they are kept.
         """
-        names = [name for name in adapter_names if self.fura_side.get(name) == side]
+        names = [name for name in adapter_names if self.fura_adapters[name].side == side]
         if not names:
             return []
         key, version = (*names, dtype, computed), self._written(names)
@@ -430,8 +366,7 @@ class FuraLinear(nn.Module, FuraLayer):
         inference mode). What is written to ``tensor.data`` is seen after the next `train` or `eval`."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        parts = (self.fura_dR, self.fura_ds, self.fura_V, self.fura_s0, self.fura_D)
-        tensors = [part[name] for part in parts for name in adapter_names if name in part]
+        tensors = [tensor for name in adapter_names for tensor in self.fura_adapters[name].tensors()]
         if any(tensor.is_inference() or is_partitioned(tensor) for tensor in tensors):
             return None
         try:
@@ -476,7 +411,7 @@ class FuraLinear(nn.Module, FuraLayer):
         Raises:
             FuraError: safe_merge found NaN or Inf; the weight cannot be dequantised, or is partitioned.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fura_side]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fura_adapters]
         if not names:
             return
         if not is_whole(self.get_base_layer()):
@@ -499,7 +434,7 @@ class FuraLinear(nn.Module, FuraLayer):
     @torch.no_grad()
     def check_merge(self, adapter_names: list[str]) -> None:
         """Raise FuraError, as `merge(safe_merge=True)` would, without merging."""
-        names = [name for name in adapter_names if name in self.fura_side and name not in self.merged_adapters]
+        names = [name for name in adapter_names if name in self.fura_adapters and name not in self.merged_adapters]
         weight = self.get_base_weight()
         self._check_finite(self._adapted(weight, names).to(weight.dtype), names)
 
@@ -529,32 +464,33 @@ class FuraLinear(nn.Module, FuraLayer):
             FuraError: a tensor has another shape, is missing, or is trained in one of the two only; one of the two
                 was exported for inference.
         """
-        parts = ("fura_dR", "fura_ds", "fura_V", "fura_s0")
         # PEFT gives a key an adapter's name only where that adapter has such a tensor
         if f"{prefix}fura_D" in state_dict or f"{prefix}fura_dR" in state_dict:
             raise FuraError(
                 f"{self.module_name}: of the saved adapter and the one here that has its name, one was exported for "
                 "inference and the other is trained; load it under another name."
             )
-        for name in self.fura_dR:
-            saved = {part: state_dict.get(f"{prefix}{part}.{name}") for part in parts}
+        for name, adapter in self.fura_adapters.items():
+            if adapter.is_exported:
+                continue
+            saved = {part: state_dict.get(f"{prefix}fura_{part}.{name}") for part in ("dR", "ds", "V", "s0")}
             if all(tensor is None for tensor in saved.values()):
                 continue
             for part, tensor in saved.items():
-                if tensor is None and part in ("fura_V", "fura_s0"):
+                if tensor is None and part in ("V", "s0"):
                     continue  # only what is trained was saved; the basis stays
-                own = dict(getattr(self, part)).get(name)
+                own = adapter.get(part)
                 if tensor is not None and own is not None and tensor.shape == own.shape:
                     continue  # under ZeRO-3 also what is left of it in a process, as a checkpoint may hold it
                 there, here = ("none" if t is None else list(getattr(t, "ds_shape", t.shape)) for t in (tensor, own))
                 if there != here:
                     raise FuraError(
-                        f"{self.module_name}: the saved adapter's {part} is {there} and that of adapter {name!r} "
+                        f"{self.module_name}: the saved adapter's fura_{part} is {there} and that of adapter {name!r} "
                         f"{here}; load it under another name, or add the adapter with the blocks and "
                         "train_singular_values of the saved one."
                     )
+            adapter.forget_basis()
         self._kept_blocks.clear()
-        self.fura_narrow.clear()  # what is loaded may have another spectrum
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __repr__(self) -> str:

@@ -85,7 +85,7 @@ class FuraModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
             raise
         config = self.peft_config[adapter_name]
-        layers = [layer for layer in _fura_layers(model) if adapter_name in layer.fura_side]
+        layers = [layer for layer in _fura_layers(model) if adapter_name in layer.fura_adapters]
         for message in (*_oddities(config, adapter_name, layers), *self._untouched_experts(config, model)):
             logger.warning("FuRA: %s", message)
         if config.base_fingerprint is None and all(layer.fingerprint for layer in layers):
@@ -165,7 +165,7 @@ class FuraModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Give adapter parameters the base's dtype; with autocast_adapter_dtype at least float32."""
         for layer in _fura_layers(self.model):
-            if adapter_name in layer.fura_side:
+            if adapter_name in layer.fura_adapters:
                 layer.ensure_basis(compute=False)  # PEFT calls this before and after it loads an adapter
                 dtype = layer.base_dtype
                 if autocast_adapter_dtype:
@@ -180,7 +180,7 @@ class FuraModel(BaseTuner):
         """
         names = self._known(adapter_names)
         layers = _fura_layers(self.model)
-        if all(set(names) & set(layer.fura_side) <= set(layer.merged_adapters) for layer in layers):
+        if all(set(names) & set(layer.fura_adapters) <= set(layer.merged_adapters) for layer in layers):
             warnings.warn(
                 f"{layers[0].module_name}: {', '.join(names)} is merged already, in this and every layer; "
                 "nothing to do.",
@@ -239,18 +239,20 @@ class FuraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        waiting = [layer for layer in _fura_layers(model) if adapter_name in layer._without_basis]
-        for layer in waiting:
-            layer.ensure_basis()
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if waiting:  # the state dict was taken before, with zeros for the basis
-            now = model.state_dict()
-            selected = {key: now.get(key, value) for key, value in selected.items()}
         for name, layer in model.named_modules():
+            if not isinstance(layer, FuraLayer) or adapter_name not in layer.fura_adapters:
+                continue
+            adapter, keys = (
+                layer.fura_adapters[adapter_name],
+                {p: f"{name}.fura_{p}.{adapter_name}" for p in ("V", "s0")},
+            )
+            if not adapter.is_ready:  # the state dict was taken before, with zeros for the basis
+                layer.ensure_basis()
+                selected |= {key: adapter.get(part) for part, key in keys.items() if key in selected}
             # what the adapter was trained with, so that it is the same one over a base of a finer dtype
-            key = f"{name}.fura_s0.{adapter_name}"
-            if key in selected and isinstance(layer, FuraLayer):
-                selected[key] = effective_values(selected[key], layer.base_dtype)
+            if keys["s0"] in selected:
+                selected[keys["s0"]] = effective_values(selected[keys["s0"]], layer.base_dtype)
         return selected
 
     @property
@@ -266,19 +268,19 @@ def _fura_layers(model: nn.Module) -> list[FuraLayer]:
 
 def _oddities(config: FuraConfig, adapter_name: str, layers: list[FuraLayer]) -> Iterator[str]:
     """What of a new adapter is worth a word: values raised to the floor, blocks of a whole weight, idle entries."""
-    guarded = sum(layer.fura_guarded.get(adapter_name, 0) for layer in layers)
+    adapters = {layer: layer.fura_adapters[adapter_name] for layer in layers}
+    guarded = sum(adapter.guarded for adapter in adapters.values())
     if guarded:
-        total = sum(layer.fura_s0[adapter_name].numel() for layer in layers)
+        total = sum(adapter.s0.numel() for adapter in adapters.values())
         yield f"{guarded} of {total} singular values lie below the floor of their block and are raised to it."
     unasked = config.num_blocks is None and config.block_size is None
     single = [
         layer
-        for layer in layers
-        if layer.fura_blocks[adapter_name][0] == 1
-        and pattern_value(config.block_size_pattern, layer.module_name) is None
+        for layer, adapter in adapters.items()
+        if adapter.blocks[0] == 1 and pattern_value(config.block_size_pattern, layer.module_name) is None
     ]
     if unasked and single:
-        size = single[0].fura_blocks[adapter_name][1]
+        size = adapters[single[0]].blocks[1]
         yield (
             f"{single[0].module_name} (of {len(single)} such) has a prime dimension, {size}, and is one single block."
         )
@@ -294,9 +296,9 @@ def _oddities(config: FuraConfig, adapter_name: str, layers: list[FuraLayer]) ->
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Undo an injection that failed half way."""
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, FuraLayer) or adapter_name not in layer.fura_side:
+        if not isinstance(layer, FuraLayer) or adapter_name not in layer.fura_adapters:
             continue
-        if len(layer.fura_side) > 1:
+        if len(layer.fura_adapters) > 1:
             layer.delete_adapter(adapter_name)
         else:
             path, _, child = name.rpartition(".")

@@ -147,7 +147,7 @@ class Counts:
         self.drops = isinstance(adapter, LoraConfig) and adapter.lora_dropout > 0
         self.dora = isinstance(adapter, LoraConfig) and adapter.use_dora
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        blocks = [b for m in model.modules() if isinstance(m, FuraLayer) for _, b in m.fura_blocks.values()]
+        blocks = [a.blocks[1] for m in model.modules() if isinstance(m, FuraLayer) for a in m.fura_adapters.values()]
         self.in_kernels = 0 < max(blocks, default=0) <= MAX_BLOCK
         self.base = self.total - (0 if adapter else self.trained)
         self.base_bytes = 2 * self.base + self.method.four_bits * self.linear * (NF4_BYTES - 2)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-import fura_vlm.fura.layer
+import fura_vlm.fura.adapter
 from fura_vlm.fura import FuraConfig, FuraError, FuraLinear
 from fura_vlm.training.processes import unlink_shared_memory
 
@@ -76,13 +76,13 @@ def zero3(folder, rank):
     assert all(p.numel() == 0 and p.ds_numel > 0 for p in weights)
 
     whole = []
-    decompose = fura_vlm.fura.layer.decompose
+    decompose = fura_vlm.fura.adapter.decompose
 
     def watched(*args):
         whole.append(sum(p.ds_status == ZeroParamStatus.AVAILABLE for p in weights))
         return decompose(*args)
 
-    fura_vlm.fura.layer.decompose = watched
+    fura_vlm.fura.adapter.decompose = watched
     model = get_peft_model(base, FuraConfig(target_modules="all-linear"))
     assert whole == [1] * 14, whole  # one weight at a time
     assert all(p.numel() == 0 for p in weights)
@@ -128,7 +128,7 @@ def zero3(folder, rank):
         assert str(error).startswith("model.layers.1.mlp.up_proj: "), error
     else:
         raise AssertionError("loaded over another base")
-    fura_vlm.fura.layer.decompose = decompose
+    fura_vlm.fura.adapter.decompose = decompose
     del keep
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fura_vlm.fura import FuraConfig, basis, kernels
-from fura_vlm.fura import layer as layer_module
+from fura_vlm.fura import adapter as adapter_module
 from fura_vlm.fura.basis import block_delta, fold_pays
 
 torch.set_num_threads(1)
@@ -131,9 +131,9 @@ def switched_off():
             nodes.add(node)
             open_nodes += [parent for parent, _ in node.next_functions]
     formula = basis.block_delta
-    layer_module.block_delta = lambda *args: 2 * formula(*args)
+    adapter_module.block_delta = lambda *args: 2 * formula(*args)
     after = model(ids).logits
-    layer_module.block_delta = formula
+    adapter_module.block_delta = formula
     own = {cls.__name__ + "Backward" for cls in (kernels.Delta, kernels.Mix, kernels.FoldedLinear)}
     report(
         "switched off",

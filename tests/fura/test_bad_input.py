@@ -134,7 +134,8 @@ def test_an_adapter_with_other_blocks_is_not_loaded_into_this_one(tmp_path):
         model.load_state_dict(basis, strict=False)
     model.load_state_dict({key: value for key, value in state.items() if key not in basis}, strict=False)
     model.load_adapter(tmp_path / "two", "beside")
-    assert fura_layers(model)[0].fura_blocks == {"default": (6, 8), "beside": (2, 24)}
+    blocks = {name: adapter.blocks for name, adapter in fura_layers(model)[0].fura_adapters.items()}
+    assert blocks == {"default": (6, 8), "beside": (2, 24)}
 
 
 def test_an_exported_adapter_does_not_take_the_place_of_a_trained_one(tmp_path):
@@ -161,7 +162,7 @@ def test_awkward_dimensions(caplog):
     model = nn.ModuleDict({"odd": nn.Linear(257, 8), "fine": nn.Linear(16, 8)})
     refused(model, r"^odd: .*257.*66,049.*block_size_pattern=\{'odd': 257\}", target_modules=["fine", "odd"])
     allowed = get_peft_model(model, FuraConfig(target_modules=["odd"], block_size_pattern={"odd": 257}))
-    assert fura_layers(allowed)[0].fura_blocks == {"default": (1, 257)}
+    assert fura_layers(allowed)[0].fura_adapters["default"].blocks == (1, 257)
     small = nn.ModuleDict({"small": nn.Linear(13, 8), "fine": nn.Linear(16, 8)})
     with caplog.at_level("WARNING", logger="fura_vlm"):
         get_peft_model(small, FuraConfig(target_modules=["small", "fine"], block_size_pattern={"fine": 4}))

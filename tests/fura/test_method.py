@@ -61,7 +61,7 @@ def test_same_steps_as_the_explicit_factorisation(out, dim, blocks, side, train_
     """25 Adam steps from one basis: outputs and parameters agree to 1e-11 in float64."""
     model, layer = adapted_linear(out, dim, train_side=side, train_singular_values=train_s, **blocks)
     weight, bias = layer.base_layer.weight.data, layer.base_layer.bias.data
-    N, b = layer.fura_blocks["default"]
+    N, b = layer.fura_adapters["default"].blocks
     reference = ExplicitFura(weight, bias, N, side, train_s)
     layer.fura_V["default"] = reference.R_start.mT.contiguous()
     layer.fura_s0["default"] = reference.s_start.clone()
@@ -96,7 +96,7 @@ def test_same_steps_as_the_explicit_factorisation(out, dim, blocks, side, train_
 def test_own_basis_trains_like_the_svd(side):
     """The Gram basis instead of the SVD's: signs differ, the trained function does not."""
     model, layer = adapted_linear(60, 36, train_side=side)
-    N, _ = layer.fura_blocks["default"]
+    N, _ = layer.fura_adapters["default"].blocks
     reference = ExplicitFura(layer.base_layer.weight.data, layer.base_layer.bias.data, N, side)
     torch.testing.assert_close(layer.fura_s0["default"], reference.s_start, rtol=1e-10, atol=0)
     overlap = (layer.fura_V["default"] * reference.R_start.mT).sum(1)
@@ -208,7 +208,7 @@ def trainable(model):
 @pytest.mark.parametrize(("out", "dim", "blocks"), SHAPES)
 def test_trainable_count_by_formula(out, dim, blocks):
     model, layer = adapted_linear(out, dim, **blocks)
-    N, b = layer.fura_blocks["default"]
+    N, b = layer.fura_adapters["default"].blocks
     assert N * b == dim
     r = min(out, b)
     assert trainable(model) == N * b * r + N * r

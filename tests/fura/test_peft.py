@@ -109,9 +109,9 @@ def test_save_and_load(case, side, low_cpu_mem_usage, tmp_path, monkeypatch):
     def decompose(*args):
         raise AssertionError("a basis was computed")
 
-    monkeypatch.setattr("fura_vlm.fura.layer.decompose", decompose)
+    monkeypatch.setattr("fura_vlm.fura.adapter.decompose", decompose)
     loaded = PeftModel.from_pretrained(case[0](), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert not any(layer._without_basis for layer in fura_layers(loaded).values())
+    assert all(layer.fura_adapters["default"].is_ready for layer in fura_layers(loaded).values())
     close(logits(loaded), expected)
     assert not any(p.requires_grad for p in loaded.parameters())
     ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
@@ -454,14 +454,15 @@ def test_block_sizes_per_module():
         tiny_llama(),
         FuraConfig(target_modules="all-linear", num_blocks=4, block_size_pattern={"down_proj": 96, r"0\..*q_proj": 6}),
     )
-    blocks = {n.removeprefix("base_model.model.model.layers."): m.fura_blocks for n, m in fura_layers(model).items()}
-    assert blocks["0.self_attn.q_proj"] == {"default": (8, 6)}
-    assert blocks["1.self_attn.q_proj"] == {"default": (4, 12)}
-    assert blocks["1.mlp.down_proj"] == {"default": (1, 96)}
-    for layer in fura_layers(model).values():
-        (N, b), r = layer.fura_blocks["default"], min(layer.fura_blocks["default"][1], layer.out_features)
+    blocks = {}
+    for name, layer in fura_layers(model).items():
+        N, b = blocks[name.removeprefix("base_model.model.model.layers.")] = layer.fura_adapters["default"].blocks
+        r = min(b, layer.out_features)
         assert layer.fura_dR["default"].shape == (N, r, b)
         assert layer.fura_V["default"].shape == (N, b, r)
+    assert blocks["0.self_attn.q_proj"] == (8, 6)
+    assert blocks["1.self_attn.q_proj"] == (4, 12)
+    assert blocks["1.mlp.down_proj"] == (1, 96)
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "fura_only"])
@@ -648,7 +649,7 @@ def test_meta_device(tmp_path):
     assert all(t.is_meta for t in empty.state_dict().values())
     assert empty.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
     layers = fura_layers(empty.to_empty(device="cpu")).values()
-    assert all(layer._without_basis for layer in layers)
+    assert not any(layer.fura_adapters["default"].is_ready for layer in layers)
     empty.load_state_dict(state)
     empty.base_model.model.model.rotary_emb = tiny_llama().model.rotary_emb  # its buffers are in no state dict
     close(logits(empty), expected)

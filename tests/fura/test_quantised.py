@@ -86,7 +86,7 @@ def test_untrained_is_the_quantised_base(parent, kind, side):
 def test_basis_is_that_of_the_dequantised_weight(parent, kind):
     model = get_peft_model(load(parent, kind), FuraConfig(target_modules=["q_proj", "down_proj"]))
     for layer in fura_layers(model):
-        N, b = layer.fura_blocks["default"]
+        N, b = layer.fura_adapters["default"].blocks
         s = torch.stack([torch.linalg.svdvals(block) for block in dense(layer).split(b, dim=1)])
         tolerance = 2e-3 if kind == "nf4" else 0.03  # an int8 product also rounds its input
         torch.testing.assert_close(layer.fura_s0["default"], s[:, : min(b, 64)], rtol=tolerance, atol=tolerance)

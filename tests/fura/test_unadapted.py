@@ -68,7 +68,7 @@ def test_a_conv1d_trains_as_the_linear_that_it_is(side):
     model = get_peft_model(nn.ModuleDict({"lin": base}), FuraConfig(target_modules=["lin"], train_side=side))
     layer = model.base_model.model["lin"]
     before = base.weight.detach().clone()
-    reference = ExplicitFura(before.T, base.bias.detach(), layer.fura_blocks["default"][0], side)
+    reference = ExplicitFura(before.T, base.bias.detach(), layer.fura_adapters["default"].blocks[0], side)
     layer.fura_V["default"] = reference.R_start.mT.contiguous()
     layer.fura_s0["default"] = reference.s_start.clone()
     optimizers = [
