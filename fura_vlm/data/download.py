@@ -48,6 +48,7 @@ from urllib3.util import Retry
 
 from fura_vlm.data.config import DownloadConfig
 from fura_vlm.errors import FuraVLMError, first_line
+from fura_vlm.files import finish, unfinished
 
 _PIECE = 1 << 20  # bytes
 _TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
@@ -199,7 +200,7 @@ def _check_space(output: Path, archives: list[Archive], keep: bool, session: req
         part = output / (archive.folder + ".zip.part")
         whole = output / (archive.folder + ".zip")
         needed -= next((file.stat().st_size for file in (whole, part) if file.is_file()), 0)
-        needed -= sum(file.stat().st_size for file in _unpacking(output / archive.folder).rglob("*") if file.is_file())
+        needed -= sum(file.stat().st_size for file in unfinished(output / archive.folder).rglob("*") if file.is_file())
     there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
@@ -223,7 +224,7 @@ def _fetch_archives(archives: list[Archive], output: Path, config: DownloadConfi
     for archive in archives:
         if archive.hub and not (output / (archive.folder + ".zip")).is_file():
             _fetch_from_hub(archive.hub, archive.file, output)
-            os.replace(output / archive.file, output / (archive.folder + ".zip"))
+            finish(output / archive.file, output / (archive.folder + ".zip"))
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
@@ -357,7 +358,7 @@ def fetch_file(
     if md5 and _md5_of(part) != md5:
         part.unlink()
         raise DownloadError(f"{url} has another MD5 sum than the published {md5}: start the same command again")
-    os.replace(part, target)
+    finish(part, target)
 
 
 def _words(error: Exception) -> str:
@@ -433,7 +434,7 @@ def unpack(archive: Path, folder: Path, inside: str, advance: Callable[[int, int
     Raises:
         DownloadError: if the archive is damaged (it is removed, to be downloaded again), or has no such folder.
     """
-    building = _unpacking(folder)
+    building = unfinished(folder)
     try:
         with zipfile.ZipFile(archive) as packed:
             members = [(info, _within(info.filename, inside, archive)) for info in packed.infolist()]
@@ -455,11 +456,7 @@ def unpack(archive: Path, folder: Path, inside: str, advance: Callable[[int, int
         raise DownloadError(
             f"{archive} is damaged ({error}); it has been removed: start the same command again"
         ) from error
-    os.rename(building, folder)
-
-
-def _unpacking(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".tmp")
+    finish(building, folder)
 
 
 def _within(name: str, inside: str, archive: Path) -> PurePosixPath | None:

@@ -36,7 +36,7 @@ from fura_vlm.data.messages import DataError, Problem
 from fura_vlm.data.records import default_image_folder, iter_records
 from fura_vlm.families.base import Encoded, EncodingError, Family
 from fura_vlm.families.messages import Message, Picture, Text
-from fura_vlm.files import write_text
+from fura_vlm.files import finish, unfinished, write_text
 
 VERSION = 4
 """Raised when the same settings give other rows."""
@@ -246,7 +246,7 @@ def _remove_outdated(home: Path, mixture: dict) -> None:
 def _make(
     folder: Path, settings: dict, data_path: str | Path, image_folder: Path, family: Family, progress: bool
 ) -> None:
-    building = folder.with_name(folder.name + ".tmp")
+    building = unfinished(folder)  # what an interrupted run has left in it is used
     building.mkdir(exist_ok=True)
     write_text(building / "making.json", json.dumps(settings, indent=1))
     progress = progress and settings["mixture"]["size"] >= _BAR_FROM
@@ -260,15 +260,15 @@ def _make(
             elements = _write_part(file, part, family, settings["max_length"])
         if elements < PART:
             break
-    os.replace(building / "making.json", building / "index.json")
-    building.rename(folder)
+    finish(building / "making.json", building / "index.json")
+    finish(building, folder)
 
 
 def _write_part(file: Path, pairs, family: Family, max_length: int) -> int:
     """Returns the number of elements, good or bad."""
     elements, problems = 0, []
-    temporary = file.with_name(file.name + ".tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, row_schema(family)) as stream:
+    building = unfinished(file)
+    with pa.OSFile(str(building), "wb") as sink, pa.ipc.new_stream(sink, row_schema(family)) as stream:
         while batch := list(itertools.islice(pairs, BATCH)):
             elements += len(batch)
             records = [record for record, _ in batch if record is not None]
@@ -276,7 +276,7 @@ def _write_part(file: Path, pairs, family: Family, max_length: int) -> int:
             problems += [problem for _, problem in batch if problem is not None] + found
             stream.write_batch(rows)
     write_text(_problem_file(file), "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
-    os.replace(temporary, file)
+    finish(building, file)
     return elements
 
 

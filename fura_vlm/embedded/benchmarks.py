@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from pathlib import Path
 
 import yaml
@@ -25,6 +24,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from fura_vlm.embedded.embedded import EmbeddedError, held_out_questions, is_made
 from fura_vlm.embedded.scenes import Scene, draw
+from fura_vlm.files import whole_folder
 
 VERSION = 1  # raised when the same settings give other files
 
@@ -75,16 +75,12 @@ def write_benchmarks(output_dir: str | Path, per_task: int = 200, seed: int = 0)
     recipe = json.dumps({"version": VERSION, "per_task": per_task, "seed": seed}, indent=1)
     if is_made(target, recipe, "per_task"):
         return False
-    building = target.with_name(target.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    _gqa(building / "GQA", list(held_out_questions(seed, "gqa", per_task)))
-    _scienceqa(building / "ScienceQA", list(held_out_questions(seed, "scienceqa", per_task)))
-    _textvqa(building / "textvqa", list(held_out_questions(seed, "textvqa", per_task)))
-    _pope(building / "POPE", list(held_out_questions(seed, "pope", per_task)))
-    (building / "recipe.json").write_text(recipe)
-    if target.exists():
-        shutil.rmtree(target)
-    building.rename(target)
+    with whole_folder(target) as building:
+        _gqa(building / "GQA", list(held_out_questions(seed, "gqa", per_task)))
+        _scienceqa(building / "ScienceQA", list(held_out_questions(seed, "scienceqa", per_task)))
+        _textvqa(building / "textvqa", list(held_out_questions(seed, "textvqa", per_task)))
+        _pope(building / "POPE", list(held_out_questions(seed, "pope", per_task)))
+        (building / "recipe.json").write_text(recipe)
     return True
 
 

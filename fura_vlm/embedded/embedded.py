@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from fura_vlm.embedded.questions import FAMILIES, SHORT, ask
 from fura_vlm.embedded.scenes import Scene, draw, make_scene
 from fura_vlm.errors import FuraVLMError
+from fura_vlm.files import whole_folder
 
 
 class EmbeddedError(FuraVLMError, ValueError):
@@ -66,15 +66,11 @@ def write_embedded(config: EmbeddedConfig) -> bool:
     recipe = json.dumps({"version": VERSION, **asdict(config), "output_dir": None}, indent=1)
     if is_made(target, recipe, "train_records"):
         return False
-    building = target.with_name(target.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    (building / "images").mkdir(parents=True)
-    _write_json(building / "train.json", _training_records(config, building))
-    _write_json(building / "eval.json", _held_out_records(config, building))
-    (building / "recipe.json").write_text(recipe)
-    if target.exists():
-        shutil.rmtree(target)
-    building.rename(target)
+    with whole_folder(target) as building:
+        (building / "images").mkdir()
+        _write_json(building / "train.json", _training_records(config, building))
+        _write_json(building / "eval.json", _held_out_records(config, building))
+        (building / "recipe.json").write_text(recipe)
     return True
 
 

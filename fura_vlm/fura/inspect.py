@@ -95,12 +95,13 @@ def spectrum_table(report: list[Spectrum]) -> str:
     return "\n".join(lines)
 
 
-def plot_spectrum(report: list[Spectrum], path: str | os.PathLike) -> None:
+def plot_spectrum(report: list[Spectrum], path: str | os.PathLike, picture_format: str | None = None) -> None:
     """Draw the report: condition numbers along the layers, and the shape of the spectra, one colour per kind
     of layer. Guarded directions are counted in the legend and the title.
 
     Args:
-        path: the picture to write; its suffix names the format (png, svg, pdf).
+        path: the picture to write.
+        picture_format: ``"png"``, ``"svg"`` or ``"pdf"``; None: what the path's suffix names.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -149,7 +150,7 @@ def plot_spectrum(report: list[Spectrum], path: str | os.PathLike) -> None:
         for which in ("major", "minor"):
             getattr(axes.yaxis, f"set_{which}_formatter")(LogFormatter(minor_thresholds=(2, 0.5)))
     figure.legend(loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format=picture_format)
 
 
 def _layer_number(entry: Spectrum) -> int:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, Pretr
 from fura_vlm.errors import ModelError, first_line
 from fura_vlm.families.base import Family, model_class
 from fura_vlm.families.registry import family_class
+from fura_vlm.files import whole_file
 from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
 from fura_vlm.modelling.config import InspectConfig
 from fura_vlm.modelling.shards import WeightFiles
@@ -268,10 +269,8 @@ def inspect(config: InspectConfig) -> None:
         raise ModelError(f"{config.model} has no FuRA adapter: there is nothing to inspect")
     spectra = spectrum_report(model)
     print(spectrum_table(spectra))
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    building = picture.with_name("." + picture.name)
-    plot_spectrum(spectra, building)
-    building.replace(picture)
+    with whole_file(picture) as building:
+        plot_spectrum(spectra, building, picture.suffix.removeprefix("."))
     print(f"\ndrawn in {picture}")
 
 

@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils.hub import cached_file
 
 from fura_vlm.errors import ModelError, first_line
+from fura_vlm.files import whole_folder
 
 # The names under which transformers looks for weights, in its order.
 SINGLE, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
@@ -204,14 +205,9 @@ def building(output_dir: str, size: int) -> Iterator[Path]:
             f"{target} will take {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: make room, or choose "
             "another folder"
         )
-    folder = target.with_name(target.name + ".tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
-    folder.mkdir()
-    try:
+    with whole_folder(target) as folder:
         yield folder
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        refuse_existing(target)  # made in the meantime, by somebody else
 
 
 def refuse_existing(target: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from fura_vlm.evaluation.heldout import Answer, blind_guess, exact_match
-from fura_vlm.files import write_text
+from fura_vlm.files import whole_file, write_text
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import method_of
 from fura_vlm.training.run_folder import FINISHED
@@ -214,7 +214,6 @@ def _wrapped(line: str) -> str:
 def _save(figure, path: Path) -> None:
     from matplotlib import pyplot as plt
 
-    temporary = path.with_name("." + path.name)
-    figure.savefig(temporary, dpi=120, format="png")
+    with whole_file(path) as building:
+        figure.savefig(building, dpi=120, format="png")
     plt.close(figure)
-    os.replace(temporary, path)

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
-import shutil
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +27,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
-from fura_vlm.files import alone_in, write_text
+from fura_vlm.files import alone_in, finish, unfinished, whole_file, write_text
 from fura_vlm.modelling.assemble import PROJECTOR_KEYS
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.errors import TrainingError
@@ -114,14 +112,13 @@ def describe(config, run, family, model, dataset, checkpoint, console) -> None:
 def save(trainer: FuraTrainer, folder: Path, card: str | None = None) -> None:
     """The adapter as PEFT saves it or the whole model, gathered from all processes under ZeRO-3; written beside and
     renamed. PEFT's own card is a form that nobody has filled in."""
-    building = folder.with_name(folder.name + ".tmp")
+    building = unfinished(folder)
     trainer.save_model(str(building))
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         if card is not None:
             write_text(building / "README.md", card)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(building, folder)
+        finish(building, folder)
 
 
 def write_projector(run: Path) -> None:
@@ -136,6 +133,5 @@ def write_projector(run: Path) -> None:
     }
     if len(trained) != len(PROJECTOR_KEYS) or weights.keys() != PROJECTOR_KEYS.keys():
         return
-    building = run / "mm_projector.tmp"
-    save_file(weights, building)
-    os.replace(building, run / "mm_projector.safetensors")
+    with whole_file(run / "mm_projector.safetensors") as building:
+        save_file(weights, building)

@@ -19,6 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from fura_vlm.data.sampler import ModalityLengthSampler
 from fura_vlm.families.base import Family
+from fura_vlm.files import finish
 from fura_vlm.training.checkpoint import WrittenBy, load_buffers, mend_optimizer, remove_universal
 from fura_vlm.training.loss import positions, train_on_labels_only
 from fura_vlm.training.throughput import Meter, Progress
@@ -165,9 +166,8 @@ class FuraTrainer(Trainer):
             self._staging = False
         PartialState().wait_for_everyone()
         if self.args.should_save:
-            shutil.rmtree(run / name, ignore_errors=True)
             WrittenBy(self.args.world_size, self.get_total_train_batch_size(self.args)).save(run / "saving" / name)
-            os.replace(run / "saving" / name, run / name)
+            finish(run / "saving" / name, run / name)
             shutil.rmtree(run / "saving")
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
         PartialState().wait_for_everyone()
