@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from datetime import datetime
 from importlib.metadata import version
@@ -38,6 +37,7 @@ def evaluate(config: EvalConfig) -> Path | None:
     if config.offline:  # read by the libraries when they are imported
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     from fura_vlm.evaluation.source import find_model
+    from fura_vlm.processes import agree
 
     _quiet()
     for name, least in (("limit", 1), ("max_new_tokens", 1), ("num_workers", 0)):
@@ -56,7 +56,7 @@ def evaluate(config: EvalConfig) -> Path | None:
     _check_folder(folder, identity)
     try:
         busy = f"Another evaluation is under way in {folder}: wait for its end, stop it, or choose another --output_dir"
-        with alone_in(folder, _main_first, SuiteError(busy)):
+        with alone_in(folder, agree, SuiteError(busy)):
             return _evaluate(config, source, data, folder, identity)
     except KeyboardInterrupt:
         if _is_main():
@@ -67,9 +67,10 @@ def evaluate(config: EvalConfig) -> Path | None:
 def _evaluate(config: EvalConfig, source, data: str | None, folder: Path, identity: dict) -> Path | None:
     from fura_vlm.evaluation import report, scores
     from fura_vlm.evaluation.tasks import TASKS, load_tasks
+    from fura_vlm.processes import agree
 
     if data == str(EMBEDDED):
-        _main_first(_make_embedded)
+        agree(_make_embedded)
     max_new_tokens = config.max_new_tokens or (16 if _is_embedded(data) else None)
     tasks = load_tasks(config.tasks or list(TASKS[config.protocol]), data, config.limit, max_new_tokens)
     sources = {"tuned" if source.adapter else "model": source}
@@ -214,25 +215,6 @@ def _make_embedded() -> None:
 
 def _is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
-
-
-def _main_first(do: Callable[[], None]) -> None:
-    """The main process does it while the others wait. What ends the main one ends them all; it alone says why."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return do()
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    state, refused = PartialState(cpu=not torch.cuda.is_available()), [None]
-    if state.is_main_process:
-        try:
-            do()
-        except Exception as error:
-            refused = [error]
-    broadcast_object_list(refused)
-    if refused[0] is not None:
-        raise refused[0] if state.is_main_process else SystemExit(1)
 
 
 def _quiet() -> None:

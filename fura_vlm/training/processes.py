@@ -1,4 +1,4 @@
-"""The processes of a run: how they meet, how the main one decides for all, and how they end.
+"""The processes of a run: how they meet, and how they end.
 
 They end together. A process that fails writes its reason into the store that all of them met at; a thread in each of
 the others looks there, since the others may be waiting for it in a collective that will never be complete.
@@ -142,15 +142,6 @@ def unlink_shared_memory() -> None:
     dist.barrier()
     address, port, rank = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
-
-
-def agree(decide):
-    """What the main process decides, on all of them."""
-    state = PartialState()
-    outcome = [decide() if state.is_main_process else None]
-    if state.num_processes > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    return outcome[0]
 
 
 @contextmanager

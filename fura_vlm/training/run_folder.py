@@ -29,9 +29,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fura_vlm.files import alone_in, finish, unfinished, whole_file, write_text
 from fura_vlm.modelling.assemble import PROJECTOR_KEYS
+from fura_vlm.processes import agree
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.errors import TrainingError
-from fura_vlm.training.processes import agree
 from fura_vlm.training.trainer import FuraTrainer
 
 FINISHED = "report.md"  # written last

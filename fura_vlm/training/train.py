@@ -20,13 +20,14 @@ from fura_vlm.data.records import report_problems
 from fura_vlm.evaluation.heldout import load_questions
 from fura_vlm.families.base import Family
 from fura_vlm.modelling.load import load_base, load_family
+from fura_vlm.processes import agree
 from fura_vlm.training.callbacks import HeldOut, MetricsFile, SaveOnSignal
 from fura_vlm.training.checkpoint import WrittenBy, make_universal
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.loss import use_all_parts
 from fura_vlm.training.memory import advice_on_memory
 from fura_vlm.training.methods import compile_layers, method_of, prepare, quantization
-from fura_vlm.training.processes import agree, refusing, together
+from fura_vlm.training.processes import refusing, together
 from fura_vlm.training.report import adapter_card, write_report
 from fura_vlm.training.run_folder import alone, begin, choose_run, describe, save, write_projector
 from fura_vlm.training.settings import accumulation_steps, check, training_arguments, training_dtype
