@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tunes a LLaVA with FuRA under DeepSpeed:
+# Fine-tunes a vision-language model, or a language model, with FuRA under DeepSpeed:
 #
 #   bash scripts/finetune_fura.sh                                 the embedded model on the embedded mixture
 #   bash scripts/finetune_fura.sh CONFIG.yaml [--KEY VALUE ...]   another recipe; any field can be set here

@@ -1,15 +1,20 @@
-"""What tests of several parts share: a browser; a small Llama tokenizer and, with it, LLaVA-1.5's family for pictures
-of 28 x 28 pixels, which take 4 tokens."""
+"""What tests of several parts share: a browser; a small model of each family; a small Llama tokenizer and, with it,
+LLaVA-1.5's family for pictures of 28 x 28 pixels, which take 4 tokens."""
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaTokenizer, LlavaConfig
 
 from fura_vlm.families.llava import Llava, make_processor
 from fura_vlm.families.vicuna import SYSTEM_PROMPT
+
+sys.path.append(str(Path(__file__).with_name("families")))  # where the models are made, and what is said to them
 
 WORDS = "USER: ASSISTANT: What is this? A cat Yes No red dog. And that?"
 
@@ -70,6 +75,30 @@ def llava_of():
 @pytest.fixture(scope="session")
 def llava(tokenizer):
     return make_llava(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """By the name of a family: a folder with a small random model of it, made once and not to be changed."""
+    from family_models import BUILDERS
+
+    made = tmp_path_factory.mktemp("families")
+
+    def folder(name: str) -> Path:
+        if not (made / name).exists():
+            BUILDERS[name](made / name)
+        return made / name
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models as small as these are done before a second one has begun."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

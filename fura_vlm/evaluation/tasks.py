@@ -26,6 +26,7 @@ from PIL import Image as Pillow
 from PIL import ImageFile
 
 from fura_vlm.errors import FuraVLMError, first_line
+from fura_vlm.evaluation.plugin import NAME
 from fura_vlm.evaluation.variants import extended
 
 EVAL_FOLDER = Path(__file__).parents[2] / "eval"
@@ -184,7 +185,7 @@ def _other(name: str, config: dict, limit: int | None) -> LoadedTask:
             "run it with python -m lmms_eval --model fura_vlm"
         )
     try:
-        task = ConfigurableTask(config=config, model_name="fura_llava")
+        task = ConfigurableTask(config=config, model_name=NAME)
     except Exception as error:  # whatever libraries and the task's own code raise
         raise TaskError(
             f"The data of {name} cannot be loaded ({_reason(error)}): check the network, and that the hub lets you"
@@ -205,7 +206,7 @@ class _WithData(ConfigurableTask):
 
     def __init__(self, config: dict, documents: DatasetDict):
         self._documents = documents
-        super().__init__(config=config, model_name="fura_llava")
+        super().__init__(config=config, model_name=NAME)
 
     def download(self, dataset_kwargs=None) -> None:
         self.dataset = self._documents

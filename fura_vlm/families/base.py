@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import set_zero3_state
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fura_vlm.errors import FuraVLMError, ModelError
@@ -116,6 +117,7 @@ class Family:
         sees: whether it takes pictures.
         enough: width and height from which on a larger picture shows the model nothing more, or ``None`` where nobody
             can say: such a picture may be read at a fraction of its size. Only of families that need no sizes.
+        path: where its processor is from, a folder or a name on the hub, for messages; ``None`` if nobody has said.
         bare_head: whether logits are what ``parts``' head makes of the decoder's states, not scaled or capped after
             it. Else an answer is written by the model as a whole.
     """
@@ -129,6 +131,7 @@ class Family:
     sees = True
     enough: tuple[int, int] | None = None
     bare_head = False
+    path: str | None = None
 
     def __init__(self, processor, config, ends: Sequence[str] = (), conversation: str | None = None):
         self.processor, self.config = processor, config
@@ -206,6 +209,13 @@ class Family:
             raise ModelError(
                 f"{path}: its processor makes patches of {made} pixels and its config.json has {seen}: {_OTHER_MODEL}"
             )
+        theirs = type(self.processor).__name__
+        kinds = {kind for kind, name in PROCESSOR_MAPPING_NAMES.items() if name == theirs}
+        mine = PROCESSOR_MAPPING_NAMES.get(self.config.model_type)
+        if mine and kinds and not kinds & {self.config.model_type, *self.model_types}:
+            raise ModelError(
+                f"{path} has a {theirs} where a {mine} belongs: take the files that were published with the model"
+            )
 
     def check(self) -> None:
         """Compares, on a small conversation with two pictures, tokens and tensors with the processor's own.
@@ -223,7 +233,9 @@ class Family:
         ]
         [encoded] = self.encode([(turns, [image.size for image in images])])
         if isinstance(encoded, EncodingError):
-            raise ModelError(f"{self._name} cannot be trained here: {encoded}")
+            raise ModelError(
+                self._of_it(f"a model of the type {self.config.model_type} cannot be trained here: {encoded}")
+            )
         ids, _ = self.spread(encoded)
         text = self.template(turns)
         made = self.processor(
@@ -239,14 +251,16 @@ class Family:
         )
         if differ:
             raise ModelError(
-                f"{self._name} cannot be trained here: its processor makes other {' and '.join(differ)} of a "
-                "conversation with two pictures than fura_vlm.families.Family; such a model needs a file of its own "
-                "there"
+                self._of_it(
+                    f"a model of the type {self.config.model_type} cannot be trained here: its processor makes other "
+                    f"{' and '.join(differ)} of a conversation with two pictures than fura_vlm.families.Family; such a "
+                    "model needs a file of its own there"
+                )
             )
 
-    @property
-    def _name(self) -> str:
-        return f"A model of the type {self.config.model_type}"
+    def _of_it(self, sentence: str) -> str:
+        """The sentence, with what it is about before it."""
+        return f"{self.path}: {sentence}" if self.path else sentence[0].upper() + sentence[1:]
 
     # ------------------------------------------------------------------------------------------------------- text
 
@@ -366,8 +380,10 @@ class Family:
             template = template.get("default")
         if not template:
             raise ModelError(
-                "The model's processor has no chat template: add the file chat_template.jinja that belongs to it, or "
-                "take --conversation vicuna or alpaca for a language model without one"
+                self._of_it(
+                    "the model's processor has no chat template: add the file chat_template.jinja that belongs to it, "
+                    "or take --conversation vicuna or alpaca for a language model without one"
+                )
             )
         return template
 

@@ -47,6 +47,7 @@ def load_family(path: str, base: str | None = None, conversation: str | None = N
         raise ModelError(f"No usable processor at {path}: {_first_line(error)}") from error
     try:
         family = cls(processor, config, _ends(base or path, config, processor), conversation)
+        family.path = path
         family.check_belongs(path)
     except AttributeError as error:
         raise ModelError(

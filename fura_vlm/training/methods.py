@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch._functorch.config
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -42,6 +43,7 @@ class Method:
         learning_rate: where the recipe gives none.
         four_bits: the base is kept in 4 bits.
         language: the language model takes part, and not the projector alone.
+        ours: PEFT knows its adapters once ``fura_vlm`` is imported.
         without_four_bits, with_four_bits: the name of the same method with the base in the other form, if any.
     """
 
@@ -49,6 +51,7 @@ class Method:
     learning_rate: float = 2e-4
     four_bits: bool = False
     language: bool = True
+    ours: bool = False
     without_four_bits: str | None = None
     with_four_bits: str | None = None
 
@@ -71,8 +74,8 @@ def _nothing(config: TrainConfig, shared: dict) -> PeftConfig:
 
 
 METHODS = {
-    "fura": Method(_fura, with_four_bits="qfura"),
-    "qfura": Method(_fura, four_bits=True, without_four_bits="fura"),
+    "fura": Method(_fura, ours=True, with_four_bits="qfura"),
+    "qfura": Method(_fura, ours=True, four_bits=True, without_four_bits="fura"),
     "lora": Method(_lora, with_four_bits="qlora"),
     "qlora": Method(_lora, four_bits=True, without_four_bits="lora"),
     "dora": Method(_dora),
@@ -164,13 +167,6 @@ def _linear(model: nn.Module, parts: Iterable[str], but: set[str] = frozenset())
     return found
 
 
-def _is_meant(target_modules: str | list[str], name: str) -> bool:
-    """By PEFT's rule: a pattern of whole names, or their last parts."""
-    if isinstance(target_modules, str):
-        return target_modules == "all-linear" or re.fullmatch(target_modules, name) is not None
-    return any(name == last or name.endswith(f".{last}") for last in target_modules)
-
-
 def _pattern(names: Iterable[set[str]]) -> str:
     return "|".join(sorted(set().union(*names)))
 
@@ -183,8 +179,10 @@ def prepare(model: PreTrainedModel, config: TrainConfig, family: Family) -> PreT
     """
     if method_of(config).adapter is not None:
         wanted = config.target_modules
-        if wanted and not any(_is_meant(wanted, name) for name, _ in model.named_modules()):
-            raise ValueError(f"Target modules {wanted} not found in {config.model_name_or_path}")
+        if wanted and wanted != "all-linear":
+            alone, names = LoraConfig(target_modules=wanted), [name for name, _ in model.named_modules()]
+            if not any(BaseTuner._check_target_module_exists(alone, name) for name in names):
+                raise ValueError(f"Target modules {wanted} not found in {config.model_name_or_path}")
         return get_peft_model(model, adapter_config(config, family, model))
     parts = family.parts(model)
     for part in (parts.decoder, parts.head):

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from fura_vlm.evaluation.heldout import Answer, blind_guess, exact_match
+from fura_vlm.families.base import Family, model_class
+from fura_vlm.families.messages import Message, Text
 from fura_vlm.files import whole_file, write_text
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import method_of
@@ -88,33 +90,41 @@ def write_report(config: TrainConfig, run: Path, before: list[Answer], after: li
         console.print("  " + shlex.join(map(str, command)), soft_wrap=True)
 
 
-def adapter_card(config: TrainConfig, run: str) -> str:
+def adapter_card(config: TrainConfig, run: str, family: Family) -> str:
     """The README of the adapter of a run of this name, with the fields that model cards on the hub have."""
-    name, base = config.method, config.model_name_or_path
-    registers = "import fura_vlm  # registers FuRA with PEFT\n" if "fura" in name else ""
+    name, base, model = config.method, config.model_name_or_path, model_class(family.config).__name__
+    registers = "import fura_vlm  # registers FuRA with PEFT\n" if method_of(config).ours else ""
+    if family.sees:
+        pipeline, libraries, reads = "image-text-to-text", "Pillow, PEFT and transformers", "AutoProcessor"
+        pillow = "from PIL import Image\n"
+        asks = """turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+inputs = processor(images=Image.open("PICTURE").convert("RGB"), text=prompt, return_tensors="pt")"""
+    else:
+        pipeline, libraries, reads, pillow = "text-generation", "PEFT and transformers", "AutoTokenizer", ""
+        prompt = family.prompt([Message("user", (Text("What is this?"),))])
+        special = family.adds_special_tokens([prompt])
+        asks = f'inputs = processor({prompt!r}, add_special_tokens={special}, return_tensors="pt")'
     return f"""---
 base_model: {base}
 library_name: peft
-pipeline_tag: image-text-to-text
+pipeline_tag: {pipeline}
 tags:
 - {name}
 ---
 
 # {run}
 
-An adapter of {base}, trained with FuRA-VLM by the method {name}. With Pillow, PEFT and transformers:
+An adapter of {base}, trained with FuRA-VLM by the method {name}. With {libraries}:
 
 ```python
 {registers}from peft import PeftModel
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+{pillow}from transformers import {model}, {reads}
 
-base = AutoModelForImageTextToText.from_pretrained("{base}")
+base = {model}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "RUN/adapter").eval()
-processor = AutoProcessor.from_pretrained("RUN/processor")
-turn = {{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}
-prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
-inputs = processor(images=Image.open("PICTURE").convert("RGB"), text=prompt, return_tensors="pt")
+processor = {reads}.from_pretrained("RUN/processor")
+{asks}
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
 ```
 """

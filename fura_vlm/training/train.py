@@ -113,9 +113,9 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
     if method_of(config).adapter is None:
         save(trainer, run / "model")
     else:
-        save(trainer, run / "adapter", adapter_card(config, run.name))
+        save(trainer, run / "adapter", adapter_card(config, run.name, family))
     if state.is_main_process:
-        if config.method == "projector":
+        if not method_of(config).language:
             write_projector(run)
         write_report(config, run, held_out.before, held_out.after, console)
     state.wait_for_everyone()

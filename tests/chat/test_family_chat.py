@@ -1,7 +1,6 @@
 """The chat of every family against its model's own ``generate``: a small random model of the real classes each."""
 
 import asyncio
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -10,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
-
-sys.path.append(str(Path(__file__).parents[1] / "families"))
 from family_models import BUILDERS, CHATML, _qwen, _save, _text, bpe
 from family_talk import picture
+from peft import LoraConfig, get_peft_model
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError, Engine, Sampling
@@ -68,13 +65,16 @@ def general(folder: Path) -> None:
     )  # fmt: skip
 
 
-MADE = BUILDERS | {made.__name__: made for made in (scaled, convolution, general)}
+OWN = {made.__name__: made for made in (scaled, convolution, general)}
 
 
-@pytest.fixture(scope="module", params=list(MADE))
-def models(request, tmp_path_factory) -> Models:
-    folder = tmp_path_factory.mktemp(request.param)
-    MADE[request.param](folder)
+@pytest.fixture(scope="module", params=[*BUILDERS, *OWN])
+def models(request, folder_of, tmp_path_factory) -> Models:
+    if request.param in OWN:
+        folder = tmp_path_factory.mktemp(request.param)
+        OWN[request.param](folder)
+    else:
+        folder = folder_of(request.param)
     model, family = load_any(str(folder))
     torch.manual_seed(0)
     layers = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj", "w2"))]
@@ -301,9 +301,8 @@ def test_a_session_with_and_without_pictures(models, files):
 
 
 @pytest.mark.parametrize("name", ["text", "qwen2_5_vl"])
-def test_the_terminal_asks_for_a_picture_where_the_model_takes_one(name, tmp_path, files, capsys):
-    BUILDERS[name](tmp_path / name)
-    settings = {"model": str(tmp_path / name), "question": QUESTIONS[0], "max_new_tokens": LENGTH}
+def test_the_terminal_asks_for_a_picture_where_the_model_takes_one(name, folder_of, files, capsys):
+    settings = {"model": str(folder_of(name)), "question": QUESTIONS[0], "max_new_tokens": LENGTH}
     wrong, right = (files[0], None) if name == "text" else (None, files[0])
     with pytest.raises(ChatError, match="name no picture" if name == "text" else "Name a picture"):
         talk(ChatConfig(image=wrong, **settings))

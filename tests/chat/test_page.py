@@ -3,7 +3,6 @@
 import base64
 import http.server
 import re
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -14,9 +13,6 @@ import torch
 from answers_that_fetch import attempts
 from chat_server import bad_files, free_port, serving
 from playwright.sync_api import expect
-
-sys.path.append(str(Path(__file__).parents[1] / "families"))
-from family_models import BUILDERS
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.models import load_models
@@ -572,9 +568,8 @@ def test_no_answer_makes_the_browser_fetch(browser, served, address, elsewhere):
     context.close()
 
 
-def test_a_model_of_text_alone_has_no_place_for_a_picture(browser, tmp_path):
-    BUILDERS["text"](tmp_path)
-    with serving("--model", str(tmp_path), "--max_new_tokens", "8") as (address, _):
+def test_a_model_of_text_alone_has_no_place_for_a_picture(browser, folder_of):
+    with serving("--model", str(folder_of("text")), "--max_new_tokens", "8") as (address, _):
         page = browser.new_page()
         page.goto(address)
         page.locator("#question textarea").fill("What is this?")

@@ -1,16 +1,13 @@
 """The model for lmms-eval with every family: each answer is what the model and its own processor give alone."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from lmms_eval.api.instance import Instance
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-
-sys.path.append(str(Path(__file__).parents[1] / "families"))
 from family_models import BUILDERS
 from family_talk import PICTURES
+from lmms_eval.api.instance import Instance
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from fura_vlm.evaluation.generation import EvaluationError
 from fura_vlm.evaluation.lmms_model import FuraVLM
@@ -31,20 +28,12 @@ MIXED = Documents(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these are done before a second one has begun."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))
-def folder(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / request.param
-    BUILDERS[request.param](folder)
-    return folder
+def folder(request, folder_of) -> Path:
+    return folder_of(request.param)
 
 
 def answers(folder: Path, documents: Documents, **settings) -> list[str]:
@@ -91,7 +80,6 @@ def test_any_batch_gives_the_answers_of_the_model_itself(folder):
     assert answers(folder, documents, batch_size=len(documents)) == alone
 
 
-def test_a_picture_for_a_model_of_text_alone(tmp_path):
-    BUILDERS["text"](tmp_path)
+def test_a_picture_for_a_model_of_text_alone(folder_of):
     with pytest.raises(EvaluationError, match="^things, document 1: it has a picture, and the model takes text alone$"):
-        answers(tmp_path, Documents([WORDS[0], MIXED[0]]), batch_size=2)
+        answers(folder_of("text"), Documents([WORDS[0], MIXED[0]]), batch_size=2)

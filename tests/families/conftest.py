@@ -1,7 +1,6 @@
-"""A folder with a small model for each family, made once."""
+"""Each family in turn, with its small model."""
 
 import pytest
-import torch
 from family_models import BUILDERS
 from transformers import AutoConfig
 
@@ -10,25 +9,8 @@ from fura_vlm.families.registry import family_class
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these are done before a second one has begun."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            BUILDERS[name](made[name])
-        return made[name]
-
-    return folder
+def in_one_thread(one_thread):
+    """All of these tests."""
 
 
 @pytest.fixture(params=list(BUILDERS))

@@ -2,27 +2,25 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from family_models import BUILDERS, CHATML
 from PIL import Image
+from test_mistakes import said
 
-sys.path.append(str(Path(__file__).parents[1] / "families"))
-
-from family_models import BUILDERS, CHATML  # noqa: E402
-from test_mistakes import said  # noqa: E402
+from fura_vlm.errors import ModelError
+from fura_vlm.modelling.load import load_family
 
 SETTINGS = {"block_size": 8, "max_steps": 1, "warmup_steps": 0, "per_device_train_batch_size": 2}
 
 
 @pytest.fixture
-def folder(train):
+def folder(train, folder_of):
     """A model of a family, to be spoilt."""
 
     def make(family: str) -> Path:
-        BUILDERS[family](train.folder / family)
-        return train.folder / family
+        return shutil.copytree(folder_of(family), train.folder / family)
 
     return make
 
@@ -94,6 +92,7 @@ def test_templates_that_will_not_do(template, words, folder, train_on):
     spoil_template(model, template)
     job = train_on(model, GOOD[:1])
     assert job.status != 0 and words in said(job)
+    assert template is not None or f"{model}: the model's processor has no chat template" in said(job)
 
 
 @pytest.mark.parametrize("family", [name for name in BUILDERS if name not in ("llava", "text")])
@@ -122,6 +121,25 @@ def test_the_processor_of_another_family(family, other, words, folder, train_on)
         shutil.copy(kept / name, model / name)
     line = said(train_on(model, GOOD))
     assert str(model) in line and words in line and "take the processor that was published with th" in line
+
+
+@pytest.mark.parametrize(("family", "other"), [("llava_next", "smolvlm"), ("gemma3", "qwen2_5_vl")])
+def test_the_processor_of_another_family_with_the_same_numbers(family, other, folder):
+    """The id of a picture's token and the size of a patch are the same: the kind of processor tells them apart."""
+    model, kept = folder(other), folder(family)
+    theirs, config = (json.loads((path / "config.json").read_text()) for path in (model, kept))
+    config["image_token_id"] = config["image_token_index"] = theirs["image_token_id"]
+    config["vision_config"]["patch_size"] = theirs["vision_config"]["patch_size"]
+    for settings in (config, config["text_config"]):
+        if "vocab_size" in settings:
+            settings["vocab_size"] = 1000
+    (model / "config.json").write_text(json.dumps(config))
+    found, wanted = (json.loads((path / "processor_config.json").read_text()) for path in (model, kept))
+    words = f"^{model} has a {found['processor_class']} where a {wanted['processor_class']} belongs: take the files"
+    with pytest.raises(ModelError, match=words):
+        load_family(str(model))
+    (model / "config.json").write_text(json.dumps(theirs))
+    load_family(str(model))
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,18 @@
 """Training of every family through the command: however many processes, interrupted or not, the same comes out."""
 
 import json
-import sys
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from family_models import BUILDERS
+from family_talk import PICTURES
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-sys.path.append(str(Path(__file__).parents[1] / "families"))
-
-from family_models import BUILDERS  # noqa: E402
-from family_talk import PICTURES  # noqa: E402
-
-from fura_vlm.modelling.load import load_base  # noqa: E402
+from fura_vlm.modelling.load import load_base
 
 STEPS = 3
 SETTINGS = {
@@ -24,20 +23,6 @@ SETTINGS = {
     "group_by_modality_length": False,  # so that a process has rows with and without pictures
     "warmup_steps": 0,
 }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A small model of each family, made when it is first asked for."""
-    made = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            BUILDERS[name](made[name])
-        return made[name]
-
-    return folder
 
 
 def record(number: int, pictures: list[str], words: str = "What is this?") -> dict:
@@ -63,16 +48,16 @@ def mixtures(tmp_path_factory) -> dict[bool, Path]:
 
 
 @pytest.fixture
-def train_family(train, folders, mixtures):
+def train_family(train, folder_of, mixtures):
     def run(family: str, name: str, processes: int = 1, **settings):
-        given = {"model_name_or_path": str(folders(family)), "data_path": str(mixtures[family != "text"])}
+        given = {"model_name_or_path": str(folder_of(family)), "data_path": str(mixtures[family != "text"])}
         return train(name, processes, **SETTINGS | given | settings)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, mixture, copies, folders, mixtures):
+def alone(tmp_path_factory, mixture, copies, folder_of, mixtures):
     """What other ways to the same end are compared with: one process under ZeRO-2, by family."""
     from conftest import Trainer
 
@@ -80,7 +65,7 @@ def alone(tmp_path_factory, mixture, copies, folders, mixtures):
 
     def job(family: str):
         if family not in done:
-            given = {"model_name_or_path": str(folders(family)), "data_path": str(mixtures[family != "text"])}
+            given = {"model_name_or_path": str(folder_of(family)), "data_path": str(mixtures[family != "text"])}
             done[family] = train(family, **SETTINGS | given)
             assert done[family].status == 0, done[family].output
             assert len(done[family].losses()) == STEPS
@@ -115,11 +100,50 @@ def test_a_resumed_run_is_an_uninterrupted_one(family, alone, train_family):
     assert_same(job, alone(family), tolerance=0.0)
 
 
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl", "smolvlm"])
+def test_a_run_under_zero3_goes_on_as_if_it_had_not_stopped(family, train_family):
+    """From its first checkpoint: ZeRO-3 fetches weights in the order of the last step, which another one with more or
+    fewer pictures may not have."""
+    settings = {"save_steps": 1, "save_total_limit": STEPS, "deepspeed": "scripts/zero3.json"}
+    job = train_family(family, "run", **settings)
+    assert job.status == 0, job.output
+    losses, whole = job.losses(), load_file(job.run / "adapter" / "adapter_model.safetensors")
+    (job.run / "report.md").unlink()  # as if it had been killed after a step
+    for path in [job.run / "adapter", *job.run.glob("checkpoint-*")]:
+        if path.name != "checkpoint-1":
+            shutil.rmtree(path)
+    job = train_family(family, "run", **settings)
+    assert job.status == 0 and f"stopped: {job.run / 'checkpoint-1'}" in job.output, job.output
+    assert job.losses() == losses and len(losses) == STEPS
+    resumed = load_file(job.run / "adapter" / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("family", ["text", "smolvlm"])
+def test_the_card_of_an_adapter_says_how_to_ask_it(family, alone, folder_of, mixtures, capsys):
+    """The program in it runs as it stands, once it is told where things are."""
+    run = alone(family).run
+    text = (run / "adapter" / "README.md").read_text()
+    card = ModelCard(text).data
+    assert card.base_model == str(folder_of(family))
+    assert card.pipeline_tag == ("text-generation" if family == "text" else "image-text-to-text")
+    [program] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for there, here in (("RUN", run), ("PICTURE", mixtures[True].parent / "1.png")):
+        program = program.replace(there, str(here))
+    names = {}
+    exec(program, names)
+    assert type(names["base"]).__name__ == (
+        "LlamaForCausalLM" if family == "text" else "SmolVLMForConditionalGeneration"
+    )
+    assert "What is this?" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "smolvlm"])
 @pytest.mark.parametrize("tower", ["adapter", "full"])
-def test_the_tower_is_trained_at_its_own_rate(tower, family, train_family, folders):
+def test_the_tower_is_trained_at_its_own_rate(tower, family, train_family, folder_of):
     """With a rate of nothing it stays as it was; the language model learns meanwhile. With a rate it does not stay."""
-    base = load_base(str(folders(family)), torch.float32).state_dict()
+    base = load_base(str(folder_of(family)), torch.float32).state_dict()
 
     def stayed(name: str, value: torch.Tensor) -> bool:
         before = base.get(name.removeprefix("base_model.model."))  # of an adapter: what changes begins as zero
