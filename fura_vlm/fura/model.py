@@ -243,10 +243,8 @@ class FuraModel(BaseTuner):
         for name, layer in model.named_modules():
             if not isinstance(layer, FuraLayer) or adapter_name not in layer.fura_adapters:
                 continue
-            adapter, keys = (
-                layer.fura_adapters[adapter_name],
-                {p: f"{name}.fura_{p}.{adapter_name}" for p in ("V", "s0")},
-            )
+            adapter = layer.fura_adapters[adapter_name]
+            keys = {part: f"{name}.fura_{part}.{adapter_name}" for part in ("V", "s0")}
             if not adapter.is_ready:  # the state dict was taken before, with zeros for the basis
                 layer.ensure_basis()
                 selected |= {key: adapter.get(part) for part, key in keys.items() if key in selected}
