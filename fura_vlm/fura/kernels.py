@@ -32,9 +32,7 @@ logger = logging.getLogger(__name__)
 
 NARROW_BLOCK = 128  # a tile of a larger block does not fit into the registers as a whole
 MAX_BLOCK = 256
-SPLIT_BLOCK = 192  # up to here a backward pass takes a larger block as 128 columns and a tail, if the chip has room
 CHUNK, GATED_CHUNK = 64, 32  # columns of a larger block that a program has
-SPLIT_FORM = 32, {"num_warps": 8, "num_stages": 2}
 
 ENABLED = os.environ.get("FURA_KERNELS") != "0"
 
@@ -186,71 +184,6 @@ if triton is not None:
         tl.store(partial + place, total, mask=tall)
 
     @triton.jit
-    def _gate(back, values, factor):
-        """What the gate makes of a gradient: those of its two factors, and the product that was mixed."""
-        # Adding nothing of `back` keeps what follows in its layout: else it would be computed twice, once in that of
-        # the loads, which takes a third longer.
-        gate = tl.fma(back, 0.0, values.to(tl.float32))
-        sigmoid = tl.fdiv(1.0, 1.0 + tl.exp2(gate * -1.4426950408889634))  # the factor is log2(e)
-        passed = gate * sigmoid
-        back *= sigmoid
-        return back * (factor * (1 + gate - passed)), back * gate, passed * factor
-
-    @triton.jit
-    def _split_mix_backward_kernel(
-        x, up, D, grad, out, out_up, partial, rows, width, blocks, tiles, D_block, D_row, D_column,
-        b: tl.constexpr, H: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, GATED: tl.constexpr,
-        PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        """``_mix_backward_kernel`` for a block of more than H columns: the first H and a tail of at most T apart, so
-        that little is computed for columns that are not there, and each tensor is read once."""
-        block, share = tl.program_id(0), tl.program_id(1)
-        h, t = tl.arange(0, H), H + tl.arange(0, T)
-        D += block * D_block
-        near, far = t[:, None] < b, t[None, :] < b
-        hh = tl.load(D + h[:, None] * D_row + h[None, :] * D_column).to(x.dtype.element_ty)
-        ht = tl.load(D + h[:, None] * D_row + t[None, :] * D_column, mask=far, other=0.0).to(x.dtype.element_ty)
-        th = tl.load(D + t[:, None] * D_row + h[None, :] * D_column, mask=near, other=0.0).to(x.dtype.element_ty)
-        tt = tl.load(D + t[:, None] * D_row + t[None, :] * D_column, mask=near & far, other=0.0)
-        tt = tt.to(x.dtype.element_ty)
-        sum_hh, sum_ht = tl.zeros((H, H), dtype=tl.float32), tl.zeros((H, T), dtype=tl.float32)
-        sum_th, sum_tt = tl.zeros((T, H), dtype=tl.float32), tl.zeros((T, T), dtype=tl.float32)
-        for tile in range(tiles):
-            row = ((share * tiles + tile) * TILE + tl.arange(0, TILE)).to(tl.int64)
-            start = row[:, None] * width + block * b
-            head, tail = start + h[None, :], start + t[None, :]
-            in_head = row[:, None] < rows
-            in_tail = in_head & far
-            g_h = tl.load(grad + head, mask=in_head, other=0.0)
-            g_t = tl.load(grad + tail, mask=in_tail, other=0.0)
-            values_h = tl.load(x + head, mask=in_head, other=0.0)
-            values_t = tl.load(x + tail, mask=in_tail, other=0.0)
-            back_h = g_h.to(tl.float32) + tl.dot(g_h, hh, input_precision=PRECISION)
-            back_h = tl.dot(g_t, th, back_h, input_precision=PRECISION)
-            back_t = g_t.to(tl.float32) + tl.dot(g_h, ht, input_precision=PRECISION)
-            back_t = tl.dot(g_t, tt, back_t, input_precision=PRECISION)
-            if GATED:
-                factor = tl.load(up + head, mask=in_head, other=0.0).to(tl.float32)
-                back_h, grad_up, taken = _gate(back_h, values_h, factor)
-                tl.store(out_up + head, grad_up.to(out.dtype.element_ty), mask=in_head)
-                values_h = taken.to(x.dtype.element_ty)
-                factor = tl.load(up + tail, mask=in_tail, other=0.0).to(tl.float32)
-                back_t, grad_up, taken = _gate(back_t, values_t, factor)
-                tl.store(out_up + tail, grad_up.to(out.dtype.element_ty), mask=in_tail)
-                values_t = taken.to(x.dtype.element_ty)
-            tl.store(out + head, back_h.to(out.dtype.element_ty), mask=in_head)
-            tl.store(out + tail, back_t.to(out.dtype.element_ty), mask=in_tail)
-            sum_hh = tl.dot(tl.trans(g_h), values_h, sum_hh, input_precision=PRECISION)
-            sum_ht = tl.dot(tl.trans(g_h), values_t, sum_ht, input_precision=PRECISION)
-            sum_th = tl.dot(tl.trans(g_t), values_h, sum_th, input_precision=PRECISION)
-            sum_tt = tl.dot(tl.trans(g_t), values_t, sum_tt, input_precision=PRECISION)
-        partial += (share * blocks + block) * b * b
-        tl.store(partial + h[:, None] * b + h[None, :], sum_hh)
-        tl.store(partial + h[:, None] * b + t[None, :], sum_ht, mask=far)
-        tl.store(partial + t[:, None] * b + h[None, :], sum_th, mask=near)
-        tl.store(partial + t[:, None] * b + t[None, :], sum_tt, mask=near & far)
-
-    @triton.jit
     def _sum_kernel(partial, out, size, shares, TILE: tl.constexpr):
         """A program: the sum over the shares of TILE numbers."""
         place = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -387,18 +320,12 @@ def mix_backward(
     N, b, _ = D.shape
     rows = x.numel() // (N * b)
     chunk = GATED_CHUNK if is_gated else CHUNK
-    is_split = NARROW_BLOCK < b <= SPLIT_BLOCK and (INTERPRETED or SHARED_MEMORY >= 160 * 1024)
-    chunks = 1 if is_split else _chunks(b, chunk)
-    tile, options = SPLIT_FORM if is_split else _form(x, rows, chunks > 1, is_gated)
+    chunks = _chunks(b, chunk)
+    tile, options = _form(x, rows, chunks > 1, is_gated)
     shares = _shares(x, N * chunks, rows, sums=True)
     tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
     partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
-    if is_split:
-        _launch(
-            _split_mix_backward_kernel, (N, shares), x, up, D, grad, out, out_up, partial, rows, N * b, N, tiles,
-            *D.stride(), b, NARROW_BLOCK, _tile_width(b - NARROW_BLOCK), tile, is_gated, _precision(x), **options,
-        )  # fmt: skip
-    elif chunks > 1:
+    if chunks > 1:
         _launch(
             _wide_mix_backward_kernel, (N * chunks, shares), x, up, D, grad, out, out_up, partial, rows, N * b, N,
             tiles, chunks, *D.stride(), b, _tile_width(b), chunk, tile, is_gated, _precision(x), **options,
