@@ -611,6 +611,9 @@ class Family:
 
     # ------------------------------------------------------------------------------------------------------ model
 
+    def prepare_tower(self, tower: nn.Module) -> None:
+        """Has the tower do the same faster, before a training; by default nothing."""
+
     def parts(self, model: nn.Module) -> Parts:
         """The modules of a model, as it is or within a PEFT model."""
         model = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -7,6 +7,7 @@ position lies before the token's place in the sequence.
 from __future__ import annotations
 
 from fura_vlm.families.base import Family, Parts, Patches
+from fura_vlm.families.windows import use_windows
 
 
 class QwenVL(Family):
@@ -26,6 +27,9 @@ class QwenVL(Family):
         found = super().parts(model)
         deep = list(getattr(found.tower, "deepstack_merger_list", ()))
         return found._replace(projectors=[found.tower.merger, *deep])
+
+    def prepare_tower(self, tower) -> None:
+        use_windows(tower)
 
     def patches(self) -> Patches:
         """Qwen2.5-VL's attention is within windows in most layers; a whole picture is taken for one of 32 x 32."""

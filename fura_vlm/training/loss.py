@@ -49,6 +49,8 @@ def train_on_labels_only(model: nn.Module, family: Family) -> None:
         ValueError: from a call whose pictures have more or fewer features than there are tokens for them.
     """
     parts = family.parts(model)
+    if parts.tower is not None:
+        family.prepare_tower(parts.tower)
     as_it_was, without_looking = model.forward, _without_looking(parts.decoder)
     wanted = None  # rows and positions that the head is to see
 
