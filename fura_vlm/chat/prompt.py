@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from fura_vlm.chat.engine import ChatError
-from fura_vlm.data.images import ImageError, load_image, upright_size
+from fura_vlm.chat.pictures import Pictures
+from fura_vlm.data.images import ImageError
 from fura_vlm.errors import FuraVLMError, first_line
 from fura_vlm.families.base import Family
 from fura_vlm.families.messages import Message, Picture, Text, pictures
@@ -20,11 +20,7 @@ MAX_QUESTION = 100_000
 """Characters of a question; no model here reads half as many."""
 MAX_CONVERSATION = 400_000
 """Characters of a conversation: all of it goes to the browser with every piece of an answer."""
-MAX_PIXELS = 25_000_000
-"""Pixels of a picture: what a good camera takes. Decoded they are 75 MB."""
-FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"
-"""What browsers and cameras send. Pillow knows forty more; each is a parser that a stranger's file would reach."""
-_decoding = threading.Lock()
+_pictures = Pictures()
 
 
 @dataclass
@@ -137,30 +133,25 @@ def encode(prompt: Prompt, family: Family) -> dict:
 
 
 def read_image(path: str, family: Family) -> Image.Image:
-    """A user's picture as 8-bit RGB, upright. Pictures are decoded one at a time, which bounds the memory.
-
-    A picture of twice ``family.enough`` or more comes at a half, a third, ... of its size.
+    """A user's picture as 8-bit RGB, upright, at a fraction of its size if it is larger than ``family.enough``.
 
     Raises:
         ChatError: if it cannot be used. The message has the file's name, and not where the server keeps it.
     """
     try:
-        with _decoding:
-            return load_image(path, MAX_PIXELS, formats=FORMATS, draft=family.enough)
+        return _pictures.read(path, family.enough)
     except ImageError as error:
-        raise ChatError(str(error).replace(str(path), Path(path).name)) from error
+        raise ChatError(str(error)) from error
 
 
 def picture_size(path: str) -> tuple[int, int]:
     """Width and height of a picture that can be read, upright, from its header."""
-    with Image.open(path, formats=FORMATS) as image:
-        return upright_size(image)
+    return _pictures.header(path).size
 
 
 def is_animation(path: str) -> bool:
-    """Whether a picture that can be read has more than one frame. Frames are not counted: there may be millions."""
-    with Image.open(path, formats=FORMATS) as image:
-        return getattr(image, "is_animated", False) and image.format != "MPO"  # a phone's JPEG with a preview
+    """Whether a picture that can be read has more than one frame."""
+    return _pictures.header(path).animation
 
 
 def _newest(exchanges: list[Exchange], family: Family, max_tokens: int, measure: _Measure) -> list[Exchange]:
