@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mimetypes
 import os
+import random
 import resource
 import secrets
 import shutil
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -169,6 +170,7 @@ def make_server(models: Models, config: ChatConfig, folder: Path) -> tuple[Page,
 
     for name in ("asyncio", "uvicorn.error", "fura_vlm.chat.guard"):
         logging.getLogger(name).addFilter(FewLines())
+    logging.getLogger("fura_vlm.chat.page").addFilter(FewLines(characters=5000))  # tracebacks
     server = Server(
         uvicorn.Config(
             guard,
@@ -201,7 +203,9 @@ class Server(uvicorn.Server):
 class Connection(H11Protocol):
     """A connection that ends when nothing comes, or when nothing is taken.
 
-    Where there are too many, those that wait for a request make room, the longest waiting first.
+    Where there are too many, one makes room for the newest: the one that waits for a request for the longest time; or
+    else, of the address that has most connections, one that is still bringing a request, or any that is being answered
+    (a stream of events lasts as long as the browser likes).
     """
 
     most = MAX_CONNECTIONS
@@ -210,13 +214,21 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._stalled = None
         self._expect_request()
-        if len(self.connections) > self.most:
-            idle = [other for other in self.connections if other.idle and other is not self]
-            (min(idle, key=lambda other: other.since) if idle else self).transport.abort()
+        others = [other for other in self.connections if other is not self]
+        if len(others) >= self.most:
+            idle = [other for other in others if other.idle]
+            (min(idle, key=lambda other: other.since) if idle else self._busy(others)).transport.abort()
 
     @property
     def idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
+
+    @staticmethod
+    def _busy(others: list[Connection]) -> Connection:
+        """By lot: neither who came first nor who came last is the one to blame."""
+        [(address, _)] = Counter(other.client and other.client[0] for other in others).most_common(1)
+        suspects = [other for other in others if (other.client and other.client[0]) == address]
+        return random.choice([other for other in suspects if other.cycle.more_body] or suspects)
 
     def _expect_request(self) -> None:
         self.since = self.loop.time()
@@ -248,11 +260,11 @@ class Connection(H11Protocol):
 
 
 class FewLines(logging.Filter):
-    """Lets so many lines a minute into the log, each at most a few hundred characters: the disk must not fill."""
+    """Lets so many entries a minute into the log, each of so many characters: the disk must not fill."""
 
-    def __init__(self, lines: int = LINES_A_MINUTE, clock=time.monotonic):
+    def __init__(self, lines: int = LINES_A_MINUTE, characters: int = 500, clock=time.monotonic):
         super().__init__()
-        self._lines, self._clock = lines, clock
+        self._lines, self._characters, self._clock = lines, characters, clock
         self._recent: deque[float] = deque(maxlen=lines)
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -260,7 +272,7 @@ class FewLines(logging.Filter):
         if len(self._recent) == self._lines and now - self._recent[0] < 60:
             return False
         self._recent.append(now)
-        record.msg, record.args, record.exc_info = record.getMessage()[:500], (), None
+        record.msg, record.args, record.exc_info = record.getMessage()[: self._characters], (), None
         if len(self._recent) == self._lines and now - self._recent[0] < 60:
             record.msg += " (more such lines are left out for a minute)"
         return True
