@@ -378,7 +378,13 @@ class Page(gr.Blocks):
         return {**config, "components": traverse(config["components"], name, is_file_obj_with_meta)}
 
     async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
+        files = 0
+
         def check(found: dict) -> dict:
+            nonlocal files
+            files += 1
+            if files > MAX_PARTS:  # Gradio would look at each, and do nothing else meanwhile
+                raise gr.Error(f"More than {MAX_PARTS} files at once: send fewer", print_exception=False)
             if is_http_url_like(found["path"]):  # Gradio would fetch it
                 raise gr.Error("Pictures are not fetched from the network: upload the file", print_exception=False)
             return found
@@ -386,18 +392,31 @@ class Page(gr.Blocks):
         traverse(inputs, check, lambda value: isinstance(value, dict) and isinstance(value.get("path"), str))
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
-    async def process_api(self, *args, event_data: gr.EventData | None = None, **kwargs):
-        if event_data is not None:
-            # Nothing is taken from files that a browser names with a click: an example's has a name of our own.
-            event_data._data = traverse(event_data._data, lambda found: None, is_file_obj)
+    async def process_api(self, block_fn, inputs, *args, event_data: gr.EventData | None = None, **kwargs):
         try:
-            return await super().process_api(*args, event_data=event_data, **kwargs)
-        except (gr.Error, StopAsyncIteration, StopIteration):
+            event = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
+            if event.fn is None:  # Gradio would first open what is sent
+                raise gr.Error("The page does this by itself", print_exception=False)
+            inputs = traverse(inputs, _whole, lambda value: isinstance(value, str))
+            if event_data is not None:
+                # Nothing is taken from files that a browser names with a click: an example's has a name of our own.
+                data = traverse(event_data._data, lambda found: None, is_file_obj)
+                event_data._data = traverse(data, _whole, lambda value: isinstance(value, str))
+            return await super().process_api(block_fn, inputs, *args, event_data=event_data, **kwargs)
+        except gr.Error as error:
+            error.print_exception = False  # a sentence for who asked; the log is not theirs to fill
+            raise
+        except (StopAsyncIteration, StopIteration):
             raise
         except Exception as error:
             logger.warning("A request failed: %s", _place(error))
             sentence = "The request cannot be carried out: check its values against the page's API"
             raise gr.Error(sentence, print_exception=False) from error
+
+
+def _whole(text: str) -> str:
+    """Without halves of characters, which JSON may have and UTF-8 has not."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def make_room(folder: Path, most_bytes: int, most_files: int) -> None:
