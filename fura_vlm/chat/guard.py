@@ -394,9 +394,6 @@ class Page(gr.Blocks):
 
     async def process_api(self, block_fn, inputs, *args, event_data: gr.EventData | None = None, **kwargs):
         try:
-            event = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
-            if event.fn is None:  # Gradio would first open what is sent
-                raise gr.Error("The page does this by itself", print_exception=False)
             inputs = traverse(inputs, _whole, lambda value: isinstance(value, str))
             if event_data is not None:
                 # Nothing is taken from files that a browser names with a click: an example's has a name of our own.

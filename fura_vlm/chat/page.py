@@ -28,7 +28,6 @@ from fura_vlm.families.base import Family
 logger = logging.getLogger(__name__)
 
 NOTHING = "nothing"
-TAKE_PICTURE = "(picture, message) => ({text: message?.text ?? '', files: picture ? [picture] : []})"
 LOOK = (1344, 1344)
 """Width and height of what is sent to be looked at."""
 HEAD = (Path(__file__).parent / "head.html").read_text(encoding="utf-8")
@@ -227,6 +226,9 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         async def stop(session):
             await session.idle()
 
+        def take(picture, message):
+            return {"text": message["text"], "files": [picture["path"]] if picture else []}
+
         private = {"api_visibility": "private", "show_progress": "hidden"}
         # What does not use the model is answered by itself, and not by way of the queue.
         quick = private | {"queue": False}
@@ -260,8 +262,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         # Also when it is opened: a closed accordion does not keep the picture that it was sent.
         for then in [inside.expand, *(event.then for event in asking)]:
             then(look, session, [seen, padding], **quick)
-        # In the browser alone: on the server Gradio would open whatever is sent as the camera's picture.
-        camera.input(None, [camera, box], box, js=TAKE_PICTURE, **private)
+        camera.input(take, [camera, box], box, preprocess=False, **private)  # Gradio would open whatever is sent
 
         answered = gr.Textbox(label="answer", visible=False)
         asked = gr.Button(visible=False)
