@@ -68,8 +68,11 @@ def serve(config: ChatConfig) -> None:
     # A folder of our own: Gradio's is shared with all other Gradio applications of this machine.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
 
+    ending = Ending(folder)
+
     def end(*_) -> None:  # as on Ctrl-C, and users' pictures are removed
-        _end_soon(folder)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; again would only break off the end
+        ending.begin()
         sys.exit()
 
     signal.signal(signal.SIGTERM, end)
@@ -188,15 +191,38 @@ def make_server(models: Models, config: ChatConfig, folder: Path) -> tuple[Page,
     return page, server, hosts
 
 
+class Ending:
+    """Ends the process some seconds after it was told to, if it has not ended by itself: a thread that reads or
+    computes cannot be stopped. ``folder`` is removed then.
+
+    It is told by a signal's handler, which may run in the middle of anything, the interpreter's end among it, when no
+    thread can be started any more. So one waits from the beginning.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._told, self._tell = os.pipe()
+        threading.Thread(target=self._wait, name="chat-end", daemon=True).start()
+
+    def begin(self) -> None:
+        os.write(self._tell, b".")
+
+    def _wait(self) -> None:
+        os.read(self._told, 1)
+        time.sleep(END_SECONDS)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os._exit(0)
+
+
 class Server(uvicorn.Server):
     """Ends in seconds, whatever it is at; ``folder`` is then removed."""
 
     def __init__(self, config: uvicorn.Config, folder: Path):
         super().__init__(config)
-        self._folder = folder
+        self._ending = Ending(folder)
 
     def handle_exit(self, sig, frame) -> None:
-        _end_soon(self._folder)
+        self._ending.begin()
         super().handle_exit(sig, frame)
 
 
@@ -295,17 +321,6 @@ APP = {
     "exception_handlers": {RequestValidationError: _unreadable, Exception: _failed},
 }
 """Settings of an application without pages of documentation, whose errors are sentences."""
-
-
-def _end_soon(folder: Path) -> None:
-    """Ends the process if it has not ended by itself in time: a thread that reads or computes cannot be stopped."""
-
-    def end() -> None:
-        time.sleep(END_SECONDS)
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(0)
-
-    threading.Thread(target=end, name="chat-end", daemon=True).start()
 
 
 def _connections() -> int:
