@@ -51,7 +51,7 @@ LINES_A_MINUTE = 20
 
 
 def serve(config: ChatConfig) -> None:
-    """The command: loads the model and serves the chat until it is stopped.
+    """The command: loads the model, serves the chat until it is stopped, and ends the process.
 
     Raises:
         ChatError: before the model is loaded, if a setting or the address cannot be used.
@@ -80,10 +80,15 @@ def serve(config: ChatConfig) -> None:
         models = load_models(config.model, config.adapters)
         print(f"Talking with {models.path}", flush=True)
         launch(models, config, folder, sockets)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         pass
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    # Not by way of the interpreter's end: it waits for threads that read, and where it hangs in a library no thread of
+    # Python's, that of ``ending`` among them, runs any more.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
