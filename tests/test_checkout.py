@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fura_vlm.embedded.embedded import EmbeddedConfig, write_embedded
@@ -106,6 +107,17 @@ def test_an_environment_of_before_is_set_right(original, tmp_path):
     said = run(copy, "bash", "-c", "source scripts/env.sh core; fura-vlm --version", PYTHON="/bin/false")
     assert f"code of {copy}/" in said and "Setting up" not in said
     assert (tmp_path / "twin").read_text() == before != script.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is compiled where there is a GPU")
+def test_a_folder_that_nothing_can_be_compiled_in_is_named(original, tmp_path):
+    """ninja takes a dollar for the beginning of a variable: it would look for files that are not there."""
+    home = tmp_path / "for $5"
+    subprocess.run(["cp", "-r", original, home], check=True)
+    command = [str(home / ".venv/bin/fura-vlm"), "train", "--model_name_or_path", "data/tiny-llava", "--data_path", "x"]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert f"{home}/.venv has '$' in its name" in done.stderr and "move the checkout" in done.stderr
 
 
 def test_a_moved_copy_trains_evaluates_and_chats(original, tmp_path):

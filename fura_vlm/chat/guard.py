@@ -17,9 +17,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import gradio as gr
 from gradio_client.utils import is_file_obj, is_file_obj_with_meta, is_http_url_like, traverse
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,9 +37,14 @@ MAX_UPLOADS = 60_000_000
 """Bytes that one request may bring when it uploads."""
 MAX_BODY = 4_000_000
 """Bytes of any other request: the longest question in any script, ten times."""
+MAX_PARTS = 8
+"""Files and fields of one upload; a question takes one picture. Gradio keeps a file open for each."""
 BODY_SECONDS = 120
 """In which a request must have come."""
-UPLOADING = 32
+PAUSE, SLOWEST = 10, 20_000
+"""Seconds that a request may pause in all, and bytes a second of the slowest connection: what comes slower holds the
+place of others."""
+UPLOADING = 16
 """Requests that may bring pictures at the same time; more wait."""
 UPLOAD_SECONDS = 30
 """How long a request waits until it may bring its pictures."""
@@ -162,6 +169,8 @@ class Guard:
         self.reading = 0  # requests that have not come in full
         self._uploading = asyncio.Semaphore(UPLOADING)
         self._guesses = Guesses()
+        # Behind a proxy the address is what the request says it is: of all together some are free, then one in a while.
+        self._all_guesses = Guesses(free=100, longest=10)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -185,13 +194,16 @@ class Guard:
                 f"This chat does not go by the name {headers.get('host', '')[:100]}: open it by its address in figures,"
                 " or start it with --allowed_hosts and this name",
             )
+        if not self._own(scope["method"], headers):
+            raise Refused(403, "Another site asks for this: open the chat by its own address")
         if CLOSED.match(path):
             raise Refused(404, "There is no such page")
         if re.match(r"/gradio_api/file[=/]https?:", path):
             raise Refused(403, "Files are not fetched from the network")
         if not (path in OPEN or path.startswith(OPEN_FOLDERS) or self.signed_in(scope)):
             raise Refused(401, "Log in first")
-        if path.rstrip("/") == "/login" and (seconds := self._guesses.wait(_client(scope))):
+        seconds = max(self._guesses.wait(_client(scope)), self._all_guesses.wait(""))
+        if path.rstrip("/") == "/login" and seconds:
             whole = int(seconds) + 1
             raise Refused(429, f"Too many wrong passwords: try again in {whole} seconds", **{"retry-after": str(whole)})
 
@@ -215,9 +227,26 @@ class Guard:
     async def _login(self, exchange: _Exchange) -> None:
         address = _client(exchange.scope)
         self._guesses.wrong(address)  # before it is known: of many at once no more than a few are tried
+        self._all_guesses.wrong("")
         await exchange.run(self.app)
         if exchange.status == 200:
             self._guesses.right(address)
+            self._all_guesses.right("")
+
+    def _own(self, method: str, headers: Headers) -> bool:
+        """Whether a request comes from this chat's own page, or from no page at all.
+
+        A browser sends what any site's page asks it to, with the cookie of who has logged in here; of another site's
+        page nothing but links to the chat is followed. Browsers say where a request comes from (``Sec-Fetch-Site``),
+        and to servers without encryption only its origin.
+        """
+        link = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            return link
+        if "origin" not in headers or headers.get("sec-fetch-site") == "same-origin":
+            return True
+        origin = urlsplit(headers["origin"])
+        return origin.netloc == headers.get("host") or (origin.hostname or "") in self.hosts.names
 
 
 class _Exchange:
@@ -227,13 +256,14 @@ class _Exchange:
         self.scope, self.status = scope, None
         self._guard, self._receive, self._send = guard, receive, send
         upload = scope["path"].rstrip("/") == UPLOAD
-        self._left = MAX_UPLOADS if upload else MAX_BODY
-        self._deadline = time.monotonic() + BODY_SECONDS
+        self._most = MAX_UPLOADS if upload else MAX_BODY
+        self._began, self._bytes = time.monotonic(), 0
+        self._parts = Parts(scope) if upload else None
         self._complete, self._refused = scope["method"] in ("GET", "HEAD", "OPTIONS"), None
         self._page: list[bytes] | None = None
 
     async def run(self, app: ASGIApp) -> None:
-        if int(Headers(scope=self.scope).get("content-length") or 0) > self._left:
+        if int(Headers(scope=self.scope).get("content-length") or 0) > self._most:
             raise self._too_large()
         if self.scope["path"] == "/" and not self._guard.signed_in(self.scope):
             # Gradio's login page describes the API, with the models' names.
@@ -252,13 +282,18 @@ class _Exchange:
         if self._complete:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), max(self._deadline - time.monotonic(), 0.001))
+            seconds = min(BODY_SECONDS, PAUSE + self._bytes / SLOWEST)
+            message = await asyncio.wait_for(self._receive(), max(self._began + seconds - time.monotonic(), 0.001))
         except asyncio.TimeoutError:
-            self._refused = Refused(408, f"The request did not come in full within {BODY_SECONDS} seconds")
+            self._refused = Refused(408, f"The request did not come in full within {seconds:.0f} seconds")
             raise self._refused from None
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
+        body = message.get("body", b"")
+        self._bytes += len(body)
+        if self._bytes > self._most:
             self._refused = self._too_large()
+            raise self._refused
+        if self._parts is not None and self._parts.count(body) > MAX_PARTS:
+            self._refused = Refused(413, f"More than {MAX_PARTS} files at once: send fewer")
             raise self._refused
         if not message.get("more_body"):
             self._came()
@@ -301,8 +336,23 @@ class _Exchange:
         self._complete = True
 
     def _too_large(self) -> Refused:
-        most = MAX_UPLOADS if self.scope["path"].rstrip("/") == UPLOAD else MAX_BODY
-        return Refused(413, f"The request is larger than {most // 1_000_000} MB: send less at once")
+        return Refused(413, f"The request is larger than {self._most // 1_000_000} MB: send less at once")
+
+
+class Parts:
+    """Counts the parts of a ``multipart/form-data`` body while it comes."""
+
+    def __init__(self, scope: Scope):
+        _, options = parse_options_header(Headers(scope=scope).get("content-type"))
+        self._mark = b"--" + options.get(b"boundary", b"")
+        self._end, self._found = b"", 0
+
+    def count(self, body: bytes) -> int:
+        """How many there are with this piece of the body. One that has only begun counts."""
+        body = self._end + body
+        self._found += body.count(self._mark)
+        self._end = body[max(len(body) - len(self._mark) + 1, 0) :]
+        return self._found - 1  # the last mark ends the body
 
 
 class Page(gr.Blocks):
@@ -328,7 +378,13 @@ class Page(gr.Blocks):
         return {**config, "components": traverse(config["components"], name, is_file_obj_with_meta)}
 
     async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
+        files = 0
+
         def check(found: dict) -> dict:
+            nonlocal files
+            files += 1
+            if files > MAX_PARTS:  # Gradio would look at each, and do nothing else meanwhile
+                raise gr.Error(f"More than {MAX_PARTS} files at once: send fewer", print_exception=False)
             if is_http_url_like(found["path"]):  # Gradio would fetch it
                 raise gr.Error("Pictures are not fetched from the network: upload the file", print_exception=False)
             return found
@@ -336,18 +392,28 @@ class Page(gr.Blocks):
         traverse(inputs, check, lambda value: isinstance(value, dict) and isinstance(value.get("path"), str))
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
-    async def process_api(self, *args, event_data: gr.EventData | None = None, **kwargs):
-        if event_data is not None:
-            # Nothing is taken from files that a browser names with a click: an example's has a name of our own.
-            event_data._data = traverse(event_data._data, lambda found: None, is_file_obj)
+    async def process_api(self, block_fn, inputs, *args, event_data: gr.EventData | None = None, **kwargs):
         try:
-            return await super().process_api(*args, event_data=event_data, **kwargs)
-        except (gr.Error, StopAsyncIteration, StopIteration):
+            inputs = traverse(inputs, _whole, lambda value: isinstance(value, str))
+            if event_data is not None:
+                # Nothing is taken from files that a browser names with a click: an example's has a name of our own.
+                data = traverse(event_data._data, lambda found: None, is_file_obj)
+                event_data._data = traverse(data, _whole, lambda value: isinstance(value, str))
+            return await super().process_api(block_fn, inputs, *args, event_data=event_data, **kwargs)
+        except gr.Error as error:
+            error.print_exception = False  # a sentence for who asked; the log is not theirs to fill
+            raise
+        except (StopAsyncIteration, StopIteration):
             raise
         except Exception as error:
             logger.warning("A request failed: %s", _place(error))
             sentence = "The request cannot be carried out: check its values against the page's API"
             raise gr.Error(sentence, print_exception=False) from error
+
+
+def _whole(text: str) -> str:
+    """Without halves of characters, which JSON may have and UTF-8 has not."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def make_room(folder: Path, most_bytes: int, most_files: int) -> None:

@@ -7,6 +7,8 @@ send text and pictures that it has uploaded, and nothing else about a conversati
 from __future__ import annotations
 
 import html
+import logging
+import math
 import traceback
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from fura_vlm.chat.prompt import picture_size, read_image
 from fura_vlm.chat.session import KEEP_SECONDS, Chat, Session, Turn
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.families.base import Family
+
+logger = logging.getLogger(__name__)
 
 NOTHING = "nothing"
 LOOK = (1344, 1344)
@@ -197,17 +201,17 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 gr.Chatbot(session.messages(other), label=other, visible=other != NOTHING),
             )
 
-        def look(session):
+        async def look(session):
             image = next((turn.image for turn in reversed(session.turns) if turn.image), None)
             try:
-                return as_seen(image, models.family) if image and sees else (None, "")
+                return await chat.readers.run(as_seen, image, models.family) if image and sees else (None, "")
             except FuraVLMError as error:
                 return None, literal(str(error))
 
         async def api(session, message, model, temperature, top_p, max_new_tokens):
             """Asks a question, with a picture or about the one sent before; yields the answer as it grows."""
-            sampling = _sampling(temperature, top_p, max_new_tokens, longest)
             try:
+                sampling = _sampling(temperature, top_p, max_new_tokens, longest)
                 async for running in chat.ask(session, message["text"], _image_of(message), [model], sampling):
                     if running:
                         yield session.turns[-1].answers[0]
@@ -221,6 +225,9 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
 
         async def stop(session):
             await session.idle()
+
+        def take(picture, message):
+            return {"text": message["text"], "files": [picture["path"]] if picture else []}
 
         private = {"api_visibility": "private", "show_progress": "hidden"}
         # What does not use the model is answered by itself, and not by way of the queue.
@@ -255,7 +262,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         # Also when it is opened: a closed accordion does not keep the picture that it was sent.
         for then in [inside.expand, *(event.then for event in asking)]:
             then(look, session, [seen, padding], **quick)
-        camera.input(lambda path, message: message | {"files": [path] if path else []}, [camera, box], box, **private)
+        camera.input(take, [camera, box], box, preprocess=False, **private)  # Gradio would open whatever is sent
 
         answered = gr.Textbox(label="answer", visible=False)
         asked = gr.Button(visible=False)
@@ -286,7 +293,13 @@ def as_seen(path: str, family: Family) -> tuple[Image.Image, str]:
 
 
 def _sampling(temperature: float, top_p: float, length: int, longest: int) -> Sampling:
-    """Within bounds, whatever a client sends."""
+    """Within bounds, whatever a client sends.
+
+    Raises:
+        ChatError: if one of them is no number.
+    """
+    if not all(math.isfinite(number) for number in (temperature, top_p, length)):
+        raise ChatError("Temperature, top-p and the longest answer are numbers: set them again")
     return Sampling(min(max(temperature, 0.0), 2.0), min(max(top_p, 0.01), 1.0), int(min(max(length, 1), longest)))
 
 
@@ -313,7 +326,7 @@ def _words(error: Exception) -> str:
     """What is said of an error. One that nobody foresaw goes to the server's log."""
     if isinstance(error, ChatError):
         return str(error)
-    traceback.print_exception(error)
+    logger.error("A question failed:\n%s", "".join(traceback.format_exception(error)))
     return "Something went wrong on the server, whose log has the details. Ask again"
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jinja2 import TemplateError
 from PIL import Image
 
 from fura_vlm.chat.engine import ChatError
-from fura_vlm.data.images import ImageError, load_image, upright_size
+from fura_vlm.chat.pictures import Pictures
+from fura_vlm.data.images import ImageError
 from fura_vlm.errors import FuraVLMError, first_line
 from fura_vlm.families.base import Family
 from fura_vlm.families.messages import Message, Picture, Text, pictures
@@ -20,11 +21,7 @@ MAX_QUESTION = 100_000
 """Characters of a question; no model here reads half as many."""
 MAX_CONVERSATION = 400_000
 """Characters of a conversation: all of it goes to the browser with every piece of an answer."""
-MAX_PIXELS = 25_000_000
-"""Pixels of a picture: what a good camera takes. Decoded they are 75 MB."""
-FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"
-"""What browsers and cameras send. Pillow knows forty more; each is a parser that a stranger's file would reach."""
-_decoding = threading.Lock()
+_pictures = Pictures()
 
 
 @dataclass
@@ -137,30 +134,25 @@ def encode(prompt: Prompt, family: Family) -> dict:
 
 
 def read_image(path: str, family: Family) -> Image.Image:
-    """A user's picture as 8-bit RGB, upright. Pictures are decoded one at a time, which bounds the memory.
-
-    A picture of twice ``family.enough`` or more comes at a half, a third, ... of its size.
+    """A user's picture as 8-bit RGB, upright, at a fraction of its size if it is larger than ``family.enough``.
 
     Raises:
         ChatError: if it cannot be used. The message has the file's name, and not where the server keeps it.
     """
     try:
-        with _decoding:
-            return load_image(path, MAX_PIXELS, formats=FORMATS, draft=family.enough)
+        return _pictures.read(path, family.enough)
     except ImageError as error:
-        raise ChatError(str(error).replace(str(path), Path(path).name)) from error
+        raise ChatError(str(error)) from error
 
 
 def picture_size(path: str) -> tuple[int, int]:
     """Width and height of a picture that can be read, upright, from its header."""
-    with Image.open(path, formats=FORMATS) as image:
-        return upright_size(image)
+    return _pictures.header(path).size
 
 
 def is_animation(path: str) -> bool:
-    """Whether a picture that can be read has more than one frame. Frames are not counted: there may be millions."""
-    with Image.open(path, formats=FORMATS) as image:
-        return getattr(image, "is_animated", False) and image.format != "MPO"  # a phone's JPEG with a preview
+    """Whether a picture that can be read has more than one frame."""
+    return _pictures.header(path).animation
 
 
 def _newest(exchanges: list[Exchange], family: Family, max_tokens: int, measure: _Measure) -> list[Exchange]:
@@ -208,21 +200,62 @@ def _most(number: int, fits) -> int:
 def _plain(text: str, reserved: set[str]) -> str:
     """Without ``reserved`` tokens: what a user types is text, neither an image nor the end of a turn.
 
-    In one pass: whenever the text so far ends in a special token, the token goes. So none is left, not even one whose
-    pieces came together when another was taken out of it.
+    In one pass: whenever the text so far ends in such a token, the longest of them goes. So none is left, not even one
+    whose pieces came together when another was taken out of it. Each character takes as many steps as the longest
+    token has characters at most, however many tokens there are (Gemma 3 has thousands).
     """
-    special = sorted(reserved, key=len, reverse=True)
-    if not any(token in text for token in special):
+    if not any(token in text for token in reserved):
         return text.strip()
-    by_end = {token[-1]: [other for other in special if other[-1] == token[-1]] for token in special}
+    tree = _tree(frozenset(reserved))
     plain: list[str] = []
+    nodes = [0]  # for each beginning of ``plain``, where in the tree its end is
     for character in text:
+        node = nodes[-1]
+        while node and character not in tree[node].next:
+            node = tree[node].shorter
+        nodes.append(tree[node].next.get(character, 0))
         plain.append(character)
-        for token in by_end.get(character, ()):
-            if "".join(plain[-len(token) :]) == token:
-                del plain[-len(token) :]
-                break
+        if length := tree[nodes[-1]].token:
+            del plain[-length:], nodes[-length:]
     return "".join(plain).strip()
+
+
+@dataclass
+class _Node:
+    """A beginning of some tokens, in the automaton of Aho and Corasick (1975).
+
+    Attributes:
+        next: the nodes that are one character longer.
+        shorter: the node of the longest beginning that this one ends in.
+        token: characters of the longest token that it ends in, 0 if it ends in none.
+    """
+
+    next: dict[str, int] = field(default_factory=dict)
+    shorter: int = 0
+    token: int = 0
+
+
+@functools.lru_cache(maxsize=4)
+def _tree(tokens: frozenset[str]) -> list[_Node]:
+    tree = [_Node()]
+    for token in tokens:
+        node = 0
+        for character in token:
+            if character not in tree[node].next:
+                tree[node].next[character] = len(tree)
+                tree.append(_Node())
+            node = tree[node].next[character]
+        tree[node].token = len(token)
+    level = list(tree[0].next.values())
+    for node in level:  # which grows: the shorter ones first
+        for character, longer in tree[node].next.items():
+            shorter = tree[node].shorter
+            while shorter and character not in tree[shorter].next:
+                shorter = tree[shorter].shorter
+            tree[longer].shorter = tree[shorter].next.get(character, 0)
+            tree[longer].token = tree[longer].token or tree[tree[longer].shorter].token
+            level.append(longer)
+    return tree
 
 
 def _messages(exchanges: list[Exchange]) -> list[Message]:

@@ -15,6 +15,8 @@ from fura_vlm.chat.engine import ChatError
 T = TypeVar("T")
 READ_SECONDS = 60
 """In which a question must have been read, its turn awaited."""
+MAX_WAITING = 200
+"""What is being read or waits for it. The queue of questions lets fewer in; looking at a picture has no queue."""
 
 
 class Readers:
@@ -37,8 +39,11 @@ class Readers:
         """Calls ``read`` in a thread.
 
         Raises:
-            ChatError: if it has not ended in time. A thread cannot be stopped: it ends when it ends.
+            ChatError: if too many wait already, or if it has not ended in time. A thread cannot be stopped: it ends
+                when it ends.
         """
+        if self.waiting >= MAX_WAITING:
+            raise ChatError("Too many questions are being read: ask again later")
 
         def timed() -> T:
             key = object()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mimetypes
 import os
+import random
 import resource
 import secrets
 import shutil
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -50,7 +51,7 @@ LINES_A_MINUTE = 20
 
 
 def serve(config: ChatConfig) -> None:
-    """The command: loads the model and serves the chat until it is stopped.
+    """The command: loads the model, serves the chat until it is stopped, and ends the process.
 
     Raises:
         ChatError: before the model is loaded, if a setting or the address cannot be used.
@@ -67,8 +68,11 @@ def serve(config: ChatConfig) -> None:
     # A folder of our own: Gradio's is shared with all other Gradio applications of this machine.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
 
+    ending = Ending(folder)
+
     def end(*_) -> None:  # as on Ctrl-C, and users' pictures are removed
-        _end_soon(folder)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; again would only break off the end
+        ending.begin()
         sys.exit()
 
     signal.signal(signal.SIGTERM, end)
@@ -76,10 +80,15 @@ def serve(config: ChatConfig) -> None:
         models = load_models(config.model, config.adapters)
         print(f"Talking with {models.path}", flush=True)
         launch(models, config, folder, sockets)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         pass
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    # Not by way of the interpreter's end: it waits for threads that read, and where it hangs in a library no thread of
+    # Python's, that of ``ending`` among them, runs any more.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -169,6 +178,7 @@ def make_server(models: Models, config: ChatConfig, folder: Path) -> tuple[Page,
 
     for name in ("asyncio", "uvicorn.error", "fura_vlm.chat.guard"):
         logging.getLogger(name).addFilter(FewLines())
+    logging.getLogger("fura_vlm.chat.page").addFilter(FewLines(characters=5000))  # tracebacks
     server = Server(
         uvicorn.Config(
             guard,
@@ -186,22 +196,47 @@ def make_server(models: Models, config: ChatConfig, folder: Path) -> tuple[Page,
     return page, server, hosts
 
 
+class Ending:
+    """Ends the process some seconds after it was told to, if it has not ended by itself: a thread that reads or
+    computes cannot be stopped. ``folder`` is removed then.
+
+    It is told by a signal's handler, which may run in the middle of anything, the interpreter's end among it, when no
+    thread can be started any more. So one waits from the beginning.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._told, self._tell = os.pipe()
+        threading.Thread(target=self._wait, name="chat-end", daemon=True).start()
+
+    def begin(self) -> None:
+        os.write(self._tell, b".")
+
+    def _wait(self) -> None:
+        os.read(self._told, 1)
+        time.sleep(END_SECONDS)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os._exit(0)
+
+
 class Server(uvicorn.Server):
     """Ends in seconds, whatever it is at; ``folder`` is then removed."""
 
     def __init__(self, config: uvicorn.Config, folder: Path):
         super().__init__(config)
-        self._folder = folder
+        self._ending = Ending(folder)
 
     def handle_exit(self, sig, frame) -> None:
-        _end_soon(self._folder)
+        self._ending.begin()
         super().handle_exit(sig, frame)
 
 
 class Connection(H11Protocol):
     """A connection that ends when nothing comes, or when nothing is taken.
 
-    Where there are too many, those that wait for a request make room, the longest waiting first.
+    Where there are too many, one makes room for the newest: the one that waits for a request for the longest time; or
+    else, of the address that has most connections, one that is still bringing a request, or any that is being answered
+    (a stream of events lasts as long as the browser likes).
     """
 
     most = MAX_CONNECTIONS
@@ -210,13 +245,21 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._stalled = None
         self._expect_request()
-        if len(self.connections) > self.most:
-            idle = [other for other in self.connections if other.idle and other is not self]
-            (min(idle, key=lambda other: other.since) if idle else self).transport.abort()
+        others = [other for other in self.connections if other is not self]
+        if len(others) >= self.most:
+            idle = [other for other in others if other.idle]
+            (min(idle, key=lambda other: other.since) if idle else self._busy(others)).transport.abort()
 
     @property
     def idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
+
+    @staticmethod
+    def _busy(others: list[Connection]) -> Connection:
+        """By lot: neither who came first nor who came last is the one to blame."""
+        [(address, _)] = Counter(other.client and other.client[0] for other in others).most_common(1)
+        suspects = [other for other in others if (other.client and other.client[0]) == address]
+        return random.choice([other for other in suspects if other.cycle.more_body] or suspects)
 
     def _expect_request(self) -> None:
         self.since = self.loop.time()
@@ -248,11 +291,11 @@ class Connection(H11Protocol):
 
 
 class FewLines(logging.Filter):
-    """Lets so many lines a minute into the log, each at most a few hundred characters: the disk must not fill."""
+    """Lets so many entries a minute into the log, each of so many characters: the disk must not fill."""
 
-    def __init__(self, lines: int = LINES_A_MINUTE, clock=time.monotonic):
+    def __init__(self, lines: int = LINES_A_MINUTE, characters: int = 500, clock=time.monotonic):
         super().__init__()
-        self._lines, self._clock = lines, clock
+        self._lines, self._characters, self._clock = lines, characters, clock
         self._recent: deque[float] = deque(maxlen=lines)
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -260,7 +303,7 @@ class FewLines(logging.Filter):
         if len(self._recent) == self._lines and now - self._recent[0] < 60:
             return False
         self._recent.append(now)
-        record.msg, record.args, record.exc_info = record.getMessage()[:500], (), None
+        record.msg, record.args, record.exc_info = record.getMessage()[: self._characters], (), None
         if len(self._recent) == self._lines and now - self._recent[0] < 60:
             record.msg += " (more such lines are left out for a minute)"
         return True
@@ -283,17 +326,6 @@ APP = {
     "exception_handlers": {RequestValidationError: _unreadable, Exception: _failed},
 }
 """Settings of an application without pages of documentation, whose errors are sentences."""
-
-
-def _end_soon(folder: Path) -> None:
-    """Ends the process if it has not ended by itself in time: a thread that reads or computes cannot be stopped."""
-
-    def end() -> None:
-        time.sleep(END_SECONDS)
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(0)
-
-    threading.Thread(target=end, name="chat-end", daemon=True).start()
 
 
 def _connections() -> int:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -102,6 +104,11 @@ def _meet() -> tuple[dist.Store, int, int]:
 def _join(store: dist.Store, rank: int, size: int, cuda: bool) -> PartialState:
     from torch.utils import cpp_extension  # after ``set_environment``: it warns of a missing GPU when it is imported
 
+    if not cuda and (sign := re.search(r"[$:|\n]", sysconfig.get_path("purelib"))):
+        raise TrainingError(
+            f"{sys.prefix} has {sign[0]!r} in its name, and DeepSpeed cannot be compiled there: move the checkout to a"
+            " folder without it"
+        )
     # PyTorch writes this path as it is into the shell command that links what DeepSpeed compiles: a space would cut it.
     cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     import deepspeed
@@ -133,7 +140,8 @@ def _leave() -> None:
     if dist.is_initialized():
         from deepspeed import comm
 
-        comm.destroy_process_group()
+        # Where joining failed, DeepSpeed does not know of the group yet.
+        (comm if comm.is_initialized() else dist).destroy_process_group()
 
 
 def unlink_shared_memory() -> None:

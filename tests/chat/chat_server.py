@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fura_vlm.chat.prompt import MAX_PIXELS
+from fura_vlm.chat.pictures import MAX_PIXELS
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "data" / "tiny-llava")

@@ -15,9 +15,10 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from fura_vlm.chat import guard as guard_module
+from fura_vlm.chat import readers as readers_module
 from fura_vlm.chat import server as server_module
 from fura_vlm.chat.engine import ChatError
-from fura_vlm.chat.guard import MAX_BODY, MAX_UPLOADS, Guard, Guesses, Hosts, make_room
+from fura_vlm.chat.guard import MAX_BODY, MAX_UPLOADS, UPLOAD, Guard, Guesses, Hosts, make_room
 from fura_vlm.chat.readers import Readers
 from fura_vlm.chat.server import Connection, FewLines, listen
 
@@ -197,6 +198,65 @@ def test_of_many_uploads_at_once_some_wait(tmp_path, monkeypatch):
     assert [answer.status_code for answer in asyncio.run(answers())] == [503, 200, 200, 200]
 
 
+def test_a_request_that_comes_drop_by_drop_ends(tmp_path, monkeypatch):
+    """Long before one that comes at the rate of a slow line has to end."""
+    monkeypatch.setattr(guard_module, "PAUSE", 0.05)
+    guard = guarded(tmp_path)
+
+    async def drops():
+        while True:
+            yield b"a"
+            await asyncio.sleep(0.01)
+
+    for path in ("/gradio_api/upload", "/echo"):
+        [answer] = ask(guard, ("POST", path, {"content": drops()}))
+        assert answer.status_code == 408
+    assert guard.reading == 0
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 10_000])
+def test_an_upload_of_many_files_is_refused(tmp_path, size):
+    """However it comes in pieces; Gradio would keep a file open for each."""
+
+    def body(files: int) -> bytes:
+        head = b'--xy\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        return (head + b"--x\r\n") * files + b"--xy--\r\n"
+
+    async def pieces(content):
+        for start in range(0, len(content), size):
+            yield content[start : start + size]
+
+    guard, headers = guarded(tmp_path), {"content-type": 'multipart/form-data; boundary="xy"'}
+    requests = [("POST", UPLOAD, {"content": pieces(body(files)), "headers": headers}) for files in (1, 8, 9, 500)]
+    answers = ask(guard, *requests)
+    assert [answer.status_code for answer in answers] == [200, 200, 413, 413]
+    assert "More than 8 files" in answers[-1].json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "method, headers, own",
+    [
+        ("POST", {}, True),  # a program
+        ("POST", {"sec-fetch-site": "same-origin", "origin": "http://127.0.0.1:7860"}, True),
+        ("POST", {"origin": "http://127.0.0.1:7860"}, True),
+        ("POST", {"origin": "https://chat.example.org"}, True),  # behind a proxy that keeps another name
+        ("GET", {"sec-fetch-site": "none", "sec-fetch-mode": "navigate"}, True),
+        ("GET", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, True),  # a link to the chat
+        ("GET", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, False),
+        ("GET", {"origin": "https://evil.example"}, False),
+        ("POST", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, False),  # a form
+        ("POST", {"sec-fetch-site": "same-site", "origin": "http://127.0.0.1:9000"}, False),
+        ("POST", {"origin": "https://evil.example"}, False),
+        ("POST", {"origin": "http://6.6.6.6"}, False),
+        ("POST", {"origin": "null"}, False),
+    ],
+)
+def test_pages_of_other_sites_are_not_served(tmp_path, method, headers, own):
+    """They could upload in a user's name, and with a user's login read what the user sees."""
+    [answer] = ask(guarded(tmp_path, ["chat.example.org"]), (method, "/echo", {"headers": headers}))
+    assert answer.status_code == (200 if own else 403)
+
+
 def test_uploads_have_room_for_the_newest(tmp_path):
     for number in range(10):
         (tmp_path / str(number)).mkdir()
@@ -233,6 +293,17 @@ def test_wrong_passwords_are_slowed_down(tmp_path):
     assert [answer.status_code for answer in answers] == [400] * 5 + [429] * 4
     assert "try again in" in answers[-1].json()["detail"] and int(answers[-1].headers["retry-after"]) > 0
     assert ask(guard, ("POST", "/login", {"content": b"right"}), client=("8.8.8.8", 1))[0].status_code == 200
+
+
+def test_who_guesses_from_ever_new_addresses_waits_too(tmp_path):
+    """As somebody who says so in X-Forwarded-For. Who logs in meanwhile is not kept out for good."""
+    guard = guarded(tmp_path, signed_in=False)
+    tried = []
+    for number in range(150):
+        [answer] = ask(guard, ("POST", "/login", {"content": b"wrong"}), client=(f"9.9.{number}.9", 1))
+        tried.append(answer.status_code)
+    assert tried[:100] == [400] * 100 and tried[101:] == [429] * 49
+    assert int(answer.headers["retry-after"]) <= 11
 
 
 def test_the_log_is_bounded():
@@ -274,6 +345,7 @@ def connect(port: int, sent: bytes = b"") -> socket.socket:
 
 
 REQUEST = b"GET /echo HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
 
 
 @pytest.mark.parametrize("sent", [b"", REQUEST[:20], REQUEST, REQUEST + REQUEST[:20]])
@@ -309,6 +381,33 @@ def test_idle_connections_make_room(tmp_path, monkeypatch):
             assert busy.recv(10_000)
 
 
+@pytest.mark.parametrize("sent", [REQUEST.replace(b"echo", b"stream"), POST + b"a"])
+def test_busy_connections_make_room(tmp_path, monkeypatch, sent):
+    """Ten times as many as may be, each in the middle of an answer or of its request: whoever asks is answered."""
+    monkeypatch.setattr(Connection, "most", 5)
+    with listening(guarded(tmp_path)) as port, contextlib.ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(connect(port, sent))
+        for _ in range(3):
+            assert httpx.get(f"http://127.0.0.1:{port}/echo", timeout=60).json() == {"bytes": 0}
+
+
+def test_the_address_with_most_connections_makes_room():
+    """And there what is not answered yet; connections as far as this is asked of them."""
+
+    class Known:
+        def __init__(self, address, more_body):
+            self.client, self.cycle = (address, 1), self
+            self.more_body = more_body
+
+    few = [Known("1.1.1.1", True), Known("2.2.2.2", False)]
+    many = [Known("6.6.6.6", False) for _ in range(5)]
+    for _ in range(50):
+        assert Connection._busy([*few, *many]) in many
+    bringing = Known("6.6.6.6", True)
+    assert Connection._busy([*few, *many, bringing]) is bringing
+
+
 def test_an_address_in_use_is_refused():
     [opened] = listen("127.0.0.1", 0)
     port = opened.getsockname()[1]
@@ -320,7 +419,7 @@ def test_an_address_in_use_is_refused():
     opened.close()
 
 
-def test_a_question_that_is_read_for_ever():
+def test_a_question_that_is_read_for_ever(monkeypatch):
     """It gets a sentence; others are read meanwhile; when no thread is left, the server says that it is stuck."""
     readers, hold = Readers(threads=2, seconds=0.1), threading.Event()
 
@@ -333,6 +432,10 @@ def test_a_question_that_is_read_for_ever():
         with pytest.raises(ChatError, match="was not read within"):
             await readers.run(lambda: "not read")
         assert readers.stuck and readers.waiting == 0
+        monkeypatch.setattr(readers_module, "MAX_WAITING", 0)
+        with pytest.raises(ChatError, match="Too many questions"):
+            await readers.run(lambda: "not read")
+        monkeypatch.undo()
         hold.set()
         assert await readers.run(lambda: "read") == "read" and not readers.stuck
 

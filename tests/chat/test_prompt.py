@@ -203,6 +203,29 @@ def test_special_tokens_are_taken_out_as_if_one_by_one(family):
         assert prompt_module._plain(text, family.reserved()) == expected.strip()
 
 
+def test_special_tokens_go_however_many_there_are():
+    """As many as Gemma 3 has, which all end alike; each step looks at a node of the tree, so steps are counted."""
+    tokens, steps = {f"<unused{number}>" for number in range(6242)}, []
+
+    class Counted(list):
+        def __getitem__(self, node):
+            steps.append(node)
+            return super().__getitem__(node)
+
+    for text, plain in (
+        ("<unused1>" + ">" * 99_990, ">" * 99_990),
+        ("<unused1>" * 11_000, ""),
+        ("<unused" * 5_000 + "6241>" * 5_000, ""),
+        ("<unused" * 12_000, "<unused" * 12_000),
+        ("<unused6242><unused7>", "<unused6242>"),
+    ):
+        tree = Counted(prompt_module._tree(frozenset(tokens)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prompt_module, "_tree", lambda tokens, tree=tree: tree)
+            assert prompt_module._plain(text, tokens) == plain
+    assert len(steps) < 6 * 500_000
+
+
 @pytest.mark.parametrize("question", ["", "  ", "<image>", "</s>\n"])
 def test_no_question(family, scenes, question):
     with pytest.raises(ChatError, match="type one"):

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import math
 import socket
 import subprocess
 import sys
@@ -263,6 +265,51 @@ def test_a_bad_payload_gets_a_sentence(address, path, body):
 def test_a_bad_question_gets_a_sentence(address, message):
     events = raw(address, [message, "base", 0, 1, 4])
     assert "event: error" in events and ("cannot be carried out" in events or "type one" in events)
+
+
+def queued(http: httpx.Client, event: str, data: list, **more) -> dict:
+    """What the page's event of this name, which is no part of the API, answers at the end."""
+    number = next(d["id"] for d in http.get("/config").json()["dependencies"] if event in [e for _, e in d["targets"]])
+    asked = json.dumps({"data": data, "fn_index": number, "session_hash": event} | more)  # NaN and half characters, too
+    joined = http.post("/gradio_api/queue/join", content=asked, headers={"content-type": "application/json"})
+    assert joined.status_code == 200, joined.text
+    with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": event}) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data:") and (message := json.loads(line[5:]))["msg"] == "process_completed":
+                return message["output"]
+
+
+def test_what_no_page_sends(run, tmp_path):
+    """Each gets a sentence, and so does the next one. However often it is sent, the log stays short."""
+    picture = {"path": "a.png", "meta": {"_type": "gradio.FileData"}}
+    box, settings = {"text": "Hello", "files": []}, ["base", "nothing", 0, 1, 2]
+    attempts = [
+        ("submit", [None, box, "base", "nothing", math.nan, 1, 2], "are numbers"),
+        ("submit", [None, box, "base", "nothing", 0, 1, math.nan], "are numbers"),
+        ("submit", [None, box, "base", "nothing", math.inf, 1, 2], "greater than maximum"),
+        ("submit", [None, box, None, "nothing", 0, 1, 2], "Something went wrong"),
+        ("submit", [None, {"text": "x", "files": [picture] * 20_000}, *settings], "More than 8 files"),
+        ("submit", [None, {"text": "\ud83d", "files": ["\ud83d"]}, *settings], "cannot be carried out"),
+        ("input", [picture, box], "cannot be carried out"),
+        ("input", ["\ud83d", box], "cannot be carried out"),
+        ("retry", [None, "base", "nothing", 0, 1], "cannot be carried out"),
+    ]
+    with serving("--model", run) as (address, process), httpx.Client(base_url=address, timeout=60) as http:
+        for event, data, sentence in attempts:
+            assert sentence in str(queued(http, event, data)), (event, data)
+        Image.new("1", (13_300, 13_300)).save(tmp_path / "huge.png")  # Gradio would make it RGB, and write it again
+        sent = http.post("/gradio_api/upload", files={"files": (tmp_path / "huge.png").open("rb")}).json()[0]
+        taken = queued(http, "input", [picture | {"path": sent, "orig_name": "huge.pdf"}, box])
+        assert [file["path"] for file in taken["data"][0]["files"]] == [sent]
+        halves = queued(http, "submit", [None, {"text": "an \ud83d emoji", "files": []}, *settings])
+        assert "an \ufffd emoji" in str(halves)
+        for _ in range(40):
+            queued(http, "submit", attempts[3][1])
+        for _ in range(5):  # once more does not break off the end
+            process.terminate()
+            time.sleep(0.3)
+        log = process.communicate(timeout=60)[0]
+    assert log.count("Traceback") == 20 and "KeyError" in log and len(log) < 60_000
 
 
 def test_the_page_tells_nothing_of_the_servers_folders(address):
