@@ -110,7 +110,7 @@ launch() {
     [ -z "$hosts" ] || rm -f "$hosts"
     if [ "$status" -gt 192 ]; then  # minus the number of a signal
         echo "A training process was ended by signal $((256 - status))$(
-            [ "$status" != 247 ] || echo '; often the system does that where memory is short')." >&2
+            [ "$status" != 247 ] || echo '; the system often does that when memory runs out')." >&2
     fi
     return "$status"
 }

@@ -49,7 +49,7 @@ def warning(answers: Iterable[Sequence[int]], tokenizer) -> str:
     if words < LEAST_WORDS or pieces <= MOST_PIECES and single <= MOST_SINGLE:
         return ""
     return (
-        f"The model's tokenizer spells the words of these answers: {pieces:.1f} tokens a word, {single:.0%} of them "
-        "single letters. Such words take many more steps to learn: train longer, write the answers as the model was "
-        "pretrained to write (upper and lower case count), or take a model that knows the words"
+        f"The model's tokenizer does not know the words of these answers: it splits a word into {pieces:.1f} tokens, "
+        f"{single:.0%} of them single letters. Such words take many more steps to learn: train longer, write the "
+        "answers as the model was pretrained to write (upper and lower case count), or choose another model"
     )

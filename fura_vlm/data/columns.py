@@ -201,7 +201,7 @@ def arrow_files(path: str | os.PathLike) -> list[str]:
         raise
     except Exception as error:  # datasets raises all sorts: its own, the hub's, the network's, pyarrow's
         reason = " ".join(str(error).split()) or type(error).__name__
-        where = path if os.path.exists(path) else f"{path}, which is no file here and so a name on the hub,"
+        where = path if os.path.exists(path) else f"{path} (not a file here, so it was looked up on the hub)"
         raise DataError(f"{where} cannot be read as a data set ({reason}): check data_path") from error
     return [os.path.abspath(part["filename"]) for part in found.cache_files]
 
@@ -225,6 +225,6 @@ def _load(path: str) -> datasets.Dataset:
     if split not in found:
         other = f"{path}/" if os.path.isdir(path) else f"{path.partition('@')[0]}@"
         raise DataError(
-            f"{path} has no split {split}, it has {', '.join(found)}: name {other}{next(iter(found))}, for example"
+            f"{path} has no split {split}; it has {', '.join(found)}: give {other}{next(iter(found))}, for example"
         )
     return found[split]

@@ -225,4 +225,6 @@ def read_table(files: Sequence[str]) -> pa.Table:
     try:
         return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files]).data.table
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"The index {os.path.dirname(files[0])} is damaged ({error}): remove it") from error
+        raise DataError(
+            f"The index {os.path.dirname(files[0])} is damaged ({error}): remove it and train again"
+        ) from error

@@ -165,7 +165,7 @@ class Answerer:
                 if len(part) == 1 or not should_reduce_batch_size(error):
                     raise
                 self.batch_size = len(part) // 2
-                tqdm.write(f"Out of memory: batches of {self.batch_size} from here on", file=sys.stderr)
+                tqdm.write(f"Out of memory: batches of {self.batch_size} from now on", file=sys.stderr)
             else:
                 continue
             gc.collect()  # after the except clause, whose traceback holds the tensors of the failed batch
@@ -257,7 +257,7 @@ class Prepared(Dataset):
         try:
             pictures = list(question.pictures())
             if not all(isinstance(picture, Image.Image) for picture in pictures):
-                raise TypeError("it has a video or a sound, and the model takes pictures")
+                raise TypeError("it has a video or a sound, and only pictures are used")
             inputs = self.family.inputs(messages_of(self.family, question.text, len(pictures)), pictures)
         except Exception as error:
             return EvaluationError(f"{question.name}: {first_line(error)}")

@@ -60,7 +60,7 @@ def evaluate(config: EvalConfig) -> Path | None:
             return _evaluate(config, source, data, folder, identity)
     except KeyboardInterrupt:
         if _is_main():
-            print(f"\nStopped. The same command goes on from the answers in {folder}.", file=sys.stderr)
+            print(f"\nStopped. The same command continues from the answers in {folder}.", file=sys.stderr)
         raise
 
 
@@ -187,7 +187,7 @@ def _check_folder(folder: Path, identity: dict) -> None:
     try:
         there = json.loads(results.read_text())["fingerprint"], json.loads(results.read_text())["model"]
     except (ValueError, KeyError, TypeError) as error:
-        raise SuiteError(f"{results} is no results file of this suite: choose another --output_dir") from error
+        raise SuiteError(f"{results} is not a results file of this program: choose another --output_dir") from error
     if there[0] != identity["fingerprint"]:
         raise SuiteError(f"{folder} holds the results of another model ({there[1]}): choose another --output_dir")
 

@@ -135,8 +135,8 @@ class Family:
         self.conversation = conversation or self.conversations[0]
         if self.conversation not in self.conversations:
             raise ModelError(
-                f"conversation is {conversation}, and a model of the type {getattr(config, 'model_type', None)} has "
-                f"{' and '.join(self.conversations)}: leave it out, or take one of them"
+                f"conversation is {conversation}, but a model of the type {getattr(config, 'model_type', None)} takes "
+                f"only {' and '.join(self.conversations)}: leave the setting out, or use one of these"
             )
         if processor is None:
             return
@@ -183,7 +183,7 @@ class Family:
             known = self.tokenizer.convert_tokens_to_ids(token)
             if None not in (known, vocabulary) and known >= vocabulary:
                 raise ModelError(
-                    f"{path}: {token} is token {known} of its tokenizer, and its config.json has {vocabulary} tokens: "
+                    f"{path}: {token} is token {known} of its tokenizer, but its config.json has {vocabulary} tokens: "
                     f"{_OTHER_MODEL}"
                 )
         if not self.sees:
@@ -198,7 +198,7 @@ class Family:
         wanted = getattr(self.config, "image_token_id", getattr(self.config, "image_token_index", known))
         if known != wanted:
             raise ModelError(
-                f"{path}: {token} is token {known} of its tokenizer and {wanted} of its config.json: {_OTHER_MODEL}"
+                f"{path}: {token} is token {known} in its tokenizer and {wanted} in its config.json: {_OTHER_MODEL}"
             )
         made = getattr(self.processor.image_processor, "patch_size", None)
         seen = _edge(getattr(self.config.vision_config, "patch_size", None))
@@ -239,9 +239,9 @@ class Family:
         )
         if differ:
             raise ModelError(
-                f"{self._name} cannot be trained here: its processor makes other {' and '.join(differ)} of a "
-                "conversation with two pictures than fura_vlm.families.Family; such a model needs a file of its own "
-                "there"
+                f"{self._name} cannot be trained here: for a conversation with two pictures its processor makes other "
+                f"{' and '.join(differ)} than fura_vlm.families.Family; such a model needs a family file of its own "
+                "(docs/families.md)"
             )
 
     @property
@@ -332,8 +332,8 @@ class Family:
         before = self.template(messages[:number], answer_next=True)
         if not text.startswith(before):
             raise EncodingError(
-                "the model's chat template writes a conversation otherwise once it is answered, so that answers cannot "
-                "be marked exactly: take a template with {% generation %} around the answers"
+                "the model's chat template changes the text of a question once it is answered, so answers cannot be "
+                "marked exactly: use a template with {% generation %} around the answers"
             )
         return before
 
@@ -354,8 +354,8 @@ class Family:
         gap = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.ends)) + ")")
         if not (found := gap.match(text, end)):
             raise EncodingError(
-                f"the model's chat template ends an answer with none of {', '.join(self.ends)}, so the model would not "
-                "learn to stop"
+                f"the model's chat template does not end an answer with {' or '.join(self.ends)}, so the model would "
+                "not learn to stop"
             )
         return found.end()
 
@@ -367,7 +367,7 @@ class Family:
         if not template:
             raise ModelError(
                 "The model's processor has no chat template: add the file chat_template.jinja that belongs to it, or "
-                "take --conversation vicuna or alpaca for a language model without one"
+                "use --conversation vicuna or alpaca for a language model without one"
             )
         return template
 
@@ -392,8 +392,8 @@ class Family:
             [[replaced]] = made["text_replacement_offsets"]
         except (KeyError, ValueError) as error:
             raise ModelError(
-                f"{type(self.processor).__name__} does not say what a picture becomes in the text, so that this model "
-                "cannot be trained here"
+                f"{type(self.processor).__name__} does not say which tokens a picture becomes, so this model cannot be "
+                "trained here"
             ) from error
         return replaced["replacement"]
 
@@ -441,7 +441,7 @@ class Family:
         places = [found.span() for found in re.finditer(re.escape(self.placeholder), rendered.text)] if sources else []
         if len(places) != len(sources):
             raise EncodingError(
-                f"the model's chat template writes {len(places)} of {len(sources)} pictures: it takes fewer"
+                f"the model's chat template writes only {len(places)} of {len(sources)} pictures: give it fewer"
             )
         token, runs, pieces, shifts, last = self.run_token, [], [], [], 0
         for (start, end), size in zip(places, sizes, strict=True):

@@ -148,13 +148,13 @@ def read_projector(path: str) -> dict[str, torch.Tensor]:
         weights = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a broken archive raises as it likes
         raise ModelError(
-            f"{path} is not a whole file of tensors: download it again ({type(error).__name__})"
+            f"{path} is not a complete file of tensors: download it again ({type(error).__name__})"
         ) from error
     tensors = isinstance(weights, dict) and all(isinstance(weight, torch.Tensor) for weight in weights.values())
     if not tensors or set(weights) != set(PROJECTOR_KEYS):
         found = ", ".join(sorted(weights)[:4]) if isinstance(weights, dict) else type(weights).__name__
         raise ModelError(
-            f"{path} is not LLaVA's two-layer projector: it holds {found}; wanted {', '.join(PROJECTOR_KEYS)}"
+            f"{path} is not LLaVA's two-layer projector: it holds {found}; it needs {', '.join(PROJECTOR_KEYS)}"
         )
     return {PROJECTOR_KEYS[name]: weight for name, weight in weights.items()}
 
@@ -168,7 +168,7 @@ def _part_config(path: str, model_type: str, what: str):
     if model_type == "clip_vision_model" and config.model_type == "clip":
         config = config.vision_config
     if config.model_type != model_type:
-        raise ModelError(f"{path} is a {config.model_type!r}, where the {what} has to be a {model_type!r}")
+        raise ModelError(f"{path} is a {config.model_type!r}, but the {what} has to be a {model_type!r}")
     return config
 
 
@@ -207,7 +207,7 @@ def _tokenizer(path: str, text_config):
         raise ModelError(f"No tokenizer at {path}: {first_line(error)}") from error
     if len(tokenizer) != text_config.vocab_size:
         raise ModelError(
-            f"{path} holds a tokenizer of {len(tokenizer)} tokens for a model of {text_config.vocab_size}: the files "
+            f"{path} holds a tokenizer of {len(tokenizer)} tokens and a model of {text_config.vocab_size}: the files "
             "belong to different models"
         )
     for token in ("<image>", "<pad>"):

@@ -76,8 +76,8 @@ def read_config(path: str) -> PretrainedConfig:
 def _refuse_code(path: str, error: Exception) -> None:
     if "trust_remote_code" in str(error):
         raise ModelError(
-            f"{path} asks for code of its own, which is never run here: take the form of the model that transformers "
-            "knows by itself (its name often ends in -hf)"
+            f"{path} brings Python code of its own, which is never run here: use the form of the model that "
+            "transformers supports itself (its name often ends in -hf)"
         ) from error
 
 
@@ -148,12 +148,12 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])
         raise ModelError(
-            f"{path}: {name} is {list(found)} in its files and {list(wanted)} by its config.json: its files belong to "
+            f"{path}: {name} is {list(found)} in its files and {list(wanted)} in its config.json: its files belong to "
             "different models"
         )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ModelError(f"{path} is not a whole {what}: {len(missing)} weights are missing, first {missing[0]}")
+        raise ModelError(f"{path} is not a complete {what}: {len(missing)} weights are missing, first {missing[0]}")
     return model
 
 
@@ -168,12 +168,12 @@ def load_adapter(model: PreTrainedModel, path: str, **kwargs) -> PeftModel:
     base = read_adapter_config(path).base_model_name_or_path
     weights = ("adapter_model.safetensors", "adapter_model.bin")
     if not any((Path(path) / name).is_file() for name in weights):  # PEFT would look for them on the hub
-        raise ModelError(f"The adapter at {path} is not whole: {weights[0]} is missing")
+        raise ModelError(f"The adapter at {path} is not complete: {weights[0]} is missing")
     try:
         return PeftModel.from_pretrained(model, path, **kwargs).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"The adapter at {path} cannot be used ({_first_line(error).rstrip('.:')}): it names {base} as its base"
+            f"The adapter at {path} cannot be used ({_first_line(error).rstrip('.:')}): it was trained over {base}"
         ) from error
 
 
@@ -187,8 +187,8 @@ def read_adapter_config(path: str) -> PeftConfig:
         return PeftConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path}/adapter_config.json cannot be read ({first_line(error)}): it is damaged, or of another method "
-            "than PEFT has here"
+            f"{path}/adapter_config.json cannot be read ({first_line(error)}): it is damaged, or of a method "
+            "that PEFT does not have here"
         ) from error
 
 
@@ -225,7 +225,7 @@ def find_parts(path: str) -> tuple[str, str | None, str]:
         base = str(folder / "model")
     elif (folder / "config.yaml").is_file():
         raise ModelError(
-            f"{path} is a run without an adapter: it was interrupted; start its command again to finish it"
+            f"{path} is a run without an adapter, because it was interrupted: start its command again to finish it"
         )
     else:
         return path, None, path
@@ -262,7 +262,9 @@ def inspect(config: InspectConfig) -> None:
     """
     picture = Path(config.output_path or Path(config.model) / "spectrum.png")
     if picture.suffix not in (".png", ".svg", ".pdf"):
-        raise ModelError(f"{picture} is of no known format: let --output_path end in .png, .svg or .pdf")
+        raise ModelError(
+            f"{picture} has no known picture format: give --output_path a name that ends in .png, .svg or .pdf"
+        )
     model, _ = load_any(config.model)
     if not isinstance(model, PeftModel) or model.peft_config["default"].peft_type != "FURA":
         raise ModelError(f"{config.model} has no FuRA adapter: there is nothing to inspect")

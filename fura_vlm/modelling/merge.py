@@ -38,7 +38,7 @@ def merge(config: MergeConfig) -> None:
     refuse_existing(Path(config.output_dir))
     base, adapter, processor = find_parts(config.model)
     if adapter is None and not Path(base).expanduser().is_dir():
-        raise ModelError(f"There is no run and no adapter at {config.model}: give the folder of one")
+        raise ModelError(f"There is neither a run nor an adapter at {config.model}: give the folder of one")
     if adapter is None:
         raise ModelError(f"{config.model} is a model without an adapter: there is nothing to merge")
     family = load_family(processor, base)
@@ -70,7 +70,9 @@ class Merging:
         self.files, self.adapter = files, adapter
         self.config = read_config(base)
         if getattr(self.config, "quantization_config", None):
-            raise ModelError(f"{base} is stored quantised and cannot be merged into: name the model it was made from")
+            raise ModelError(
+                f"{base} is stored quantised, so nothing can be merged into it: name the model it was made from"
+            )
         with torch.device("meta"):
             model = model_class(self.config).from_config(self.config)
         self._name = parameter_names(model, files)
@@ -100,7 +102,8 @@ class Merging:
 
         if tied := sorted((self._layers.keys() | self._ready.keys()) - self._name.keys()):
             raise ModelError(
-                f"{adapter} trains {tied[0]}, which is not in the files at {base}, where it is one with another weight"
+                f"{adapter} trains {tied[0]}, which the files at {base} do not hold, because it is tied to "
+                "another weight"
             )
 
     def read(self, name: str) -> torch.Tensor:

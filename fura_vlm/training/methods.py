@@ -131,7 +131,7 @@ def adapter_config(config: TrainConfig, family: Family, model: PreTrainedModel) 
     }
     if names.projectors and projector == "adapter" and not linear["projector"]:
         logger.warning(
-            "The projector of a model of the type %s has no linear layers to adapt, and stays as it is: "
+            "The projector of a model of the type %s has no linear layers to adapt, so it is not trained: "
             "--mm_projector full trains it.",
             family.config.model_type,
         )

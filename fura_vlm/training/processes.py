@@ -32,7 +32,7 @@ PATIENCE = timedelta(hours=1)  # for one another: the main process may have many
 LOOK = 0.5  # seconds between two looks at the store
 GRACE = 2.0  # seconds in which a failure may turn out to be that of all processes
 
-LOST = "lost the connection to another process, which was killed; often the system does that where memory is short"
+LOST = "lost the connection to another process, which was killed; the system often does that when memory runs out"
 # How Gloo, NCCL and the store say that the other side is gone.
 CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
@@ -111,8 +111,8 @@ def _join(store: dist.Store, rank: int, size: int, cuda: bool) -> PartialState:
         store.set("backend", backend)
     elif store.get("backend").decode() != backend:
         raise TrainingError(
-            f"It sees {'GPUs and the main process none' if cuda else 'no GPU and the main process does'}: start all "
-            "processes on machines alike"
+            f"This process sees {'GPUs, and the main process none' if cuda else 'no GPU, and the main process does'}: "
+            "start all processes on machines of one kind"
         )
     device = None
     if cuda:

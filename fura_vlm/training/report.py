@@ -47,7 +47,7 @@ def below_the_guess(after: dict[str, float], blind: dict[str, float]) -> str:
         return ""
     named = ", ".join(f"{kind} ({100 * after[kind]:.1f} %, the guess {100 * blind[kind]:.1f} %)" for kind in worse)
     return (
-        "After training the answers are still worse than the commonest answer given to every question: "
+        "After training the answers are still worse than giving the most common answer to every question: "
         f"{named}. Likely causes: too few steps; a learning rate that is too low, or so high that the loss does not "
         "fall; answers that the model's tokenizer spells letter by letter (there is a warning before the training); or "
         "held-out questions asked in other words than those trained. Look at the loss curve and the sample answers"

@@ -86,7 +86,7 @@ def begin(config: TrainConfig, run: Path) -> None:
             key = changed[0]
             raise TrainingError(
                 f"{run} holds an interrupted run with another {key} ({before[key]!r} there, {settings[key]!r} "
-                "here): go on with its settings, or choose another --output_dir"
+                "now): use the settings it began with, or choose another --output_dir"
             )
         if changed:  # it begins anew, and perhaps with another base or other questions
             (run / ANSWERS_BEFORE).unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def describe(config, run, family, model, dataset, checkpoint, console) -> None:
         soft_wrap=True,
     )
     if checkpoint:
-        console.print(f"Going on where the interrupted run stopped: {checkpoint}", soft_wrap=True)
+        console.print(f"Continuing where the interrupted run stopped: {checkpoint}", soft_wrap=True)
 
 
 def save(trainer: FuraTrainer, folder: Path, card: str | None = None) -> None:

@@ -41,7 +41,7 @@ def check(config: TrainConfig) -> None:
     for name, least in AT_LEAST.items():
         value = getattr(config, name)
         if value is not None and value < least:
-            raise TrainingError(f"{name} is {value} and has to be at least {least}")
+            raise TrainingError(f"{name} is {value}: it must be at least {least}")
     if not Path(config.deepspeed).is_file():
         raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
     try:
@@ -50,12 +50,12 @@ def check(config: TrainConfig) -> None:
         raise TrainingError(f"{config.deepspeed} is not a DeepSpeed configuration in JSON: {error}") from error
     if stage == 3 and config.compile_layers:
         raise TrainingError(
-            "compile_layers and ZeRO-3 do not go together, because DeepSpeed gathers weights in the midst of a layer: "
-            "take --compile_layers false, or --deepspeed scripts/zero2.json where memory allows"
+            "compile_layers and ZeRO-3 do not work together, because DeepSpeed gathers weights within a layer: use "
+            "--compile_layers false, or --deepspeed scripts/zero2.json if memory allows"
         )
     if stage == 3 and method_of(config).four_bits:
         raise TrainingError(
-            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
+            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: use --deepspeed "
             "scripts/zero2.json, or the method without q"
         )
     accumulation_steps(config, None)
@@ -69,7 +69,7 @@ def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
         records = WrittenBy.of(checkpoint).train_batch_size
         if config.train_batch_size not in (None, records):
             raise TrainingError(
-                f"{checkpoint} was written by a run of {records} records a step, and train_batch_size is "
+                f"{checkpoint} was written with {records} records a step, and train_batch_size is now "
                 f"{config.train_batch_size}: leave it as it was, or choose another --output_dir"
             )
     if records is None:
@@ -78,8 +78,8 @@ def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
     at_once = config.per_device_train_batch_size * processes
     if records % at_once:
         raise TrainingError(
-            f"train_batch_size {records} is no multiple of the {at_once} records that {processes} processes take at "
-            f"once: change per_device_train_batch_size ({config.per_device_train_batch_size}) or the number of "
+            f"train_batch_size {records} is not a multiple of the {at_once} records that {processes} processes take "
+            f"at once: change per_device_train_batch_size ({config.per_device_train_batch_size}) or the number of "
             "processes"
         )
     return records // at_once
@@ -121,8 +121,8 @@ def training_arguments(config: TrainConfig, run: Path, accumulation: int, univer
     ]
     if clashes:
         raise TrainingError(
-            f"{config.deepspeed} says otherwise than the recipe on {PartialState().num_processes} processes "
-            f'({"; ".join(clashes)}): put "auto" in its place, or change the recipe'
+            f"{config.deepspeed} contradicts the recipe on {PartialState().num_processes} processes "
+            f'({"; ".join(clashes)}): write "auto" there, or change the recipe'
         )
     return arguments
 

@@ -103,7 +103,7 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals.stopped:
         console.print(
-            f"Stopped and saved at step {trainer.state.global_step}; the same command goes on from there.",
+            f"Stopped and saved at step {trainer.state.global_step}; the same command continues from there.",
             soft_wrap=True,
         )
         state.wait_for_everyone()

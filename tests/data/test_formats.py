@@ -180,12 +180,12 @@ def test_messages(item, expected):
         ({"messages": asked({"type": "text", "text": WHAT, "image": "a.png"})}, "image holds 'a.png' of turn 1"),
         (
             {"messages": asked({"type": "image_url", "image_url": {"url": "https://x.org/a"}})},
-            "is an address: fetch it",
+            "is an address: download it",
         ),
         ({"messages": asked({"type": "image", "image": "data:image/png;base64,iVBO"})}, "is written into the record"),
         (
             {"messages": asked({"type": "image", "image": {"bytes": "abc", "path": None}})},
-            "has a picture within an object",
+            "has a picture inside an object",
         ),
         ({"messages": asked(3)}, "a part of turn 1 should be text or an object"),
         (
@@ -208,9 +208,9 @@ def test_messages(item, expected):
         ({"instruction": WHAT, "input": 3, "output": CAT}, "input should be text, it is a number"),
         ({"instruction": WHAT, "output": " "}, "turn 2 is an empty answer"),
         ({"instruction": WHAT, "output": CAT, "history": ["q"]}, "history should be a list of pairs"),
-        ({"instruction": WHAT}, "no conversations: a record has"),
-        ({"chosen": CHAT, "rejected": CHAT}, "no conversations: a record has"),
-        ({"image": "a.png", "caption": "A cat"}, "no conversations: a record has"),
+        ({"instruction": WHAT}, "no conversations: a record needs"),
+        ({"chosen": CHAT, "rejected": CHAT}, "no conversations: a record needs"),
+        ({"image": "a.png", "caption": "A cat"}, "no conversations: a record needs"),
     ],
 )
 def test_what_cannot_be_used(item, reason):

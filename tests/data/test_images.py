@@ -205,4 +205,4 @@ def test_the_limit_is_a_parameter(photo, tmp_path):
 @pytest.mark.parametrize("values", [np.float32([[0.0, 0.5]]), np.int32([[0, 1 << 20]])])
 def test_pixels_without_a_defined_white(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "image.tiff")
-    refused(tmp_path / "image.tiff", "white is not defined", header_too=False)
+    refused(tmp_path / "image.tiff", "pixels, whose range is not known", header_too=False)

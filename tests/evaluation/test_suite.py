@@ -151,7 +151,7 @@ def test_compare(known, tmp_path):
     assert "textvqa_val: only A was asked it" in table and "own: only B was asked it" in table
     write_samples(folder / "samples-model.jsonl", [Sample(**row | {"question": "?"}) for row in samples])
     with pytest.raises(
-        FuraVLMError, match=r"have no documents in common \(A was asked gqa, .*evaluate both on the same"
+        FuraVLMError, match=r"have no documents in common \(the first has gqa, .*evaluate both on the same"
     ):
         compare(CompareConfig(str(known), str(folder)))
     (tmp_path / "empty").mkdir()
@@ -169,12 +169,12 @@ def test_compare_reads_what_was_written(known, tmp_path):
     table = compare(CompareConfig(str(known), str(tmp_path)))
     assert table.count("| 6 |") == 4 and "differ" not in table
     (tmp_path / "samples-tuned.jsonl").unlink()
-    with pytest.raises(FuraVLMError, match="no whole results"):
+    with pytest.raises(FuraVLMError, match="are not complete"):
         compare(CompareConfig(str(known), str(tmp_path)))
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(FuraVLMError, match="no whole results"):
+    with pytest.raises(FuraVLMError, match="are not complete"):
         compare(CompareConfig(str(known), str(tmp_path)))
-    with pytest.raises(FuraVLMError, match="no results file of this suite"):
+    with pytest.raises(FuraVLMError, match="not a results file of this program"):
         _check_folder(tmp_path, {"fingerprint": ""})
 
 
@@ -223,7 +223,7 @@ def test_the_same_command_goes_on(settings, benchmarks, tmp_path, monkeypatch, c
     own = {"output_dir": str(folder), "tasks": "pope", "base": False, "batch_size": 2, "max_new_tokens": 2}
     with pytest.raises(KeyboardInterrupt):
         evaluate(EvalConfig(**settings | own))
-    assert f"Stopped. The same command goes on from the answers in {folder}." in capsys.readouterr().err
+    assert f"Stopped. The same command continues from the answers in {folder}." in capsys.readouterr().err
     file = folder / "answers" / "answers-0.jsonl"
     first, second = file.read_text().splitlines()
     file.write_text(f'{first}\n{{"key": "{json.loads(second)["key"]}", "answer": null}}\n')
@@ -395,14 +395,16 @@ def test_adapter_for_another_base(settings, tmp_path):
     fura = make_adapter(tmp_path / "fura")
     path = fura / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"block_size": 64}))  # the shapes of other layers
-    with pytest.raises(FuraVLMError, match=f"The adapter at .* cannot be used .*: it names {BASE} as its base"):
+    with pytest.raises(FuraVLMError, match=f"The adapter at .* cannot be used .*: it was trained over {BASE}"):
         evaluate(EvalConfig(**own | {"model": str(fura)}))
 
     base = LlavaForConditionalGeneration.from_pretrained(BASE)
     get_peft_model(base, LoraConfig(r=2, target_modules=["down_proj"])).save_pretrained(tmp_path / "lora")
     path = tmp_path / "lora" / "adapter_model.safetensors"
     save_file({key: torch.cat([value, value]) for key, value in load_file(path).items()}, path)
-    with pytest.raises(FuraVLMError, match=r"The adapter at .* cannot be used \(.*size mismatch for .*\): it names"):
+    with pytest.raises(
+        FuraVLMError, match=r"The adapter at .* cannot be used \(.*size mismatch for .*\): it was trained over"
+    ):
         evaluate(EvalConfig(**own | {"model": str(tmp_path / "lora")}))
 
 

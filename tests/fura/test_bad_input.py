@@ -205,7 +205,7 @@ def test_merging_twice_and_unmerging_nothing():
 def test_merging_an_adapter_that_is_not_there():
     model = get_peft_model(tiny_llama(), FuraConfig(target_modules=["q_proj"]))
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(FuraError, match="there is no adapter nobody; there is default"):
+        with pytest.raises(FuraError, match="there is no adapter nobody, only default"):
             merge(adapter_names=["nobody"])
     assert len(fura_layers(model)) == 2
 

@@ -86,7 +86,7 @@ def spoil_template(folder: Path, template: str | None) -> None:
         (CHATML.replace("IMAGE", "'<|image_pad|>'").replace("part['text']", "part['text'] | upper"), "changes answers"),
         (CHATML.replace("IMAGE", "''").replace("<|im_end|>", ""), "the model would not learn to stop"),
         (CHATML.replace("IMAGE", "''"), "writes 0 of 1 pictures"),
-        ("{{ messages | length }}" + CHATML, "take a template with {% generation %} around the answers"),
+        ("{{ messages | length }}" + CHATML, "use a template with {% generation %} around the answers"),
     ],
 )
 def test_templates_that_will_not_do(template, words, folder, train_on):
@@ -113,7 +113,7 @@ def test_a_processor_of_another_model(family, folder, train_on):
     [
         ("gemma3", "internvl", "has a InternVLProcessor, which does not belong to a model of the type gemma3"),
         ("internvl", "qwen2_5_vl", "its processor makes patches of 14 pixels and its config.json has 7"),
-        ("text", "smolvlm", "<end_of_utterance> is token 356 of its tokenizer, and its config.json has 355 tokens"),
+        ("text", "smolvlm", "<end_of_utterance> is token 356 of its tokenizer, but its config.json has 355 tokens"),
     ],
 )
 def test_the_processor_of_another_family(family, other, words, folder, train_on):
@@ -138,5 +138,5 @@ def test_code_of_a_models_own(family, file, changes, folder, train_on):
     (model / "own.py").write_text(f"open({str(model / 'ran')!r}, 'w')\nclass Own: pass\n")
     (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changes))
     job = train_on(model, GOOD)
-    assert f"{model} asks for code of its own, which is never run here: take the form of the model" in said(job)
+    assert f"{model} brings Python code of its own, which is never run here: use the form of the model" in said(job)
     assert "Do you wish to run" not in job.output and not (model / "ran").exists()

@@ -193,7 +193,7 @@ def test_mistakes(tmp_path):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"gpus": []}, r"gpus is \[\]: it takes numbers from 1 on"),
+        ({"gpus": []}, r"gpus is \[\]: give numbers of at least 1"),
         ({"gpus": [4, 0]}, r"gpus is \[4, 0\]"),
         ({"memory": [-80]}, r"memory is \[-80\]"),
         ({"records": 0}, "records is 0"),
@@ -214,7 +214,7 @@ def test_numbers_out_of_range(changes, sentence):
         (b"method: fuura", "is not a recipe: .*Got value: fuura"),
         (b"", "is not a recipe: "),
         (b"output_dir: \xe9", "is not a recipe: 'utf-8' codec"),
-        (b"gradient_accumulation_steps: 0", "gradient_accumulation_steps is 0 in .*: it has to be at least 1"),
+        (b"gradient_accumulation_steps: 0", "gradient_accumulation_steps is 0 in .*: it must be at least 1"),
         (b"target_modules: nothing", "cannot be set up for this model: Target modules nothing not found"),
         (b"model_name_or_path: ./llava-v1.6-mistral-7b", "There is no model at ./llava-v1.6-mistral-7b"),
     ],
@@ -244,5 +244,5 @@ def test_the_hours_are_those_of_the_run(tmp_path):
 
 def test_gpus_that_do_not_divide_a_step():
     text = plan(PlanConfig(RECIPE, methods=["fura"], gpus=[3], memory=[80]))
-    assert "Training refuses it so: a step's 128 records are no multiple of 48." in text
+    assert "Training would refuse this: the 128 records of a step are not a multiple of 48." in text
     assert "| fura | 128 cannot be divided by 3 |" in text
