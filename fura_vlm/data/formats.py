@@ -376,7 +376,7 @@ def _place(turns: list[_Turn], pictures: list[str], single: bool, marked: bool) 
         what = "an image" if len(pictures) == 1 else f"{len(pictures)} pictures"
         raise InvalidRecord(f"{what} but no {IMAGE} in the conversation: put {IMAGE} into the first question")
     if not single and count != len(pictures):
-        raise InvalidRecord(_mismatch(len(pictures), count, f"times {IMAGE}"))
+        raise InvalidRecord(_mismatch(len(pictures), count, IMAGE))
     left = iter(pictures)
     for turn in questions:
         if IMAGE in turn.text:
@@ -408,8 +408,8 @@ def _fill(questions: list[_Turn], places: list[_Place], pictures: list[str]) -> 
 
 def _mismatch(pictures: int, count: int, what: str) -> str:
     return (
-        f"{pictures} {'picture' if pictures == 1 else 'pictures'} but {count} {what}: there must be one place for each "
-        "picture"
+        f"{pictures} {'picture' if pictures == 1 else 'pictures'} but {count} {'place' if count == 1 else 'places'} "
+        f"for them ({what}): give each picture one place"
     )
 
 

@@ -189,7 +189,7 @@ def test_a_name_on_the_hub(made, tmp_path, monkeypatch):
         records, problems = read_records(name)
         assert len(records) == 7 and not problems and records[0].file == name
     assert seen == [("user/set", None), ("user/set", "small")] * 2
-    with pytest.raises(DataError, match="user/set@test has no split test, it has train: name user/set@train"):
+    with pytest.raises(DataError, match="user/set@test has no split test; it has train: give user/set@train"):
         read_records("user/set@test")
 
 

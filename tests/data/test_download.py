@@ -214,7 +214,7 @@ def test_what_is_there_is_left_alone(run, server, tmp_path):
     run()
     assert not gets(server)
     (elsewhere / "7.jpg").unlink()
-    with pytest.raises(DownloadError, match="coco/train2017 holds 29 files where 30 are published: complete it"):
+    with pytest.raises(DownloadError, match="coco/train2017 holds 29 files, but 30 are published: complete it"):
         run()
 
 
@@ -353,7 +353,7 @@ def test_a_server_that_stays_busy(run, server):
 
 def test_another_size_than_published(run, coco, tmp_path):
     size, coco["size"] = coco["size"], 5
-    with pytest.raises(DownloadError, match=f"has {size:,} bytes where 5 are published: it is another file"):
+    with pytest.raises(DownloadError, match=f"has {size:,} bytes, but 5 are published: it is another file"):
         run()
     assert not (tmp_path / "out/coco/train2017.zip").exists()
 
@@ -387,7 +387,7 @@ def test_no_archive_at_all(run, server, coco, content):
 
 def test_another_folder_in_the_archive(run, coco):
     coco["inside"] = "train2014"
-    with pytest.raises(DownloadError, match="has no folder train2014, but other, readme.txt, train2017: correct"):
+    with pytest.raises(DownloadError, match="has no folder train2014; it has other, readme.txt, train2017: correct"):
         run()
 
 

@@ -151,22 +151,22 @@ def test_messages(item, expected):
 @pytest.mark.parametrize(
     "item, reason",
     [
-        ({"messages": asked({"type": "image"}, PART)}, "0 pictures and 1 parts of the type image"),
+        ({"messages": asked({"type": "image"}, PART)}, "0 pictures but 1 place for them (parts of the type image"),
         (
             {"messages": asked({"type": "image"}, PART), "images": ["a", "b"]},
-            "2 pictures and 1 parts of the type image",
+            "2 pictures but 1 place for them (parts of the type image",
         ),
         (
             {"messages": asked({"type": "image", "image": "a"}), "images": ["a"]},
-            "1 picture and 0 parts of the type image",
+            "1 picture but 0 places for them (parts of the type image",
         ),
         (
             {"messages": asked({"type": "image", "index": 7}, {"type": "image"}), "images": ["a"]},
-            "1 picture and 2 parts",
+            "1 picture but 2 places",
         ),
         (
             {"messages": [{"role": "user", "content": "<image>?"}, CHAT[1]], "images": ["a", "b"]},
-            "2 pictures and 1 times",
+            "2 pictures but 1 place",
         ),
         ({"messages": [{"role": "user", "content": "<image>?"}, CHAT[1]]}, "but no image"),
         ({"messages": [CHAT[0], {"role": "assistant", "content": "<image>"}], "images": ["a"]}, "<image> in an answer"),
@@ -174,7 +174,7 @@ def test_messages(item, expected):
             {"messages": [CHAT[0], {"role": "assistant", "content": [{"type": "image"}]}], "images": ["a"]},
             "a picture in turn 2, an answer: it belongs in a question",
         ),
-        ({"messages": CHAT, "image": "a", "images": ["b"]}, "images beside image"),
+        ({"messages": CHAT, "image": "a", "images": ["b"]}, "both image and images"),
         ({"messages": asked({"type": "video", "video": "a.mp4"}, PART)}, "has the type 'video': only text and image"),
         ({"messages": asked({"type": "audio", "audio": "a.wav"}, PART)}, "has the type 'audio'"),
         ({"messages": asked({"type": "text", "text": WHAT, "image": "a.png"})}, "image holds 'a.png' of turn 1"),

@@ -154,7 +154,7 @@ def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
         ({"conversations": [SHOWN, GPT]}, "<image> in the conversation but no image"),
         ({"conversations": [{**HUMAN, "value": "What is this?\n<image>"}, GPT]}, "but no image"),
         ({"image": "1.png", "conversations": [HUMAN, GPT]}, "an image but no <image>"),
-        ({"image": "1.png", "conversations": [SHOWN, GPT, SHOWN, GPT]}, "2 times <image> for one image"),
+        ({"image": "1.png", "conversations": [SHOWN, GPT, SHOWN, GPT]}, "<image> stands 2 times for one image"),
         (
             {"image": "1.png", "conversations": [HUMAN, {"from": "gpt", "value": "<image>"}]},
             "<image> in an answer",
@@ -162,8 +162,8 @@ def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
         ({"image": "", "conversations": [SHOWN, GPT]}, "image should be a path, it is empty"),
         ({"image": 3, "conversations": [SHOWN, GPT]}, "image should be a path, it is a number"),
         ({"image": [["1.png"]], "conversations": [SHOWN, GPT]}, "image should be a path, it is a list"),
-        ({"image": ["1.png", "2.png"], "conversations": [SHOWN, GPT]}, "2 pictures and 1 times <image>"),
-        ({"image": ["1.png"], "conversations": [SHOWN, GPT, SHOWN, GPT]}, "1 picture and 2 times <image>"),
+        ({"image": ["1.png", "2.png"], "conversations": [SHOWN, GPT]}, "2 pictures but 1 place for them (<image>)"),
+        ({"image": ["1.png"], "conversations": [SHOWN, GPT, SHOWN, GPT]}, "1 picture but 2 places for them (<image>)"),
         ({"images": ["1.png", "2.png"], "conversations": [HUMAN, GPT]}, "2 pictures but no <image>"),
         ({"image": "\ud83d.png", "conversations": [SHOWN, GPT]}, "has half of a surrogate pair"),
         ({"image": "../1.png", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
@@ -284,7 +284,7 @@ def test_code_in_questions_is_no_place_for_media(mixture, question, answer):
     [
         ("https://example.com/a.jpg", "is an address: download it"),
         ("s3://bucket/a.jpg", "is an address"),
-        ("data:image/png;base64,iVBORw0KGgo", "is written into the record: save it to a file"),
+        ("data:image/png;base64,iVBORw0KGgo", "is written into the record: save it as a file"),
         ("C:\\data\\a.jpg", "starts with a Windows drive: write it relative to the image folder"),
         ("D:/data/a.jpg", "starts with a Windows drive"),
         ("..\\a.jpg", "leads out of the image folder"),
@@ -304,7 +304,7 @@ def test_paths_as_windows_and_as_addresses_of_files(mixture, tmp_path):
 
 
 def test_something_that_is_no_record(mixture):
-    assert "this is a number" in one_problem(mixture([3, TEXT])).reason
+    assert "it is a number" in one_problem(mixture([3, TEXT])).reason
 
 
 def test_absolute_paths_within_the_image_folder(mixture, tmp_path):

@@ -56,8 +56,8 @@ GOOD = [record("good", ["red.png"]), record("words"), record("both", ["red.png",
 )
 def test_records_that_cannot_be_used_are_listed_each_with_its_reason(family, typed, folder, train_on):
     bad = {
-        "fewer": (record("fewer", ["red.png"], marks=2), "1 picture and 2 parts of the type image"),
-        "more": (record("more", ["red.png", "red.png"], marks=1), "2 pictures and 1 parts of the type image"),
+        "fewer": (record("fewer", ["red.png"], marks=2), "1 picture but 2 places for them (parts of the type image"),
+        "more": (record("more", ["red.png", "red.png"], marks=1), "2 pictures but 1 place for them (parts"),
         "video": (record("video", videos=["clip.mp4"]), "videos and sound are not used"),
         "typed": (record("typed", words=f"What is {typed} here?"), f"the text has {typed}, a special token"),
     }
