@@ -193,7 +193,7 @@ def test_tokens_that_leave_llava_without_labels_are_refused(llava, token):
     good, bad, worse = llava.encode([(turns(*values), []) for values in said])
     assert len(good.ids) == len(good.supervised)
     for error in (bad, worse):
-        assert isinstance(error, EncodingError) and f"the text has {token}" in str(error)
+        assert isinstance(error, EncodingError) and f"the special token {token}" in str(error)
 
 
 def test_a_beginning_within_the_text_is_a_token(llava):

@@ -144,7 +144,7 @@ def test_an_exported_adapter_does_not_take_the_place_of_a_trained_one(tmp_path):
     export_delta(trained, tmp_path / "exported")
     exported = PeftModel.from_pretrained(tiny_llama(), tmp_path / "exported")
     for model, other in ((trained, "exported"), (exported, "trained")):
-        with pytest.raises(FuraError, match=r"^model\.layers\.0\.self_attn\.q_proj: .*load it under another name"):
+        with pytest.raises(FuraError, match=r"^model\.layers\.0\.self_attn\.q_proj: .*load .* under another name"):
             model.load_adapter(tmp_path / other, "default")
         model.load_adapter(tmp_path / other, "beside")
 

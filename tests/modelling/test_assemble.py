@@ -213,7 +213,7 @@ def test_parts_that_do_not_fit(parts, tmp_path):
 
     for changes, sentence in (
         ({"mm_projector": str(tmp_path / "narrow.bin")}, r"linear_1.weight is \(64, 32\), but .* need \(64, 48\)"),
-        ({"mm_projector": str(tmp_path / "other.bin")}, "holds model.layers.0; wanted model.mm_projector.0.weight"),
+        ({"mm_projector": str(tmp_path / "other.bin")}, "holds model.layers.0; it needs model.mm_projector.0.weight"),
         ({"mm_projector": str(tmp_path / "words.bin")}, "is not LLaVA's two-layer projector"),
         ({"mm_projector": str(tmp_path / "cut.bin")}, "not a complete file of tensors: download it again"),
         ({"mm_projector": str(tmp_path / "none.bin")}, "There is no projector at"),

@@ -228,7 +228,7 @@ def test_processor_of_another_model_is_refused(published):
     with pytest.raises(ModelError, match="its processor makes pictures of 112 pixels, its vision tower expects 336"):
         load_family(str(published))
     (published / "config.json").write_text(json.dumps(config | {"image_token_index": 32_000}))
-    with pytest.raises(ModelError, match="<image> is token 767 of its tokenizer and 32000 of its config.json"):
+    with pytest.raises(ModelError, match="<image> is token 767 in its tokenizer and 32000 in its config.json"):
         load_family(str(published))
     (published / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "full"}))
     with pytest.raises(ModelError, match="a picture is 64 tokens in its processor and 65 features in its model"):

@@ -198,8 +198,8 @@ def test_mistakes(tmp_path):
         ({"memory": [-80]}, r"memory is \[-80\]"),
         ({"records": 0}, "records is 0"),
         ({"tokens": 0}, "tokens is 0"),
-        ({"labelled": -3}, "labelled is -3: it is a share"),
-        ({"labelled": 5}, "labelled is 5: it is a share"),
+        ({"labelled": -3}, "labelled is -3: give a share"),
+        ({"labelled": 5}, "labelled is 5: give a share"),
     ],
 )
 def test_numbers_out_of_range(changes, sentence):
