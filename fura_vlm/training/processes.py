@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import active_children
 from pathlib import Path
+from subprocess import SubprocessError
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from accelerate import PartialState
 from torch.distributed.rendezvous import rendezvous
 from transformers.utils import logging
 
-from fura_vlm.errors import sentence
+from fura_vlm.errors import first_line, sentence
 from fura_vlm.training.errors import TrainingError
 
 PATIENCE = timedelta(hours=1)  # for one another: the main process may have many images to check
@@ -120,7 +121,16 @@ def _join(store: dist.Store, rank: int, size: int, cuda: bool) -> PartialState:
         torch.cuda.set_device(device)
     # With its device a barrier knows where to wait. DeepSpeed would not tell it to a process by itself.
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE, device_id=device)
-    deepspeed.init_distributed(backend, timeout=PATIENCE, auto_mpi_discovery=False)
+    try:
+        deepspeed.init_distributed(backend, timeout=PATIENCE, auto_mpi_discovery=False)
+    except (OSError, RuntimeError, SubprocessError) as error:
+        if cuda:  # nothing is compiled there
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if "error: " in line or "not found" in line]
+        raise TrainingError(
+            f"DeepSpeed cannot compile the part that it needs without a GPU ({(lines or [first_line(error)])[0]}): "
+            "install a C++ compiler (Debian: apt install g++) and start the same command again"
+        ) from error
     if not cuda:
         unlink_shared_memory()
     state = PartialState(cpu=not cuda)
@@ -133,7 +143,10 @@ def _leave() -> None:
     if dist.is_initialized():
         from deepspeed import comm
 
-        comm.destroy_process_group()
+        if comm.comm.cdb is None:  # it failed before it was ready
+            dist.destroy_process_group()
+        else:
+            comm.destroy_process_group()
 
 
 def unlink_shared_memory() -> None:
