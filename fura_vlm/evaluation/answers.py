@@ -45,8 +45,8 @@ class AnswerStore:
             if broken and (own or rank == 0):
                 listed = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
                 logger.warning(
-                    f"{path}: {'this line is not an answer' if len(broken) == 1 else 'these lines are not answers'} "
-                    f"and skipped: {listed}; their questions are asked again"
+                    f"{path}: {'this line is' if len(broken) == 1 else 'these lines are'} not readable as an answer: "
+                    f"{listed}. What they answered is asked again"
                 )
             if own and (broken or rest):  # the next answer must not continue a line that was cut off
                 write_text(path, "".join(_line(*row) for row in rows if row))

@@ -148,7 +148,7 @@ def test_compare(known, tmp_path):
     assert "gqa: the documents differ, 6 in A and 6 in B: the 3 that both have are compared." in table
     assert "pope: the documents differ, 6 in A and 4 in B: the 4 that both have are compared." in table
     assert "scienceqa_img: the documents differ, 6 in A and 6 in B: the 5 that" in table
-    assert "textvqa_val: only A was asked it" in table and "own: only B was asked it" in table
+    assert "textvqa_val: only A has results of it" in table and "own: only B has results of it" in table
     write_samples(folder / "samples-model.jsonl", [Sample(**row | {"question": "?"}) for row in samples])
     with pytest.raises(
         FuraVLMError, match=r"have no documents in common \(the first has gqa, .*evaluate both on the same"
@@ -229,7 +229,7 @@ def test_the_same_command_goes_on(settings, benchmarks, tmp_path, monkeypatch, c
     file.write_text(f'{first}\n{{"key": "{json.loads(second)["key"]}", "answer": null}}\n')
     evaluate(EvalConfig(**settings | own))
     assert sum(asked) == 2 + 2 + 5  # all but the one answer that is whole
-    assert "answers-0.jsonl: this line is no answer, and skipped: 2" in capsys.readouterr().err
+    assert "answers-0.jsonl: this line is not readable as an answer: 2" in capsys.readouterr().err
     results = json.loads((folder / "results.json").read_text())
     assert results["scores"]["tuned"]["pope"]["n"] == 6
     # What is typed for it again gives the same configuration.
