@@ -76,7 +76,7 @@ def build_parser() -> Parser:
     web = {"web": "open the chat in the browser", "share": "with --web: make a public link through Gradio's servers"}
     command(commands, "chat", ChatConfig, optional=image, flags=web)
     command(commands, "merge", MergeConfig, ("model", "output_dir"))
-    projector = {"mm_projector": "LLaVA's mm_projector.bin, or what stage 1 wrote; without one it is new and random"}
+    projector = {"mm_projector": "LLaVA's mm_projector.bin, or what stage 1 leaves; without one it is new and random"}
     command(commands, "assemble", AssembleConfig, ("output_dir",), optional=projector)
     command(commands, "inspect", InspectConfig, ("model",))
     data = Parser(description="Prepare data sets.", usage="fura-vlm data NAME ...")

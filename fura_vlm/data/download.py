@@ -137,7 +137,7 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
         ) from error
     except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise DownloadError(
-            f"{path} is not a valid recipe ({' '.join(str(error).split())}): data/ has examples"
+            f"{path} is no recipe ({' '.join(str(error).split())}): data/ has examples"
         ) from error
 
 

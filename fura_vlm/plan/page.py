@@ -57,8 +57,7 @@ def plan(config: PlanConfig) -> str:
     at_once = own.batch * own.gpus
     if train.train_batch_size and train.train_batch_size % at_once:
         lines += [
-            f"Training would refuse this: the {train.train_batch_size} records of a step are not a multiple of "
-            f"{at_once}.",
+            f"Training refuses it so: a step's {train.train_batch_size} records are no multiple of {at_once}.",
             "",
         ]
     if own.offload:

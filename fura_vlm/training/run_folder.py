@@ -39,8 +39,8 @@ from fura_vlm.training.trainer import FuraTrainer
 FINISHED = "report.md"  # written last
 ANSWERS_BEFORE = "answers-before.jsonl"
 BATCH = ("train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")  # how a step is made up
-# What an interrupted run may go on with otherwise than it began: its result stays the same. Of BATCH,
-# ``accumulation_steps`` sees to that.
+# What may change when an interrupted run is resumed, because the result stays the same. For BATCH
+# ``accumulation_steps`` makes sure of that.
 MAY_CHANGE = (
     *BATCH,
     "gradient_checkpointing",
@@ -85,7 +85,7 @@ def begin(config: TrainConfig, run: Path) -> None:
         if changed and get_last_checkpoint(str(run)):
             key = changed[0]
             raise TrainingError(
-                f"{run} holds an interrupted run with another {key} ({before[key]!r} there, {settings[key]!r} "
+                f"{run} holds an interrupted run with another {key} ({before[key]!r} then, {settings[key]!r} "
                 "now): use the settings it began with, or choose another --output_dir"
             )
         if changed:  # it begins anew, and perhaps with another base or other questions

@@ -50,12 +50,12 @@ def check(config: TrainConfig) -> None:
         raise TrainingError(f"{config.deepspeed} is not a DeepSpeed configuration in JSON: {error}") from error
     if stage == 3 and config.compile_layers:
         raise TrainingError(
-            "compile_layers and ZeRO-3 do not work together, because DeepSpeed gathers weights within a layer: use "
-            "--compile_layers false, or --deepspeed scripts/zero2.json if memory allows"
+            "compile_layers and ZeRO-3 do not work together, because DeepSpeed gathers weights in the midst of a layer: "
+            "take --compile_layers false, or --deepspeed scripts/zero2.json where memory allows"
         )
     if stage == 3 and method_of(config).four_bits:
         raise TrainingError(
-            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: use --deepspeed "
+            f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
             "scripts/zero2.json, or the method without q"
         )
     accumulation_steps(config, None)

@@ -412,13 +412,13 @@ def test_unknown_source_and_recipe(run, tmp_path):
     with pytest.raises(DownloadError, match="There is no recipe at nowhere.yaml"):
         download(DownloadConfig("nowhere.yaml"))
     (tmp_path / "bad.yaml").write_text("name: x\nsources: {a: {licence: b, sise: 3}}\n")
-    with pytest.raises(DownloadError, match="bad.yaml is not a valid recipe .*'sise'"):
+    with pytest.raises(DownloadError, match="bad.yaml is no recipe .*'sise'"):
         download(DownloadConfig(str(tmp_path / "bad.yaml")))
     (tmp_path / "bad.yaml").write_text("sources: {a: {licence: b, archives: [{folder: f, inside: x, hub: o/s}]}}\n")
     with pytest.raises(DownloadError, match="the archive of f needs either url, or hub and file"):
         download(DownloadConfig(str(tmp_path / "bad.yaml")))
     (tmp_path / "bad.yaml").write_bytes(b"name: caf\xe9")
-    with pytest.raises(DownloadError, match="bad.yaml is not a valid recipe .*'utf-8' codec"):
+    with pytest.raises(DownloadError, match="bad.yaml is no recipe .*'utf-8' codec"):
         download(DownloadConfig(str(tmp_path / "bad.yaml")))
 
 

@@ -170,7 +170,7 @@ def test_checkpoint_of_another_method(train):
     settings = dataclasses.asdict(TrainConfig(**train.recipe, output_dir=str(run), method="lora"))
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     line = said(train("other", method="fura"))
-    assert f"{run} holds an interrupted run with another method ('lora' there, 'fura' here)" in line
+    assert f"{run} holds an interrupted run with another method ('lora' then, 'fura' now)" in line
     assert "choose another --output_dir" in line
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-3", "config.yaml", "lock"]  # nothing is lost
 

@@ -244,5 +244,5 @@ def test_the_hours_are_those_of_the_run(tmp_path):
 
 def test_gpus_that_do_not_divide_a_step():
     text = plan(PlanConfig(RECIPE, methods=["fura"], gpus=[3], memory=[80]))
-    assert "Training would refuse this: the 128 records of a step are not a multiple of 48." in text
+    assert "Training refuses it so: a step's 128 records are no multiple of 48." in text
     assert "| fura | 128 cannot be divided by 3 |" in text
