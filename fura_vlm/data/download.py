@@ -136,9 +136,7 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
             f"There is no recipe at {path} ({error.strerror}): data/ has those of LLaVA v1.5"
         ) from error
     except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise DownloadError(
-            f"{path} is no recipe ({' '.join(str(error).split())}): data/ has examples"
-        ) from error
+        raise DownloadError(f"{path} is no recipe ({' '.join(str(error).split())}): data/ has examples") from error
 
 
 # ---------------------------------------------------------------------------------------------------- all of it

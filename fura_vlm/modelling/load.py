@@ -262,9 +262,7 @@ def inspect(config: InspectConfig) -> None:
     """
     picture = Path(config.output_path or Path(config.model) / "spectrum.png")
     if picture.suffix not in (".png", ".svg", ".pdf"):
-        raise ModelError(
-            f"{picture} is of no known format: let --output_path end in .png, .svg or .pdf"
-        )
+        raise ModelError(f"{picture} is of no known format: let --output_path end in .png, .svg or .pdf")
     model, _ = load_any(config.model)
     if not isinstance(model, PeftModel) or model.peft_config["default"].peft_type != "FURA":
         raise ModelError(f"{config.model} has no FuRA adapter: there is nothing to inspect")

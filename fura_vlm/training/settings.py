@@ -50,7 +50,7 @@ def check(config: TrainConfig) -> None:
         raise TrainingError(f"{config.deepspeed} is not a DeepSpeed configuration in JSON: {error}") from error
     if stage == 3 and config.compile_layers:
         raise TrainingError(
-            "compile_layers and ZeRO-3 do not work together, because DeepSpeed gathers weights in the midst of a layer: "
+            "compile_layers and ZeRO-3 do not go together, because DeepSpeed gathers weights in the midst of a layer: "
             "take --compile_layers false, or --deepspeed scripts/zero2.json where memory allows"
         )
     if stage == 3 and method_of(config).four_bits:
