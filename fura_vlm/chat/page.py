@@ -316,7 +316,7 @@ def _words(error: Exception) -> str:
     if isinstance(error, ChatError):
         return str(error)
     traceback.print_exception(error)
-    return "Something went wrong on the server; its log has the details. Ask again"
+    return "Something went wrong on the server, whose log has the details. Ask again"
 
 
 def _notice(sentences: list, wrong: bool = False) -> str:

@@ -27,9 +27,9 @@ class DownloadConfig:
     """Download a published mixture and its images, resuming what is there.
 
     Args:
-        recipe: a YAML file that says what there is and where it comes from; ``data/`` has those of LLaVA v1.5.
-        output_dir: the folder to fill; by default the one with the recipe's name, beside the recipe.
-        sources: download only these sources; by default all of them.
+        recipe: what there is and where it comes from, a YAML file; ``data/`` has those of LLaVA v1.5.
+        output_dir: the folder to fill; by default that of the recipe's name, beside it.
+        sources: the names of some sources only; by default all of them.
         workers: files that are downloaded at the same time.
         keep_archives: keep a source's archives after they have been unpacked.
     """

@@ -54,9 +54,9 @@ class TrainConfig:
         compile_layers: use ``torch.compile`` on each layer; not possible with ZeRO-3.
         activation_memory_budget: with ``compile_layers``, a number below 1 saves memory and costs a few percent of the
             time: the compiler computes cheap results again in the backward pass instead of keeping them.
-        bf16: train in bfloat16; by default if a GPU supports it.
+        bf16: train in bfloat16; ``None`` means where a GPU supports it.
         deepspeed: the DeepSpeed configuration, a JSON file.
-        eval_batch_size: held-out questions that each process answers at once.
+        eval_batch_size: held-out questions answered at once, on each process.
         eval_max_new_tokens: the most tokens of an answer to a held-out question.
     """
 

@@ -41,7 +41,7 @@ def check(config: TrainConfig) -> None:
     for name, least in AT_LEAST.items():
         value = getattr(config, name)
         if value is not None and value < least:
-            raise TrainingError(f"{name} is {value}: it must be at least {least}")
+            raise TrainingError(f"{name} is {value} and has to be at least {least}")
     if not Path(config.deepspeed).is_file():
         raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
     try:

@@ -123,7 +123,7 @@ def test_settings_that_a_library_refuses(settings, words, train):
     ],
 )
 def test_numbers_out_of_range(name, value, least):
-    with pytest.raises(TrainingError, match=f"^{name} is {value}: it must be at least {least}$"):
+    with pytest.raises(TrainingError, match=f"^{name} is {value} and has to be at least {least}$"):
         check(TrainConfig(**{name: value}))
     check(TrainConfig(**{name: least * 16}))  # 0, or as many as a batch has by default
 
