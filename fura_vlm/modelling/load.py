@@ -70,7 +70,8 @@ def read_config(path: str) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         _refuse_code(path, error)
         what = "usable model" if isinstance(error, StrictDataclassError) else "model"
-        raise ModelError(f"No {what} at {path}: {_first_line(error)}") from error
+        where = path if Path(path).is_dir() else f"{path} (not a folder here, so it was looked up on the hub)"
+        raise ModelError(f"No {what} at {where}: {_first_line(error)}") from error
 
 
 def _refuse_code(path: str, error: Exception) -> None:
