@@ -1,4 +1,4 @@
-"""What to do where the memory does not suffice."""
+"""What to do when memory runs out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fura_vlm.training.methods import method_of
 
 @contextmanager
 def advice_on_memory(config: TrainConfig, run: Path):
-    """Where memory runs out within: a TrainingError that says what to change and is accepted for this run."""
+    """If memory runs out inside, raises a TrainingError that says what to change; each change is possible for this
+    run."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a run leaves for people: a table, a loss curve, bars and sample answers as pictures."""
+"""What a run writes for people: a table, a loss curve, bars, and sample answers as pictures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def score_table(before: dict[str, float], after: dict[str, float], blind: dict[s
 
 
 def below_the_guess(after: dict[str, float], blind: dict[str, float]) -> str:
-    """What to say where the trained model answers worse than somebody who never looks; "" where it does not."""
+    """A warning if the trained model answers worse than a blind guess; "" if it does not."""
     worse = [family for family in after if family != "mean" and after[family] < blind[family]]
     if not worse:
         return ""

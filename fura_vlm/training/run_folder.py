@@ -1,4 +1,4 @@
-"""The folder of a run: which one it is, that it is one run's alone, and what is written into it.
+"""The folder of a run: which folder it is, the lock that keeps other runs out, and what is written into it.
 
 <output_dir>/adapter/            the PEFT adapter; model/, a whole model, where every weight was trained
 <output_dir>/mm_projector.safetensors  by LLaVA's names, for ``fura-vlm assemble``, where the projector was pretrained
@@ -68,13 +68,14 @@ def choose_run(config: TrainConfig) -> Path:
 
 
 def alone(run: Path) -> AbstractContextManager[None]:
-    """Makes the folder and keeps other runs out of it."""
+    """Makes the folder and locks it against other runs."""
     busy = f"Another run is under way in {run}: wait for its end, stop it, or choose another --output_dir"
     return alone_in(run, agree, TrainingError(busy))
 
 
 def begin(config: TrainConfig, run: Path) -> None:
-    """Writes ``config.yaml``, unless the folder holds a run that cannot go on so."""
+    """Writes ``config.yaml``. Raises TrainingError if the folder holds a run that cannot continue with these
+    settings."""
     settings = dataclasses.asdict(config)
     saved = run / "config.yaml"
     if saved.is_file():
@@ -94,7 +95,7 @@ def begin(config: TrainConfig, run: Path) -> None:
 
 
 def describe(config, run, family, model, dataset, checkpoint, console) -> None:
-    """Writes what the run is before it starts, and says it."""
+    """Writes and prints what the run is before it starts."""
     family.processor.save_pretrained(run / "processor")
     versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
     write_text(run / "versions.json", json.dumps(versions, indent=1))
@@ -113,7 +114,7 @@ def describe(config, run, family, model, dataset, checkpoint, console) -> None:
 
 def save(trainer: FuraTrainer, folder: Path, card: str | None = None) -> None:
     """The adapter as PEFT saves it or the whole model, gathered from all processes under ZeRO-3; written beside and
-    renamed. PEFT's own card is a form that nobody has filled in."""
+    renamed. PEFT's own card is an empty form."""
     building = folder.with_name(folder.name + ".tmp")
     trainer.save_model(str(building))
     PartialState().wait_for_everyone()
@@ -125,8 +126,8 @@ def save(trainer: FuraTrainer, folder: Path, card: str | None = None) -> None:
 
 
 def write_projector(run: Path) -> None:
-    """The pretrained projector out of its adapter, by the names of LLaVA-1.5's, for ``fura-vlm assemble``; that of
-    another family has none, and is in the adapter."""
+    """Writes the pretrained projector with LLaVA-1.5's names, for ``fura-vlm assemble``. Other families have no such
+    names; their projector is in the adapter."""
     trained = load_file(run / "adapter" / "adapter_model.safetensors")
     weights = {
         theirs: weight

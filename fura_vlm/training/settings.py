@@ -1,4 +1,4 @@
-"""The settings of a run: whether they can be, and what transformers' Trainer is given of them."""
+"""The settings of a run: whether they are possible, and what transformers' Trainer gets of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fura_vlm.training.config import TrainConfig, zero
 from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.methods import learning_rate, method_of
 
-# Less than this libraries refuse late, or not at all.
+# Libraries refuse smaller values late, or not at all.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
     "train_batch_size": 1,
@@ -37,7 +37,7 @@ AT_LEAST = {
 
 
 def check(config: TrainConfig) -> None:
-    """Checks ranges, and settings that exclude one another."""
+    """Checks ranges, and settings that exclude each other."""
     for name, least in AT_LEAST.items():
         value = getattr(config, name)
         if value is not None and value < least:
@@ -62,8 +62,8 @@ def check(config: TrainConfig) -> None:
 
 
 def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
-    """The gradient accumulation steps. Those of a resumed run make its steps as large as they were, so that they take
-    the same records in the same order on any number of processes."""
+    """The gradient accumulation steps. A resumed run keeps the size of its steps, so that they take the same records in
+    the same order on any number of processes."""
     records = config.train_batch_size
     if checkpoint is not None:
         records = WrittenBy.of(checkpoint).train_batch_size
