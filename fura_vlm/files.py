@@ -14,9 +14,9 @@ PATIENCE = 10.0  # seconds; the workers of a process that was killed hold on to 
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file in UTF-8 under a temporary name and renames it, so that nobody ever reads half of it. Makes its
+    """Writes a file in UTF-8 under a temporary name and renames it, so that nobody ever reads half of it.
 
-    folder. The temporary name is new each time, because several processes may write the same file at once.
+    Its folder is made. The temporary name is another one each time: processes may write the same file at once.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,11 +30,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 @contextmanager
 def alone_in(folder: Path, by_one: Callable[[Callable[[], None]], object], refusal: Exception) -> Iterator[None]:
-    """Makes a folder and locks it: two processes in it would overwrite each other's files.
+    """Makes a folder and keeps others out of it: two at once would write over each other's files.
 
     Args:
-        by_one: lets one of several processes call a function; if that fails, all of them end.
-        refusal: raised if another process has the lock.
+        by_one: has one of several processes do what it is given, and all of them end if that fails.
+        refusal: raised if somebody is at work there.
     """
     lock = FileLock(folder / "lock")
 

@@ -358,7 +358,7 @@ def fetch_file(
     tag.unlink(missing_ok=True)
     if md5 and _md5_of(part) != md5:
         part.unlink()
-        raise DownloadError(f"{url} does not have the published MD5 sum {md5}: start the same command again")
+        raise DownloadError(f"{url} has another MD5 sum than the published {md5}: start the same command again")
     os.replace(part, target)
 
 

@@ -39,7 +39,7 @@ def compare(config: CompareConfig) -> str:
     for task in [*first, *(task for task in second if task not in first)]:
         a, b = first.get(task), second.get(task)
         if a is None or b is None:
-            said.append(f"{task}: only {'B' if a is None else 'A'} has results of it; it is left out.")
+            said.append(f"{task}: only {'B' if a is None else 'A'} was asked it; it is left out.")
             continue
         common = [document for document in a if document in b]
         if len(common) < max(len(a), len(b)):
@@ -54,11 +54,11 @@ def compare(config: CompareConfig) -> str:
             )
     if not rows:
         raise CompareError(
-            f"{config.first} and {config.second} have no documents in common (the first has {', '.join(first)}; "
-            f"the second {', '.join(second)}): evaluate both on the same tasks and data"
+            f"{config.first} and {config.second} have no documents in common (A was asked {', '.join(first)}; "
+            f"B {', '.join(second)}): evaluate both on the same tasks and data"
         )
     if any(row.startswith("| pope") for row in rows):
-        said.append("POPE's answers count as right or wrong here: these are accuracies, while its score is an F1.")
+        said.append("POPE's answers count as right or wrong here: these are accuracies, where its score is an F1.")
     head = [
         f"A: {config.first}  \nB: {config.second}",
         "",
@@ -94,5 +94,5 @@ def _read(path: str) -> dict[str, dict[Document, float]]:
             by_task.setdefault(task, {})[(*content, alike[task, content])] = row["score"]
             alike[task, content] += 1
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CompareError(f"The results in {folder} are not complete ({error!r}): run fura-vlm eval again") from error
+        raise CompareError(f"{folder} holds no whole results ({error!r}): evaluate again with fura-vlm eval") from error
     return by_task

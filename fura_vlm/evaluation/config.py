@@ -57,7 +57,7 @@ class CompareConfig:
     Args:
         first: a folder with results, or a run folder that holds one.
         second: another one, on the same benchmarks.
-        output_path: a Markdown file to write the table to; by default it is only printed.
+        output_path: where to write the table as Markdown; by default it is only printed.
     """
 
     first: str

@@ -38,7 +38,8 @@ class Method:
 
     Args:
         adapter: makes PEFT's configuration from the recipe and from what all adapters share; ``None`` if the weights
-            themselves are trained. learning_rate: used if the recipe gives none.
+            themselves are trained.
+        learning_rate: used if the recipe gives none.
         four_bits: the base is kept in 4 bits.
         language: the language model is trained, not only the projector.
         without_four_bits, with_four_bits: the name of the same method with the base in the other form, if any.

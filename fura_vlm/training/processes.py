@@ -40,13 +40,11 @@ CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe"
 
 @contextmanager
 def together():
-    """Connects to the other processes, and disconnects at the end. Yields accelerate's ``PartialState``. If one process
+    """Connects to the other processes, and disconnects at the end. Yields accelerate's ``PartialState``.
 
-    raises inside, all of them end within a few seconds with exit status 1. Each machine prints the message once, with
-
-    the rank of the process unless all have the same message. A single process just raises. SystemExit and
-
-    KeyboardInterrupt are not failures: all processes have to raise them.
+    If one process raises inside, all of them end within a few seconds with exit status 1. Each machine prints the
+    message once, with the rank of the process unless all have the same message. A single process just raises.
+    SystemExit and KeyboardInterrupt are not failures: all processes have to raise them.
 
     Raises:
         TrainingError: the port they meet on is in use.

@@ -114,7 +114,7 @@ def describe(config, run, family, model, dataset, checkpoint, console) -> None:
 
 def save(trainer: FuraTrainer, folder: Path, card: str | None = None) -> None:
     """The adapter as PEFT saves it or the whole model, gathered from all processes under ZeRO-3; written beside and
-    renamed. PEFT's own card is an empty form."""
+    renamed. PEFT's own card is a form that nobody has filled in."""
     building = folder.with_name(folder.name + ".tmp")
     trainer.save_model(str(building))
     PartialState().wait_for_everyone()

@@ -148,10 +148,10 @@ def test_compare(known, tmp_path):
     assert "gqa: the documents differ, 6 in A and 6 in B: the 3 that both have are compared." in table
     assert "pope: the documents differ, 6 in A and 4 in B: the 4 that both have are compared." in table
     assert "scienceqa_img: the documents differ, 6 in A and 6 in B: the 5 that" in table
-    assert "textvqa_val: only A has results of it" in table and "own: only B has results of it" in table
+    assert "textvqa_val: only A was asked it" in table and "own: only B was asked it" in table
     write_samples(folder / "samples-model.jsonl", [Sample(**row | {"question": "?"}) for row in samples])
     with pytest.raises(
-        FuraVLMError, match=r"have no documents in common \(the first has gqa, .*evaluate both on the same"
+        FuraVLMError, match=r"have no documents in common \(A was asked gqa, .*evaluate both on the same"
     ):
         compare(CompareConfig(str(known), str(folder)))
     (tmp_path / "empty").mkdir()
@@ -169,10 +169,10 @@ def test_compare_reads_what_was_written(known, tmp_path):
     table = compare(CompareConfig(str(known), str(tmp_path)))
     assert table.count("| 6 |") == 4 and "differ" not in table
     (tmp_path / "samples-tuned.jsonl").unlink()
-    with pytest.raises(FuraVLMError, match="are not complete"):
+    with pytest.raises(FuraVLMError, match="no whole results"):
         compare(CompareConfig(str(known), str(tmp_path)))
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(FuraVLMError, match="are not complete"):
+    with pytest.raises(FuraVLMError, match="no whole results"):
         compare(CompareConfig(str(known), str(tmp_path)))
     with pytest.raises(FuraVLMError, match="not a results file of this program"):
         _check_folder(tmp_path, {"fingerprint": ""})
