@@ -84,7 +84,7 @@ def _table(file: str) -> pa.Table:
 
 
 def names_columns(path: str | os.PathLike) -> bool:
-    """Whether a mixture is a Parquet file, a folder, or a name on the hub, and no JSON."""
+    """Whether a mixture is a Parquet file, a folder, or a name on the hub, and not JSON."""
     path = os.fspath(path)
     if os.path.isdir(path) or path.endswith(".parquet"):
         return True
@@ -169,8 +169,8 @@ def _pictures(array: pa.Array) -> list[Any]:
 
 
 def state(path: str | os.PathLike) -> dict[str, Any]:
-    """What tells a mixture in columns from what it was before: its path or name, size and time of its files, and where
-    its rows are.
+    """Identifies the state of a mixture in columns: its path or name, the size and time of its files, and where its
+    rows are.
 
     Raises:
         DataError: if it cannot be read.
@@ -187,7 +187,7 @@ def state(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def arrow_files(path: str | os.PathLike) -> list[str]:
-    """The Arrow files of a mixture in columns, in order; they are made or fetched where they are not there yet.
+    """The Arrow files of a mixture in columns, in order; those that do not exist yet are made or downloaded.
 
     Raises:
         DataError: if it cannot be read.

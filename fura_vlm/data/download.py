@@ -51,14 +51,14 @@ from fura_vlm.errors import FuraVLMError, first_line
 
 _PIECE = 1 << 20  # bytes
 _TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
-_AGAIN = Retry(total=6, backoff_factor=1)  # after a lost connection; after a whole minute it is given up
+_AGAIN = Retry(total=6, backoff_factor=1)  # after a lost connection; it gives up after a minute
 _AGAIN_LATER = Retry(
     total=None, connect=0, read=0, status=6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504)
 )
 
 
 class DownloadError(FuraVLMError):
-    """A recipe, server, archive or disk that will not do. The message is one sentence with the way out."""
+    """A recipe, server, archive or disk that cannot be used. The message is one sentence with the way out."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _is_there(output: Path, archive: Archive) -> bool:
     folder = output / archive.folder
     if not os.path.lexists(folder):
         return False
-    if not folder.is_dir():  # to be said now, not when 20 GB have been downloaded for it
+    if not folder.is_dir():  # say it now, not after 20 GB have been downloaded
         raise DownloadError(f"{folder} is a file or a broken link: correct or remove it")
     found = count_files(folder)
     if archive.images and found < archive.images:
@@ -346,7 +346,7 @@ def fetch_file(
             error: Exception = requests.ConnectionError("the server stopped early")
         except (requests.ConnectionError, requests.Timeout, HTTPError) as caught:
             error = caught
-        except requests.RequestException as caught:  # a server that stays busy, an address that is none
+        except requests.RequestException as caught:  # a server that stays busy, an invalid address
             raise DownloadError(f"{url} cannot be downloaded ({_words(caught)}): try again later") from caught
         try:
             retry = retry.increment("GET", url, error=error)

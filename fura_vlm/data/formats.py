@@ -132,7 +132,7 @@ ROLES: dict[Any, Role] = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
-"""What formats call those who speak."""
+"""The names of the roles in the formats."""
 
 
 def _conversations(item: dict, folder) -> list[_Turn]:
@@ -187,7 +187,7 @@ FORMATS = (
     _Format(("texts",), _texts),
     _Format(("instruction", "output"), _alpaca, ("input", "history")),
 )
-"""A record is in the first of these all of whose keys it has."""
+"""A record has the first of these formats whose keys are all in the record."""
 
 
 # ------------------------------------------------------------------------------------------------------ turns
@@ -445,7 +445,7 @@ def _refuse_unused_marks(turns: Sequence[_Turn]) -> None:
 
 
 def named_pictures(item: Any) -> list[str | Picture]:
-    """All pictures that a record names where they are read, also where it is wrong otherwise."""
+    """All pictures that a record names under keys that are read, even if the record has other faults."""
     if not isinstance(item, dict):
         return []
     named, stack = [], [item.get("image"), item.get("images")]
@@ -468,7 +468,7 @@ def named_pictures(item: Any) -> list[str | Picture]:
 def _refuse_surrogates(text: str, what: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can write these, nobody can tokenize them, no file has them
+    except UnicodeEncodeError:  # JSON can hold these, but no tokenizer and no file name can
         raise InvalidRecord(f"{what} has half of a surrogate pair, which is not a character") from None
 
 

@@ -5,7 +5,7 @@ picture:
 
 - EXIF orientation is applied, so that a photo taken with the camera turned is upright.
 - 16-bit greyscale is scaled to 8 bit; ``convert`` clips it, which turns nearly all of it white.
-- Transparency is composited on white; ``convert`` uncovers whatever colour lies beneath it, often black.
+- Transparency is composited on white; ``convert`` shows the colour beneath it, often black.
 
 One trap of LLaVA v1.5's mixture is known here: it names every OCR-VQA image ``.jpg``, because its authors saved them
 all so, but the data set's own script saves GIF and PNG files under their own names. Where a ``.jpg`` is missing, the
@@ -34,7 +34,7 @@ MAX_PIXELS = 100_000_000
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 STAND_INS = (".gif", ".png", ".jpeg")
-"""What is looked for, in this order, where a file whose name ends in .jpg is missing."""
+"""The endings that are tried, in this order, if a file whose name ends in .jpg is missing."""
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {

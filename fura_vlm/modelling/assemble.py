@@ -1,10 +1,11 @@
 """A LLaVA in transformers' form from the parts LLaVA v1.5 is published in: Vicuna, CLIP and a projector.
 
-What llava-hf's published models are, from the same sources: ``<image>`` and ``<pad>`` follow the tokens of the
+The result is like llava-hf's published models, from the same sources: ``<image>`` and ``<pad>`` follow the tokens of
+the
 language model (ids 32000 and 32001 for Vicuna), the vocabulary is filled up to a multiple of 64 (32064), image
 features are those of the last but one layer of the tower without its class token. The new rows of both embeddings are
-the mean of the others; no row of them is ever looked at, because image features take the place of ``<image>`` and
-padding is masked.
+the mean of the others. No new row is ever used, because image features take the place of ``<image>`` and padding is
+masked.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def assemble(config: AssembleConfig) -> None:
     tokenizer = _tokenizer(config.language_model, text_config)
     language_model = WeightFiles(config.language_model, "language model")
     tower = WeightFiles(config.vision_tower, "vision tower")
-    with torch.device("meta"):  # of the parts, to know what has to be in their files
+    with torch.device("meta"):  # for the parts, to know what their files must hold
         language_names = parameter_names(LlamaForCausalLM(text_config), language_model)
         tower_names = parameter_names(CLIPVisionModel(vision_config), tower)
 
@@ -191,7 +192,8 @@ def _check_fit(config: AssembleConfig, text_config, vision_config, projector: di
     try:
         trained_with = json.loads(beside.read_text())["mm_vision_tower"]
         resolution = re.search(r"-(\d{3})(px)?$", trained_with)
-    except (OSError, ValueError, KeyError, TypeError):  # none, or one of something else, which says nothing
+    except (OSError, ValueError, KeyError, TypeError):  # no config.json, or one of something else: nothing to compare
+    with
         return
     if resolution and int(resolution[1]) != vision_config.image_size:
         raise ModelError(

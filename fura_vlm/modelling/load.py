@@ -24,8 +24,8 @@ def load_family(path: str, base: str | None = None, conversation: str | None = N
     """The family of a model, with the processor at ``path``.
 
     Args:
-        path: a model, or the folder of a processor alone, such as a run has.
-        base: the model, where ``path`` is a processor alone.
+        path: a model, or a folder with only a processor, such as a run has.
+        base: the model, if ``path`` is only a processor.
         conversation: the form of a conversation, as in the family's ``conversations``; by default its own.
 
     Raises:
@@ -65,7 +65,7 @@ def read_config(path: str) -> PretrainedConfig:
     """
     check_folder(path)
     try:
-        # Left open, the argument is asked of whoever sits at a terminal.
+        # If it is not given, transformers asks the user at a terminal.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         _refuse_code(path, error)
@@ -144,7 +144,7 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
             ) from error
         raise ModelError(f"A base in 4 bits needs the extra package: pip install -e .[quant] ({error})") from error
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        WeightFiles(path, what)  # says which file is missing, cut off or damaged, if one is
+        WeightFiles(path, what)  # names the file that is missing, cut off or damaged, if there is one
         raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])
@@ -194,7 +194,7 @@ def read_adapter_config(path: str) -> PeftConfig:
 
 
 def find_adapter(path: str) -> str | None:
-    """The adapter that a path means, be it its own folder or that of a run; None if there is none."""
+    """The adapter at a path, which is its own folder or that of a run; None if there is no adapter."""
     folder = Path(path).expanduser()
     folders = (folder / "adapter", folder)
     return next((str(folder) for folder in folders if (folder / "adapter_config.json").is_file()), None)
@@ -241,7 +241,7 @@ def load_any(path: str) -> tuple[PreTrainedModel | PeftModel, Family]:
         path: a run folder, an adapter's folder, or a model (folder or name on the hub).
 
     Raises:
-        ModelError: if it is none of these, or a part of it is missing.
+        ModelError: if there is nothing of that kind, or a part of it is missing.
     """
     base, adapter, processor = find_parts(path)
     family, model = load_family(processor, base), load_base(base, default_dtype())
@@ -251,7 +251,7 @@ def load_any(path: str) -> tuple[PreTrainedModel | PeftModel, Family]:
 
 
 def default_dtype() -> torch.dtype:
-    """In which a model is loaded unless somebody says otherwise: bfloat16 where the GPU has it, else float32."""
+    """The dtype in which a model is loaded by default: bfloat16 if the GPU supports it, else float32."""
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
@@ -277,7 +277,7 @@ def inspect(config: InspectConfig) -> None:
 
 
 def check_folder(path: str) -> None:
-    """Refuses a path that cannot be a name on the hub and is no folder, before the network is asked for it.
+    """Refuses a path that is not a folder and cannot be a name on the hub, before the network is asked.
 
     Raises:
         ModelError: there is none.
@@ -291,6 +291,6 @@ def check_folder(path: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of its message; where that announces a list, with the first of it."""
+    """The first line of an error's message; if that line introduces a list, with the first item of the list."""
     lines = (str(error).strip() or type(error).__name__).split("\n")
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,4 +1,4 @@
-"""Model files read and written a tensor at a time, so that a model need not fit into memory."""
+"""Reads and writes model files one tensor at a time, so that a model need not fit into memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class WeightFiles:
         tensors: the names in the files, in natural order, and on the meta device the shape and dtype of each.
 
     Raises:
-        ModelError: a file is missing, cut off or damaged, or has a dtype that PyTorch has not.
+        ModelError: a file is missing, cut off or damaged, or has a dtype that PyTorch does not have.
     """
 
     def __init__(self, path: str, what: str):
@@ -107,8 +107,8 @@ class WeightFiles:
 
 
 def parameter_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str]:
-    """For each parameter of ``model`` the name that ``files`` has for it, whichever of the layouts that transformers
-    has had over time they are written in. One that is tied to another need not be there.
+    """For each parameter of ``model``, its name in ``files``. The files may have any of the layouts that transformers
+    has used over time. A parameter that is tied to another need not be in them.
 
     Raises:
         ModelError: a parameter is missing in the files, is quantised there, or has another shape.

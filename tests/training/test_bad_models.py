@@ -85,7 +85,7 @@ def spoil_template(folder: Path, template: str | None) -> None:
         (None, "has no chat template: add the file chat_template.jinja that belongs to it"),
         (CHATML.replace("IMAGE", "'<|image_pad|>'").replace("part['text']", "part['text'] | upper"), "changes answers"),
         (CHATML.replace("IMAGE", "''").replace("<|im_end|>", ""), "the model would not learn to stop"),
-        (CHATML.replace("IMAGE", "''"), "writes 0 of 1 pictures"),
+        (CHATML.replace("IMAGE", "''"), "writes only 0 of 1 pictures"),
         ("{{ messages | length }}" + CHATML, "use a template with {% generation %} around the answers"),
     ],
 )
@@ -104,7 +104,7 @@ def test_a_processor_of_another_model(family, folder, train_on):
     token = config[name]
     (model / "config.json").write_text(json.dumps(config | {name: token - 1}))
     line = said(train_on(model, GOOD))
-    assert f"is token {token} of its tokenizer and {token - 1} of its config.json" in line
+    assert f"is token {token} in its tokenizer and {token - 1} in its config.json" in line
     assert str(model) in line and "take the processor that was published with this one" in line
 
 
