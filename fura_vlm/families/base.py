@@ -441,7 +441,7 @@ class Family:
         places = [found.span() for found in re.finditer(re.escape(self.placeholder), rendered.text)] if sources else []
         if len(places) != len(sources):
             raise EncodingError(
-                f"the model's chat template writes only {len(places)} of {len(sources)} pictures: use fewer, or another template"
+                f"the model's chat template writes only {len(places)} of {len(sources)} pictures: use fewer"
             )
         token, runs, pieces, shifts, last = self.run_token, [], [], [], 0
         for (start, end), size in zip(places, sizes, strict=True):

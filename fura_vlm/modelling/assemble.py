@@ -192,8 +192,7 @@ def _check_fit(config: AssembleConfig, text_config, vision_config, projector: di
     try:
         trained_with = json.loads(beside.read_text())["mm_vision_tower"]
         resolution = re.search(r"-(\d{3})(px)?$", trained_with)
-    except (OSError, ValueError, KeyError, TypeError):  # no config.json, or one of something else: nothing to compare
-    with
+    except (OSError, ValueError, KeyError, TypeError):  # nothing to compare with
         return
     if resolution and int(resolution[1]) != vision_config.image_size:
         raise ModelError(
