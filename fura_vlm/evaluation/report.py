@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: Markdown tables, and a page with charts and samples to search."""
+"""What an evaluation writes for people: Markdown tables, and a page with charts and samples to search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fura_vlm.files import write_text
 __all__ = ["PUBLISHED", "markdown", "page", "read_samples", "show", "write_samples"]
 
 BENCHMARKS = ("gqa", "scienceqa", "textvqa", "pope")
-"""What the published scores are of, in the order of ``TASKS``."""
+"""The benchmarks of the published scores, in the order of ``TASKS``."""
 
 PUBLISHED = {
     "full fine-tuning": {
@@ -157,7 +157,7 @@ def _with_interval(figures: dict) -> str:
 
 
 def notes(results: dict) -> list[str]:
-    """What the figures stand on, a sentence or two each."""
+    """Notes on how the figures were computed, a sentence or two each."""
     scores = next(iter(results["scores"].values()))
     metrics = ", ".join(f"{task} {score['metric']}" for task, score in scores.items())
     sources = sorted({method["source"] for method in results["published"].values()})

@@ -26,14 +26,14 @@ RECIPE = "recipe.json"  # what write_benchmarks leaves beside the benchmarks
 
 
 class SuiteError(FuraVLMError):
-    """Settings that do not go together, or a folder that holds something else."""
+    """Settings that cannot be combined, or a folder that holds something else."""
 
 
 def evaluate(config: EvalConfig) -> Path | None:
     """Runs the suite and returns the folder with the results; ``None`` on all processes but the main one.
 
     Raises:
-        FuraVLMError: with one sentence for whatever the user can mend.
+        FuraVLMError: with one sentence, for everything that the user can fix.
     """
     if config.offline:  # read by the libraries when they are imported
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -217,7 +217,8 @@ def _is_main() -> bool:
 
 
 def _main_first(do: Callable[[], None]) -> None:
-    """The main process does it while the others wait. What ends the main one ends them all; it alone says why."""
+    """The main process does it while the others wait. If it fails, all of them end, and only the main process says
+    why."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return do()
     import torch
@@ -236,7 +237,7 @@ def _main_first(do: Callable[[], None]) -> None:
 
 
 def _quiet() -> None:
-    """lmms-eval's log lines below a warning, and the libraries' bars about loading, stay off the screen."""
+    """Hides lmms-eval's log lines below a warning, and the libraries' progress bars about loading."""
     import datasets
     import lmms_eval.models  # noqa: F401  sets up its own log when it is imported
     from loguru import logger

@@ -36,7 +36,7 @@ from fura_vlm.families.messages import Message, pictures
 from fura_vlm.families.vicuna import IMAGE
 
 PUBLISHED = {"7b": (4096, 11_008, 32), "13b": (5120, 13_824, 40)}
-"""Of the sizes that were published: width, that of the MLP, layers."""
+"""The published sizes: width, width of the MLP, layers."""
 
 
 class Llava(Family):
@@ -58,8 +58,8 @@ class Llava(Family):
         """The processor as LLaVA v1.5 trains and evaluates; Pillow does the image work, as in its own code.
 
         Published llava-hf checkpoints come with another one, which crops the centre of a picture instead of padding
-        it, does not know of the tower's class token, and renders conversations without the system sentence. Of such a
-        one the tokenizer and the sizes are taken.
+        it, does not know of the tower's class token, and renders conversations without the system sentence. From such a
+        processor only the tokenizer and the sizes are used.
         """
         processor = super().load_processor(path, config)
         if not isinstance(processor, LlavaProcessor):
@@ -238,7 +238,7 @@ def _check_sizes(path: str, processor: LlavaProcessor, config) -> None:
 
 
 def _check_image_tokens(path: str, processor: LlavaProcessor, config) -> None:
-    """Training relies on it: it has no time to compare features and tokens in every batch."""
+    """Training relies on this, because comparing features and tokens in every batch would take too long."""
     strategies = processor.vision_feature_select_strategy, config.vision_feature_select_strategy
     sizes = processor.patch_size, config.vision_config.patch_size
     patches = [(config.vision_config.image_size // size) ** 2 for size in sizes]
