@@ -217,8 +217,7 @@ def _is_main() -> bool:
 
 
 def _main_first(do: Callable[[], None]) -> None:
-    """The main process does it while the others wait. If it fails, all of them end, and only the main process says
-    why."""
+    """The main process does it while the others wait. What ends the main one ends them all; it alone says why."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return do()
     import torch

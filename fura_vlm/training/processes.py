@@ -159,7 +159,7 @@ def unlink_shared_memory() -> None:
 
 
 def agree(decide):
-    """The main process's result, on all processes."""
+    """What the main process decides, on all of them."""
     state = PartialState()
     outcome = [decide() if state.is_main_process else None]
     if state.num_processes > 1:
