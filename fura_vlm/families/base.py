@@ -240,9 +240,9 @@ class Family:
         )
         if differ:
             raise ModelError(
-                f"{self._name} cannot be trained here: for a conversation with two pictures its processor makes other "
-                f"{' and '.join(differ)} than fura_vlm.families.Family; such a model needs a family file of its own "
-                "(docs/families.md)"
+                f"{self._name} cannot be trained here: its processor makes other {' and '.join(differ)} of a "
+                "conversation with two pictures than fura_vlm.families.Family; such a model needs a file of its own "
+                "there"
             )
 
     @property
@@ -368,7 +368,7 @@ class Family:
         if not template:
             raise ModelError(
                 "The model's processor has no chat template: add the file chat_template.jinja that belongs to it, or "
-                "use --conversation vicuna or alpaca for a language model without one"
+                "take --conversation vicuna or alpaca for a language model without one"
             )
         return template
 

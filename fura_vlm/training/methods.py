@@ -41,7 +41,7 @@ class Method:
             themselves are trained.
         learning_rate: used if the recipe gives none.
         four_bits: the base is kept in 4 bits.
-        language: the language model is trained, not only the projector.
+        language: the language model takes part, and not the projector alone.
         without_four_bits, with_four_bits: the name of the same method with the base in the other form, if any.
     """
 

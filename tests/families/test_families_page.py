@@ -204,7 +204,7 @@ def test_other_tokens_than_the_processors_are_refused(general):
             return super().expansion(width, height).removesuffix("[IMG_END]")
 
     family = load_family(str(general))
-    with pytest.raises(ModelError, match="makes other attention_mask and input_ids than"):
+    with pytest.raises(ModelError, match="makes other attention_mask and input_ids of a conversation"):
         Short(family.processor, family.config).check()
 
 
