@@ -61,7 +61,7 @@ def sentences() -> list[re.Pattern]:
     for path in sorted((ROOT / "scripts").glob("*.sh")):
         found += of_shell(path.read_text("utf-8"))
     return [
-        re.compile(".+?".join(f"({re.escape(part)})" for part in parts))
+        re.compile(".+?".join(f"({re.escape(part)})" for part in parts), re.IGNORECASE)
         for parts in found
         if len(words(" ".join(parts))) >= 3
     ]
@@ -99,8 +99,8 @@ def test_a_message_is_the_programs(message, sentences):
     "message",
     [
         "fura-vlm train: The memory of this machine does not suffice for 16 records of up to 2048 tokens: try fewer",
-        "fura-vlm train: models/mine: <image> is number 767 for its tokenizer and 32000 by its config.json: its files "
-        "belong to different models, so take the processor that was published with this one",
+        "fura-vlm train: models/mine: the tokenizer numbers <image> otherwise than the config.json, which cannot be: "
+        "its files belong to different models, so take the processor that was published with this one",
         "8 of 28 records are not used: look into runs/fura/skipped.jsonl",
         "A training process got signal 9; the system often does that when memory runs out.",
     ],
