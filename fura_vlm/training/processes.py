@@ -143,10 +143,8 @@ def _leave() -> None:
     if dist.is_initialized():
         from deepspeed import comm
 
-        if comm.comm.cdb is None:  # it failed before it was ready
-            dist.destroy_process_group()
-        else:
-            comm.destroy_process_group()
+        # Where joining failed, DeepSpeed does not know of the group yet.
+        (comm if comm.is_initialized() else dist).destroy_process_group()
 
 
 def unlink_shared_memory() -> None:
