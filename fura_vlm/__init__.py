@@ -1,8 +1,8 @@
 """FuRA-VLM: instruction-tune vision-language models with FuRA (full-rank adaptation, arXiv 2605.22869).
 
 Importing the package registers FuRA with PEFT under the type ``"FURA"``, so that ``peft.get_peft_model``,
-``peft.PeftModel.from_pretrained`` and transformers' adapter methods know it. Where PEFT is not imported yet, that is
-done as soon as it is: the package by itself imports neither PEFT nor torch, and its command line answers at once.
+``peft.PeftModel.from_pretrained`` and transformers' adapter methods know it. If PEFT is not imported yet, this happens
+when it is: the package itself imports neither PEFT nor torch, so its command line answers at once.
 """
 
 import importlib
@@ -15,7 +15,7 @@ __all__ = ["FuraConfig", "FuraModel"]
 
 
 class _RegisterWithPeft:
-    """Waits in ``sys.meta_path`` for the import of PEFT, and has FuRA registered right after it."""
+    """Waits in ``sys.meta_path`` for the import of PEFT, and registers FuRA right after it."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "peft":

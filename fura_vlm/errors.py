@@ -1,4 +1,4 @@
-"""The root of the project's own errors, and what is said of any error."""
+"""The base class of the project's own errors, and the message that a user gets for any error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 
 
 class FuraVLMError(Exception):
-    """Something the user can mend. The message is one sentence that names the place, the reason and the way out."""
+    """Something that the user can fix. The message is one sentence that names the place, the reason and the way out."""
 
 
 class ModelError(FuraVLMError):
@@ -19,7 +19,7 @@ def first_line(error: Exception) -> str:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What to tell the user of an error instead of a traceback; None if it is none of the user's."""
+    """The message for the user instead of a traceback; None if the error is a fault of the program."""
     if isinstance(error, FuraVLMError):
         return str(error)
     if _disk_is_full(error):
@@ -30,7 +30,7 @@ def sentence(error: BaseException) -> str | None:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether this is the reason, be it said by Python, by safetensors or by torch's writer of checkpoints."""
+    """Whether the disk is full, as Python, safetensors or torch's writer of checkpoints report it."""
     while error is not None:
         words = ("No space left on device", "file write failed", "unexpected pos")
         if getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in words):

@@ -10,12 +10,12 @@
 #   NODE_RANK       which one this is, from 0
 #   MASTER_ADDR     name or address of number 0
 #
-# Ctrl-C and SIGTERM reach the training processes alone. They save a checkpoint and end by themselves; the launcher
-# would give them 30 seconds and then kill them.
+# Ctrl-C and SIGTERM go to the training processes only, not to the launcher. They save a checkpoint and end by
+# themselves; the launcher would kill them after 30 seconds.
 
-# Sends SIGTERM to the training processes below a launcher, or those of a SLURM job on this machine, and neither to the
-# launcher nor to data workers, which are copies of them. Where they are all on other machines it ends the launcher,
-# which ends them. One process is enough: it tells the others.
+# Sends SIGTERM to the training processes below a launcher, or to those of a SLURM job on this machine, but not to the
+# launcher or to data workers, which are copies of them. If all of them are on other machines, it ends the launcher,
+# which ends them. One process is enough, because it tells the others.
 #
 #   stop_training launcher PID | job ID
 stop_training() {
@@ -68,7 +68,7 @@ launch() {
     local processes="${NUM_PROCESSES:-}" nodes="${NUM_NODES:-1}" gpus job status=0 where=() hosts=""
     gpus="$(nvidia-smi -L 2> /dev/null | wc -l || true)"
     case " ${DEEPSPEED_ARGS:-}" in
-        *" --hostfile"*) ;;  # says itself how many processes there are, on machines unlike this one
+        *" --hostfile"*) ;;  # the file says how many processes each machine has
         *)
             if [ "$gpus" = 0 ]; then  # processes share the cores
                 processes="${processes:-1}"
@@ -95,8 +95,8 @@ launch() {
         where=(${processes:+--num_gpus "$processes"} --master_port "${MASTER_PORT:-$(python -c "$port")}")
     fi
     set -m  # a process group of its own
-    # The launcher's own log and the libraries' notices to programmers would bury what the run has to say. Of a run that
-    # saved and stopped the launcher says ERROR, too; what it alone knows is said below.
+    # The launcher's log and the libraries' notices to programmers would hide the messages of the run. The launcher also
+    # logs an ERROR for a run that saved and stopped. What only the launcher knows is printed below.
     PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" \
         deepspeed --log_level critical --no_local_rank "${where[@]}" ${DEEPSPEED_ARGS:-} --module fura_vlm.cli "$@" &
     job=$!
@@ -110,7 +110,7 @@ launch() {
     [ -z "$hosts" ] || rm -f "$hosts"
     if [ "$status" -gt 192 ]; then  # minus the number of a signal
         echo "A training process was ended by signal $((256 - status))$(
-            [ "$status" != 247 ] || echo '; often the system does that where memory is short')." >&2
+            [ "$status" != 247 ] || echo '; the system often does that when memory runs out')." >&2
     fi
     return "$status"
 }

@@ -3,8 +3,8 @@
 #
 #   sbatch --nodes 2 --gpus-per-node 8 scripts/slurm.sh scripts/finetune_fura.sh CONFIG.yaml [--KEY VALUE ...]
 #
-# Repository, .venv, model, data and run folder have to be on a file system that all nodes share. Five minutes before
-# its time is up the run saves a checkpoint, and the job is queued again to go on from there.
+# Repository, .venv, model, data and run folder must be on a file system that all nodes share. Five minutes before the
+# job's time is up, the run saves a checkpoint, and the job is queued again to continue from there.
 #SBATCH --job-name=fura-vlm
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:TERM@300

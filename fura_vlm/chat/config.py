@@ -10,21 +10,21 @@ class ChatConfig:
     """Talk with a model, about a picture if it takes any, in the terminal or in the browser.
 
     Args:
-        image: the picture to talk about in the terminal; a model of text alone takes none.
+        image: the picture to talk about in the terminal; a language model takes none.
         model: a run folder, an adapter, or a model (a folder or a name on the hub); by default the newest run in
             runs/, or else the embedded model.
         adapters: more runs or adapters over the same base, to choose from in the browser.
         web: open the chat in the browser.
-        question: ask this one question in the terminal and end; by default questions are read from the terminal.
-        max_new_tokens: length limit of an answer.
-        host: the address to listen on; by default only this machine can connect.
+        question: ask this one question in the terminal and end; by default, questions are read from the terminal.
+        max_new_tokens: the most tokens of an answer.
+        host: the address to listen on; with the default, only this machine can connect.
         port: the port to listen on.
-        allowed_hosts: names that browsers may open the chat by, such as chat.example.org or *.example.org behind a
-            proxy; an address in figures, localhost and this machine's own name always work.
-        auth: NAME:PASSWORD that the browser asks for.
+        allowed_hosts: other host names by which browsers may open the chat, such as chat.example.org or *.example.org
+            behind a proxy; IP addresses, localhost and this machine's own name always work.
+        auth: the browser asks for this NAME:PASSWORD.
         share: make a public link through Gradio's servers.
-        max_users: answers written at the same time.
-        max_waiting: questions that wait for their turn; more are turned away.
+        max_users: the most answers that are written at the same time.
+        max_waiting: the most questions that wait for their turn; further ones are refused.
     """
 
     image: str | None = None

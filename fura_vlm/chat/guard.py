@@ -191,7 +191,7 @@ class Guard:
         if not self.hosts.allow(headers.get("host", "")):
             raise Refused(
                 400,
-                f"This chat does not go by the name {headers.get('host', '')[:100]}: open it by its address in figures,"
+                f"This chat does not answer to the name {headers.get('host', '')[:100]}: open it by its IP address,"
                 " or start it with --allowed_hosts and this name",
             )
         if not self._own(scope["method"], headers):

@@ -82,7 +82,7 @@ def load_models(path: str | None, adapters: list[str]) -> Models:
         try:
             model.load_adapter(folder, adapter_name=name)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"The adapter at {other} does not go with {path}: {first_line(error)}") from error
+            raise ModelError(f"The adapter at {other} does not fit {path}: {first_line(error)}") from error
         names[label] = name
     return Models(path, model.eval(), family, names | {BASE: None})
 

@@ -97,8 +97,10 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 model = gr.Dropdown(labels, value=labels[0], label="Model", elem_id="model")
                 other = gr.Dropdown([NOTHING, *labels], value=NOTHING, label="Side by side with", elem_id="other")
             with gr.Row():
-                temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest word")
-                top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1: any word")
+                temperature = gr.Slider(
+                    0, 2, value=0, step=0.05, label="Temperature", info="0: always the most likely word"
+                )
+                top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1: all words are possible")
                 usual = min(config.max_new_tokens, longest)
                 length = gr.Slider(1, longest, value=usual, step=1, label="Longest answer", info="in tokens")
         with gr.Accordion("Camera", open=False, visible=sees):
@@ -149,7 +151,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
                 yield *[gr.skip()] * 4, _notice([error], wrong=True)
                 return
             alone = sees and image is None and not any(turn.image for turn in session.turns)
-            says = ["There is no picture yet: the model answers from words alone."] if alone else []
+            says = ["There is no picture yet: the model answers from the text alone."] if alone else []
             async for values in answer(session, message["text"], image, *settings, says=says):
                 yield values
 
@@ -318,7 +320,7 @@ def _speed(sides: list[str], running: list[Generation]) -> str:
 def _image_of(message: dict) -> str | None:
     files = message.get("files") or []
     if len(files) > 1:
-        raise ChatError("One picture goes with a question: remove the others, and send them with the next questions")
+        raise ChatError("A question takes one picture: remove the others, and send them with the next questions")
     return files[0] if files else None
 
 

@@ -77,10 +77,11 @@ def build_prompt(exchanges: list[Exchange], family: Family, max_tokens: int) -> 
     """
     asked, characters = len(exchanges[-1].question), sum(len(e.question) + len(e.answer or "") for e in exchanges)
     if asked > MAX_QUESTION:
-        raise ChatError(f"The question has {asked:,} characters: ask with {MAX_QUESTION:,} at most")
+        raise ChatError(f"The question has {asked:,} characters, and at most {MAX_QUESTION:,} are allowed: shorten it")
     if characters > MAX_CONVERSATION:
         raise ChatError(
-            f"The conversation has {characters:,} characters, {MAX_CONVERSATION:,} at most are kept: start a new one"
+            f"The conversation has {characters:,} characters, and at most {MAX_CONVERSATION:,} are kept: start "
+            "a new one"
         )
 
     if not family.sees and any(exchange.image for exchange in exchanges):
@@ -129,7 +130,7 @@ def encode(prompt: Prompt, family: Family) -> dict:
         ChatError: if a picture is no longer there.
     """
     if not all(Path(path).is_file() for path in prompt.images):
-        raise ChatError("A picture of this conversation is kept no longer: start a new conversation")
+        raise ChatError("A picture of this conversation is no longer kept: start a new conversation")
     return family.inputs(prompt.messages, [read_image(path, family) for path in prompt.images])
 
 

@@ -342,7 +342,7 @@ def _share(hosts: Hosts, port: int) -> None:
     try:
         url = networking.setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
     except Exception as error:  # no network, no tunnel program, ...
-        print(f"There is no public link: {first_line(error)}", flush=True)
+        print(f"No public link could be made: {first_line(error)}", flush=True)
         return
     hosts.names.add(urlparse(url).hostname or "")
     print(f"Public link, for anyone who has it: {url}", flush=True)

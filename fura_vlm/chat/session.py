@@ -79,7 +79,7 @@ class Session:
         for number, turn in enumerate(self.turns):
             if turn.image:
                 shown = {"path": turn.image, "alt_text": "the picture"}
-                content = shown if Path(turn.image).is_file() else "*this picture is kept no longer*"
+                content = shown if Path(turn.image).is_file() else "*this picture is no longer kept*"
                 yield number, {"role": "user", "content": content}
             yield number, {"role": "user", "content": literal(turn.question)}
             if turn.asked(beside):

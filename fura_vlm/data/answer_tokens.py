@@ -1,7 +1,7 @@
 """Whether a tokenizer knows the words of the answers that are trained.
 
-A model learns a word of one token within a few examples. One that its tokenizer spells, letter by letter or byte by
-byte, has to be learnt as a sequence that the model has never written, and takes many more steps.
+A model learns a word of one token in a few examples. A word that the tokenizer splits into letters or bytes is a
+sequence that the model has never written, and learning it takes many more steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def spelling(answers: Iterable[Sequence[int]], tokenizer) -> tuple[int, float, float]:
-    """How a tokenizer spells words of scripts that have upper and lower case; others are not written in words.
+    """How a tokenizer splits words. Only scripts with upper and lower case count, because others do not separate words.
 
     Args:
         answers: token ids of each answer.
@@ -44,12 +44,12 @@ def spelling(answers: Iterable[Sequence[int]], tokenizer) -> tuple[int, float, f
 
 
 def warning(answers: Iterable[Sequence[int]], tokenizer) -> str:
-    """A line for the screen if the answers' words are unlike the tokenizer's, or ""."""
+    """A warning if the tokenizer does not know the words of the answers, or ""."""
     words, pieces, single = spelling(answers, tokenizer)
     if words < LEAST_WORDS or pieces <= MOST_PIECES and single <= MOST_SINGLE:
         return ""
     return (
-        f"The model's tokenizer spells the words of these answers: {pieces:.1f} tokens a word, {single:.0%} of them "
-        "single letters. Such words take many more steps to learn: train longer, write the answers as the model was "
-        "pretrained to write (upper and lower case count), or take a model that knows the words"
+        f"The model's tokenizer does not know the words of these answers: it splits a word into {pieces:.1f} tokens, "
+        f"{single:.0%} of them single letters. Such words take many more steps to learn: train longer, write the "
+        "answers as the model was pretrained to write (upper and lower case count), or choose another model"
     )

@@ -84,7 +84,7 @@ def _table(file: str) -> pa.Table:
 
 
 def names_columns(path: str | os.PathLike) -> bool:
-    """Whether a mixture is a Parquet file, a folder, or a name on the hub, and no JSON."""
+    """Whether a mixture is a Parquet file, a folder, or a name on the hub, and not JSON."""
     path = os.fspath(path)
     if os.path.isdir(path) or path.endswith(".parquet"):
         return True
@@ -169,8 +169,8 @@ def _pictures(array: pa.Array) -> list[Any]:
 
 
 def state(path: str | os.PathLike) -> dict[str, Any]:
-    """What tells a mixture in columns from what it was before: its path or name, size and time of its files, and where
-    its rows are.
+    """Identifies the state of a mixture in columns: its path or name, the size and time of its files, and where its
+    rows are.
 
     Raises:
         DataError: if it cannot be read.
@@ -187,7 +187,7 @@ def state(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def arrow_files(path: str | os.PathLike) -> list[str]:
-    """The Arrow files of a mixture in columns, in order; they are made or fetched where they are not there yet.
+    """The Arrow files of a mixture in columns, in order; those that do not exist yet are made or downloaded.
 
     Raises:
         DataError: if it cannot be read.
@@ -201,7 +201,7 @@ def arrow_files(path: str | os.PathLike) -> list[str]:
         raise
     except Exception as error:  # datasets raises all sorts: its own, the hub's, the network's, pyarrow's
         reason = " ".join(str(error).split()) or type(error).__name__
-        where = path if os.path.exists(path) else f"{path}, which is no file here and so a name on the hub,"
+        where = path if os.path.exists(path) else f"{path} (not a file here, so it was looked up on the hub)"
         raise DataError(f"{where} cannot be read as a data set ({reason}): check data_path") from error
     return [os.path.abspath(part["filename"]) for part in found.cache_files]
 
@@ -225,6 +225,6 @@ def _load(path: str) -> datasets.Dataset:
     if split not in found:
         other = f"{path}/" if os.path.isdir(path) else f"{path.partition('@')[0]}@"
         raise DataError(
-            f"{path} has no split {split}, it has {', '.join(found)}: name {other}{next(iter(found))}, for example"
+            f"{path} has no split {split}; it has {', '.join(found)}: give {other}{next(iter(found))}, for example"
         )
     return found[split]

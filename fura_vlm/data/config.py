@@ -12,7 +12,7 @@ class VerifyConfig:
     Args:
         data_path: the mixture: a JSON, JSONL or Parquet file, a folder of the datasets library, or a hub name.
         image_folder: where its image paths start; by default the folder of ``data_path``.
-        report_dir: where the lists go; by default beside ``data_path``, with ``.images`` after its name.
+        report_dir: the folder for the lists; by default ``data_path`` with ``.images`` added.
         workers: processes that decode; by default one for each core.
     """
 
@@ -30,7 +30,7 @@ class DownloadConfig:
         recipe: what there is and where it comes from, a YAML file; ``data/`` has those of LLaVA v1.5.
         output_dir: the folder to fill; by default that of the recipe's name, beside it.
         sources: the names of some sources only; by default all of them.
-        workers: files downloaded at the same time.
+        workers: files that are downloaded at the same time.
         keep_archives: keep a source's archives after they have been unpacked.
     """
 

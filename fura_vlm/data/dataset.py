@@ -84,7 +84,7 @@ def encode_rows(records: Sequence[Record], family: Family, max_length: int) -> t
 
 
 def _measured(records: Sequence[Record], family: Family) -> tuple[list[tuple[Record, list]], list[Problem]]:
-    """Each record with the sizes of its pictures, as far as the family wants to know them."""
+    """Each record with the sizes of its pictures, if the family needs them."""
     if not family.needs_sizes:
         return [(record, [(0, 0)] * len(record.pictures)) for record in records], []
 
@@ -225,4 +225,6 @@ def read_table(files: Sequence[str]) -> pa.Table:
     try:
         return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files]).data.table
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"The index {os.path.dirname(files[0])} is damaged ({error}): remove it") from error
+        raise DataError(
+            f"The index {os.path.dirname(files[0])} is damaged ({error}): remove it and train again"
+        ) from error

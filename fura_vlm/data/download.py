@@ -52,14 +52,14 @@ from fura_vlm.files import finish, unfinished
 
 _PIECE = 1 << 20  # bytes
 _TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
-_AGAIN = Retry(total=6, backoff_factor=1)  # after a lost connection; after a whole minute it is given up
+_AGAIN = Retry(total=6, backoff_factor=1)  # after a lost connection; it gives up after a minute
 _AGAIN_LATER = Retry(
     total=None, connect=0, read=0, status=6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504)
 )
 
 
 class DownloadError(FuraVLMError):
-    """A recipe, server, archive or disk that will not do. The message is one sentence with the way out."""
+    """A recipe, server, archive or disk that cannot be used. The message is one sentence with the way out."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Archive:
 
     def __post_init__(self):
         if not (self.url or self.hub and self.file):
-            raise TypeError(f"the archive of {self.folder} has neither url nor hub and file")
+            raise TypeError(f"the archive of {self.folder} needs either url, or hub and file")
 
     @property
     def name(self) -> str:
@@ -155,9 +155,9 @@ def download(config: DownloadConfig) -> None:
     chosen = list(recipe.sources) if config.sources is None else config.sources
     for name in chosen:
         if name not in recipe.sources:
-            raise DownloadError(f"{config.recipe} has no source {name!r}: choose of {', '.join(recipe.sources)}")
+            raise DownloadError(f"{config.recipe} has no source {name!r}: choose from {', '.join(recipe.sources)}")
     if config.workers < 1:
-        raise DownloadError(f"workers is {config.workers}: it takes at least one to download")
+        raise DownloadError(f"workers is {config.workers}: give at least 1")
     wanted = [archive for name in chosen for archive in recipe.sources[name].archives if not _is_there(output, archive)]
     session = _session(config.workers)
     _check_space(output, wanted, config.keep_archives, session)
@@ -175,12 +175,12 @@ def _is_there(output: Path, archive: Archive) -> bool:
     folder = output / archive.folder
     if not os.path.lexists(folder):
         return False
-    if not folder.is_dir():  # to be said now, not when 20 GB have been downloaded for it
-        raise DownloadError(f"{folder} is a file, or a link to what is not there: correct or remove it")
+    if not folder.is_dir():  # say it now, not after 20 GB have been downloaded
+        raise DownloadError(f"{folder} is a file or a broken link: correct or remove it")
     found = count_files(folder)
     if archive.images and found < archive.images:
         raise DownloadError(
-            f"{folder} holds {found:,} files where {archive.images:,} are published: complete it, or remove it and "
+            f"{folder} holds {found:,} files, but {archive.images:,} are published: complete it, or remove it and "
             "start the same command again"
         )
     return True
@@ -205,8 +205,8 @@ def _check_space(output: Path, archives: list[Archive], keep: bool, session: req
     free = shutil.disk_usage(there).free
     if needed > free:
         raise DownloadError(
-            f"{output} needs about {needed / 1e9:,.1f} GB more and {free / 1e9:,.1f} GB are free: make room, or take "
-            "some --sources at a time"
+            f"{output} needs about {needed / 1e9:,.1f} GB more, and {free / 1e9:,.1f} GB are free: make room, or "
+            "download some sources at a time with --sources"
         )
 
 
@@ -291,7 +291,9 @@ def _say(recipe: Recipe, chosen: list[str], output: Path) -> None:
             found = count_files(output / folder) if there else 0
             table.add_row(name, folder, f"{found:,}", f"{published:,}" if published else "", source.licence)
             if not there and source.by_hand:
-                left.append(f"{name} is left to you:\n{source.by_hand.strip()}".replace("OUTPUT", str(output)))
+                left.append(
+                    f"{name} has to be fetched by hand:\n{source.by_hand.strip()}".replace("OUTPUT", str(output))
+                )
     console.print(table)
     for words in left:
         console.print(words, style="yellow", soft_wrap=True, highlight=False)
@@ -345,7 +347,7 @@ def fetch_file(
             error: Exception = requests.ConnectionError("the server stopped early")
         except (requests.ConnectionError, requests.Timeout, HTTPError) as caught:
             error = caught
-        except requests.RequestException as caught:  # a server that stays busy, an address that is none
+        except requests.RequestException as caught:  # a server that stays busy, an invalid address
             raise DownloadError(f"{url} cannot be downloaded ({_words(caught)}): try again later") from caught
         try:
             retry = retry.increment("GET", url, error=error)
@@ -385,14 +387,14 @@ def _receive(url, part: Path, tag: Path, size: int | None, session: requests.Ses
             part.unlink()
             return False
         if not answer.ok:
-            raise DownloadError(f"{url} answers {answer.status_code} {answer.reason}: see whether it has moved")
+            raise DownloadError(f"{url} answers {answer.status_code} {answer.reason}: check whether it has moved")
         if answer.status_code == 206:
             total = _size_in(answer.headers)
         else:  # from the beginning: no ranges here, or the file has changed
             have, total = 0, int(answer.headers.get("Content-Length", -1))
         if size is not None and total not in (-1, size):
             raise DownloadError(
-                f"{url} has {total:,} bytes where {size:,} are published: it is another file; if that is right, "
+                f"{url} has {total:,} bytes, but {size:,} are published: it is another file; if it is the right one, "
                 "correct its size in the recipe"
             )
         # A weak ETag may not be used here.
@@ -441,7 +443,7 @@ def unpack(archive: Path, folder: Path, inside: str, advance: Callable[[int, int
             members = [(info, path) for info, path in members if path is not None and not info.is_dir()]
             if not members:
                 first = ", ".join(sorted({name.partition("/")[0] for name in packed.namelist()})[:4])
-                raise DownloadError(f"{archive} has no folder {inside}, but {first}: correct `inside` in the recipe")
+                raise DownloadError(f"{archive} has no folder {inside}; it has {first}: correct `inside` in the recipe")
             done, total = 0, sum(info.file_size for info, _ in members)
             for info, path in members:
                 target = building / path
@@ -463,5 +465,5 @@ def _within(name: str, inside: str, archive: Path) -> PurePosixPath | None:
     """The path of a member from the folder ``inside`` on, or ``None`` if it is elsewhere."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise DownloadError(f"{archive} has a file that leads out of it, {name!r}: do not use it")
+        raise DownloadError(f"{archive} holds the path {name!r}, outside its own folder: do not use it")
     return path.relative_to(inside) if path.is_relative_to(inside) else None

@@ -1,4 +1,4 @@
-"""What a text that is not UTF-8 may be written in, for the advice in an error."""
+"""Guesses the encoding of a text that is not UTF-8, for the advice in an error."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ _GUESSES = [
 def guess_encoding(text: bytes) -> tuple[str, str]:
     """The likeliest encoding of a text that is not UTF-8, as iconv names it, and its language.
 
-    A guess: what decodes as an encoding of East Asia, into the characters of its language, is taken for that.
-    Single bytes beyond ASCII side by side are Russian (Windows-1251), others Latin-1.
+    This is a guess: a text that decodes with an East Asian encoding into characters of its language is taken for that.
+    Otherwise several bytes beyond ASCII in a row mean Russian (Windows-1251), and single ones Latin-1.
     """
     for name, language, codec, share, least in _GUESSES:
         decoded = codecs.getincrementaldecoder(codec)()

@@ -91,12 +91,12 @@ def parse(item: Any, folder: str | os.PathLike) -> Parsed:
         InvalidRecord: if it cannot be used.
     """
     if not isinstance(item, dict):
-        raise InvalidRecord(f"a record is an object with conversations or messages, this is {_kind(item)}")
+        raise InvalidRecord(f"a record should be an object with conversations or messages, it is {_kind(item)}")
     format = next((format for format in FORMATS if all(item.get(key) is not None for key in format.keys)), None)
     if format is None:
         _refuse_unused({key: value for key, value in item.items() if key not in ("image", "images")}, "", [])
         raise InvalidRecord(
-            "no conversations: a record has conversations (LLaVA, ShareGPT), messages, prompt and completion, or "
+            "no conversations: a record needs conversations (LLaVA, ShareGPT), messages, prompt and completion, or "
             "instruction and output (Alpaca)"
         )
     pictures = _pictures(item, folder)
@@ -132,7 +132,7 @@ ROLES: dict[Any, Role] = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
-"""What formats call those who speak."""
+"""The names of the roles in the formats."""
 
 
 def _conversations(item: dict, folder) -> list[_Turn]:
@@ -187,7 +187,7 @@ FORMATS = (
     _Format(("texts",), _texts),
     _Format(("instruction", "output"), _alpaca, ("input", "history")),
 )
-"""A record is in the first of these all of whose keys it has."""
+"""A record has the first of these formats whose keys are all in the record."""
 
 
 # ------------------------------------------------------------------------------------------------------ turns
@@ -288,7 +288,7 @@ def _pictures(item: dict, folder) -> list[str]:
     """The sources of the record's own pictures."""
     found = {key: item[key] for key in ("image", "images") if item.get(key) is not None and item[key] != []}
     if len(found) > 1:
-        raise InvalidRecord("images beside image: put all pictures into one of them")
+        raise InvalidRecord("both image and images: put all pictures into one of them")
     for key, value in found.items():
         several = isinstance(value, (list, tuple)) and not isinstance(value, Picture)
         return [_picture(each, key, folder).source for each in (value if several else [value])]
@@ -302,7 +302,7 @@ def _picture(value: Any, where: str, folder) -> Picture:
         value = next((value[key] for key in ("path", "url") if value.get(key)), value)
     if isinstance(value, (dict, bytes)):
         raise InvalidRecord(
-            f"{where} has a picture within {_kind(value)}: give the path of its file, or store it in a column image or "
+            f"{where} has a picture inside {_kind(value)}: give the path of its file, or store it in a column image or "
             "images"
         )
     if not isinstance(value, str) or not value:
@@ -319,13 +319,17 @@ def image_path(image: str, folder: str | os.PathLike) -> str:
     """
     path = image.removeprefix("file://")
     if path.startswith("data:"):
-        raise InvalidRecord(f"the image {_short(image)} is written into the record: save it to a file, and name that")
+        raise InvalidRecord(
+            f"the image {_short(image)} is written into the record: save it as a file, and give its path"
+        )
     if "://" in path:
-        raise InvalidRecord(f"the image {_short(image)} is an address: fetch it, and name the file")
+        raise InvalidRecord(f"the image {_short(image)} is an address: download it, and give the path of the file")
     if "\\" in path and not os.path.isfile(os.path.join(folder, path)):
         path = path.replace("\\", "/")  # as Windows writes it
     if re.match("[A-Za-z]:/", path):
-        raise InvalidRecord(f"the image path {image!r} begins at a drive of Windows: write it from the image folder on")
+        raise InvalidRecord(
+            f"the image path {image!r} starts with a Windows drive: write it relative to the image folder"
+        )
     joined = os.path.normpath(os.path.join(folder, path))
     # By name only: links within the image folder may lead elsewhere, as COCO often does.
     root = os.path.abspath(folder).rstrip(os.sep) + os.sep
@@ -354,14 +358,14 @@ def _place(turns: list[_Turn], pictures: list[str], single: bool, marked: bool) 
         return
     if not pictures:
         if any(_begins_or_ends_with_image(turn) for turn in turns):
-            raise InvalidRecord(f"{IMAGE} in the conversation but no image: name the image, or take {IMAGE} out")
+            raise InvalidRecord(f"{IMAGE} in the conversation but no image: give the image, or remove {IMAGE}")
         return
     if any(IMAGE in turn.text for turn in turns if turn.role == "assistant"):
         raise InvalidRecord(f"{IMAGE} in an answer: it belongs in a question")
     if single:
         count = sum(IMAGE in turn.text for turn in questions)
         if count > 1:
-            raise InvalidRecord(f"{count} times {IMAGE} for one image: keep the first")
+            raise InvalidRecord(f"{IMAGE} stands {count} times for one image: keep the first")
     else:
         count = sum(turn.text.count(IMAGE) for turn in questions)
     if not count and not marked:
@@ -372,7 +376,7 @@ def _place(turns: list[_Turn], pictures: list[str], single: bool, marked: bool) 
         what = "an image" if len(pictures) == 1 else f"{len(pictures)} pictures"
         raise InvalidRecord(f"{what} but no {IMAGE} in the conversation: put {IMAGE} into the first question")
     if not single and count != len(pictures):
-        raise InvalidRecord(_mismatch(len(pictures), count, f"times {IMAGE}"))
+        raise InvalidRecord(_mismatch(len(pictures), count, IMAGE))
     left = iter(pictures)
     for turn in questions:
         if IMAGE in turn.text:
@@ -404,8 +408,8 @@ def _fill(questions: list[_Turn], places: list[_Place], pictures: list[str]) -> 
 
 def _mismatch(pictures: int, count: int, what: str) -> str:
     return (
-        f"{pictures} {'picture' if pictures == 1 else 'pictures'} and {count} {what}: give each picture its place, and "
-        "each place its picture"
+        f"{pictures} {'picture' if pictures == 1 else 'pictures'} but {count} {'place' if count == 1 else 'places'} "
+        f"for them ({what}): give each picture one place"
     )
 
 
@@ -425,8 +429,8 @@ def _refuse_unused(rest: Any, where: str, pictures: Sequence[str]) -> None:
     """A picture under a key that is not read would make a record that looks like text alone."""
     if rest and (found := unused_media(rest, pictures)):
         raise InvalidRecord(
-            f"{found}{where}, which is not read: a picture is the path of its file under image or images, videos and "
-            "sound are not used; move it there, or take it out"
+            f"{found}{where}, which is not read: give the path of a picture under image or images; videos and sound "
+            "are not used, so remove them"
         )
 
 
@@ -435,13 +439,13 @@ def _refuse_unused_marks(turns: Sequence[_Turn]) -> None:
     for number, (question, answer) in enumerate(zip(talk[::2], talk[1::2], strict=True), 1):
         if mark := unused_mark(question.text, answer.text):
             raise InvalidRecord(
-                f"{mark} in question {number} is no place for a picture here: write {IMAGE} for a picture under image "
-                "or images, and leave records with videos or sound out"
+                f"{mark} in question {number} does not mark a picture here: write {IMAGE} for a picture under image or "
+                "images, and leave out records with videos or sound"
             )
 
 
 def named_pictures(item: Any) -> list[str | Picture]:
-    """All pictures that a record names where they are read, also where it is wrong otherwise."""
+    """All pictures that a record names under keys that are read, even if the record has other faults."""
     if not isinstance(item, dict):
         return []
     named, stack = [], [item.get("image"), item.get("images")]
@@ -464,8 +468,8 @@ def named_pictures(item: Any) -> list[str | Picture]:
 def _refuse_surrogates(text: str, what: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can write these, nobody can tokenize them, no file has them
-        raise InvalidRecord(f"{what} has half of a surrogate pair, which is no character") from None
+    except UnicodeEncodeError:  # JSON can hold these, but no tokenizer and no file name can
+        raise InvalidRecord(f"{what} has half of a surrogate pair, which is not a character") from None
 
 
 def _list(value: Any, name: str, of: str = "") -> list:

@@ -1,4 +1,4 @@
-"""Looks at the pictures of records before training does."""
+"""Checks the pictures of records before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fura_vlm.data.images import MAX_PIXELS, ImageError, check_image
 from fura_vlm.data.messages import Problem, Record
 
 DECODE_UP_TO = 10_000
-"""With ``verify="auto"``, mixtures of at most this many different images have them all decoded beforehand."""
+"""With ``verify="auto"``, all images are decoded beforehand if a mixture has at most this many different ones."""
 
 Verify = Literal["auto", "decode", "header", "none"]
 

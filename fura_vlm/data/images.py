@@ -5,7 +5,7 @@ picture:
 
 - EXIF orientation is applied, so that a photo taken with the camera turned is upright.
 - 16-bit greyscale is scaled to 8 bit; ``convert`` clips it, which turns nearly all of it white.
-- Transparency is composited on white; ``convert`` uncovers whatever colour lies beneath it, often black.
+- Transparency is composited on white; ``convert`` shows the colour beneath it, often black.
 
 One trap of LLaVA v1.5's mixture is known here: it names every OCR-VQA image ``.jpg``, because its authors saved them
 all so, but the data set's own script saves GIF and PNG files under their own names. Where a ``.jpg`` is missing, the
@@ -34,7 +34,7 @@ MAX_PIXELS = 100_000_000
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 STAND_INS = (".gif", ".png", ".jpeg")
-"""What is looked for, in this order, where a file whose name ends in .jpg is missing."""
+"""The endings that are tried, in this order, if a file whose name ends in .jpg is missing."""
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
@@ -137,7 +137,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def _open(path: str | os.PathLike, max_pixels: int, formats: Sequence[str] | None = None) -> Image.Image:
     """The image with its header read and its size checked, nothing decoded."""
-    too_large = f"{path} has {{}} pixels, {max_pixels:,} or more are refused: make it smaller"
+    too_large = f"{path} has {{}} pixels, and {max_pixels:,} or more are refused: make it smaller"
     try:
         file = _file(path)
         if not (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)):
@@ -188,10 +188,10 @@ def _rgb(image: Image.Image, path: str | os.PathLike) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):  # "I" is how 16-bit PGM comes out of Pillow
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"{path} has 32-bit pixels, whose white is not defined: convert it to 8 bit")
+            raise ImageError(f"{path} has 32-bit pixels, whose range is not known: convert it to 8 bit")
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 = 257 * 255
     if image.mode == "F":
-        raise ImageError(f"{path} has float pixels, whose white is not defined: convert it to 8 bit")
+        raise ImageError(f"{path} has float pixels, whose range is not known: convert it to 8 bit")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -42,7 +42,7 @@ VERSION = 4
 """Raised when the same settings give other rows."""
 
 PART = 20_000
-"""Elements of the mixture in a file. What is complete is kept when the making is interrupted."""
+"""Elements of the mixture in a file. If making the index is interrupted, complete files are kept."""
 
 _BAR_FROM = 20_000_000  # bytes of a mixture whose reading shows a bar
 
@@ -72,8 +72,8 @@ class Index:
 
         Args:
             family: the one that the index was made with.
-            verify: as in ``check_paths``. Of a large mixture, images that have once been found good are not looked
-                at again; the others are.
+            verify: as in ``check_paths``. Of a large mixture, images that were found good once are not checked again;
+                the others are.
 
         Returns:
             The dataset, and what to do if all images of a source are missing (a line for the screen, or "").

@@ -35,7 +35,7 @@ def iter_items(path: str | os.PathLike, progress: bool = False) -> Iterator[tupl
     chunks = _chunks(path, progress)
     start = next((chunk for chunk in chunks if chunk.strip()), "")
     if not start:
-        raise DataError(f"{path} is empty: it should hold records, a JSON list or one a line")
+        raise DataError(f"{path} is empty: it should hold records, as a JSON list or one on each line")
     chunks = itertools.chain([start], chunks)
     # Blank chunks before ``start`` are gone; no file begins with a megabyte of empty lines.
     return _list_items(path, chunks) if start.lstrip().startswith("[") else _line_items(path, chunks)
@@ -112,7 +112,7 @@ def _list_items(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, Any]]:
                 f"{path} is cut off at line {line + left.count(chr(10)) + 1}, inside the list: fetch or write it again"
             )
         where = f"line {line + error.lineno}, column {error.colno + (column if error.lineno == 1 else 0)}"
-        return DataError(f"{path} is no valid JSON at {where} ({error.msg}): correct it there")
+        return DataError(f"{path} is not valid JSON at {where} ({error.msg}): correct it there")
 
     def expect(character: str) -> None:
         nonlocal at
@@ -162,7 +162,7 @@ def _line_items(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", item
         begun.append(rest)
     if not good:
-        raise DataError(f"{path} is neither a JSON list nor JSONL, one record a line: check data_path")
+        raise DataError(f"{path} is neither a JSON list nor JSONL (one record on each line): check data_path")
 
 
 def _parse_line(line: str) -> Any:

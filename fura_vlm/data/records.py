@@ -68,7 +68,7 @@ def iter_records(
     for place, item in iter_elements(path, progress):
         empty = False
         if isinstance(item, json.JSONDecodeError):
-            yield None, Problem(str(path), place, "", f"the line is no valid JSON ({item})")
+            yield None, Problem(str(path), place, "", f"the line is not valid JSON ({item})")
             continue
         identity = str(item["id"]) if isinstance(item, dict) and item.get("id") is not None else place
         identity = identity.encode(errors="backslashreplace").decode()  # half a surrogate pair, escaped again
@@ -125,8 +125,8 @@ def report_problems(problems: list[Problem], kept: int, path: str | os.PathLike,
         raise DataError(f"None of the {total:,} records can be used, see {path}. The first: {first}")
     if strict and skipped:
         raise DataError(
-            f"{len(skipped):,} of {total:,} records cannot be used, see {path}: correct them, or leave "
-            f"them out by training without strict. The first: {first}"
+            f"{len(skipped):,} of {total:,} records cannot be used, see {path}: correct them, or "
+            f"train without --strict to leave them out. The first: {first}"
         )
     said = [f"{len(skipped):,} of {total:,} records left out"] if skipped else []
     said += [f"{partly:,} used in part"] if partly else []

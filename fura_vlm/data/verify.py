@@ -71,7 +71,7 @@ def verify(config: VerifyConfig) -> None:
     report = Path(config.report_dir) if config.report_dir else beside.with_name(beside.name + ".images")
     workers = len(os.sched_getaffinity(0)) if config.workers is None else config.workers
     if workers < 1:
-        raise DataError(f"workers is {workers}: it takes at least one process to decode")
+        raise DataError(f"workers is {workers}: give at least 1")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no process is left behind
     try:
         found = verify_images(data_path, folder, report, workers)
@@ -215,8 +215,8 @@ def _look_at(folder: Path, names: list[str], known: dict, workers: int, progress
                 bar.update(len(seen))
     except BrokenProcessPool as error:
         raise DataError(
-            "A process that decodes was killed, perhaps for want of memory: start the same command again with fewer "
-            f"than {workers} --workers"
+            "A decoding process was killed, perhaps because memory ran out: start the same command again with "
+            f"--workers below {workers}"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Answers on disk: an interrupted evaluation goes on from those it has."""
+"""Answers on disk, from which an interrupted evaluation continues."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class AnswerStore:
     """Answers by :func:`request_key`, in a folder of JSONL files, one for each process that writes.
 
     lmms-eval's own response cache writes when all requests of all tasks are answered. This one has every finished
-    batch. A row that cannot be read, such as a last line that a crash cut off, is skipped with a word, and its question
-    is asked again.
+    batch. A row that cannot be read, such as a last line that a crash cut off, is skipped with a warning, and its
+    question is asked again.
 
     Args:
         folder: made if it is not there. All its files are read.
@@ -45,14 +45,14 @@ class AnswerStore:
             if broken and (own or rank == 0):
                 listed = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
                 logger.warning(
-                    f"{path}: {'this line is no answer' if len(broken) == 1 else 'these lines are no answers'}, and "
-                    f"skipped: {listed}; what is not answered is asked again"
+                    f"{path}: {'this line is' if len(broken) == 1 else 'these lines are'} not readable as an answer: "
+                    f"{listed}. What they answered is asked again"
                 )
             if own and (broken or rest):  # the next answer must not continue a line that was cut off
                 write_text(path, "".join(_line(*row) for row in rows if row))
 
     def get(self, key: str) -> str | None:
-        """The answer, or ``None`` where there is none yet."""
+        """The answer, or ``None`` if there is no answer yet."""
         return self._answers.get(key)
 
     def add(self, answers: dict[str, str]) -> None:
@@ -67,7 +67,7 @@ def _line(key: str, answer: str) -> str:
 
 
 def _row(line: bytes) -> tuple[str, str] | None:
-    """Key and answer, or ``None`` where the line is something else."""
+    """Key and answer, or ``None`` if the line is something else."""
     try:
         row = json.loads(line)
         key, answer = row["key"], row["answer"]

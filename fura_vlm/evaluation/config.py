@@ -13,22 +13,22 @@ class EvalConfig:
     Args:
         model: a run folder, an adapter, or a LLaVA, merged or not (a folder or a name on the hub).
         adapter: an adapter to put over ``model``; not needed for a run folder or an adapter's own folder.
-        tasks: names of lmms-eval's tasks or of those in eval/, as a list or with commas (pope,gqa); by default the
-            four of the protocol.
+        tasks: names of tasks of lmms-eval or of eval/, as a list or with commas (pope,gqa); by default the four tasks
+            of the protocol.
         protocol: the four tasks as lmms-eval defines them, or as the LLaVA-1.5 paper scores them (eval/paper).
-        data: where the benchmarks come from: embedded (made here), hub (or its cache), or a folder with the folders
-            GQA, ScienceQA, textvqa and POPE as they are on the hub; auto is embedded for models of the embedded size
-            and hub for all others.
-        base: evaluate the base model too, where there is an adapter, and set it beside the tuned one.
+        data: where the benchmarks come from: embedded (made here), hub (or its cache), or a folder that holds GQA,
+            ScienceQA, textvqa and POPE as they are on the hub; auto means embedded for models of the embedded size and
+            hub for all others.
+        base: if there is an adapter, also evaluate the base model, and compare the two.
         output_dir: where results, report and answers go; by default eval or eval-embedded in the run folder, or
-            runs/eval-NAME. An interrupted evaluation goes on from the answers in it.
-        batch_size: questions answered at once; auto takes as many as fit. Either shrinks when memory runs out.
-        limit: only so many documents of each task, the first; for a try.
-        max_new_tokens: length limit of an answer; by default that of the task, and 16 on the embedded benchmarks, where
-            an answer is a word or two and a longer one is wrong however it ends.
-        offline: use nothing but local files and the hub's cache.
-        dtype: bfloat16, float16 or float32; auto is bfloat16 on a GPU and float32 elsewhere.
-        num_workers: processes that prepare pictures ahead of the model; by default up to 8 beside a GPU.
+            runs/eval-NAME. An interrupted evaluation continues from the answers in it.
+        batch_size: questions answered at once; auto takes as many as fit. It is made smaller when memory runs out.
+        limit: use only this many documents of each task, the first ones; for a quick try.
+        max_new_tokens: the most tokens of an answer; by default the task's limit, and 16 on the embedded benchmarks,
+            whose answers are a word or two.
+        offline: use only local files and the hub's cache.
+        dtype: bfloat16, float16 or float32; auto means bfloat16 on a GPU and float32 on a CPU.
+        num_workers: processes that prepare pictures for the model in advance; by default up to 8 with a GPU.
     """
 
     model: str

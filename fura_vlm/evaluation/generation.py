@@ -37,14 +37,14 @@ MAX_BATCH_SIZE = 256
 
 
 class EvaluationError(FuraVLMError):
-    """An evaluation that cannot go on; the message names the task and the document."""
+    """An evaluation that cannot continue; the message names the task and the document."""
 
 
 class Question(NamedTuple):
     """What is asked.
 
     Args:
-        name: how an error calls it: its task and document.
+        name: its name in an error: task and document.
         text: the question; a mark for a picture in it is left out, for pictures stand before it, as in training.
         pictures: loads its pictures, one, several or none; called in another process.
         arguments: for ``generate``, and ``until``, a list of strings that end an answer.
@@ -165,10 +165,10 @@ class Answerer:
                 if len(part) == 1 or not should_reduce_batch_size(error):
                     raise
                 self.batch_size = len(part) // 2
-                tqdm.write(f"Out of memory: batches of {self.batch_size} from here on", file=sys.stderr)
+                tqdm.write(f"Out of memory: batches of {self.batch_size} from now on", file=sys.stderr)
             else:
                 continue
-            gc.collect()  # after the except clause, whose traceback holds the tensors of the failed batch
+            gc.collect()  # after the except clause, because its traceback holds the tensors of the failed batch
             torch.cuda.empty_cache()
         return texts
 
@@ -186,7 +186,8 @@ class Answerer:
         return [_cut(text, until) for text in texts]
 
     def cache(self, arguments: dict) -> Cache | None:
-        """A cache with room for the answer; ``None``, transformers' own, where a layer or beams need another kind."""
+        """A cache with room for the answer; ``None``, which means transformers' own, if a layer or beam search needs
+        another kind."""
         layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
         if (arguments.get("num_beams") or 1) > 1 or any(type(layer) is not DynamicLayer for layer in layers):
             return None
@@ -257,7 +258,7 @@ class Prepared(Dataset):
         try:
             pictures = list(question.pictures())
             if not all(isinstance(picture, Image.Image) for picture in pictures):
-                raise TypeError("it has a video or a sound, and the model takes pictures")
+                raise TypeError("it has a video or a sound, and only pictures are used")
             inputs = self.family.inputs(messages_of(self.family, question.text, len(pictures)), pictures)
         except Exception as error:
             return EvaluationError(f"{question.name}: {first_line(error)}")

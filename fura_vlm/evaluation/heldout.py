@@ -1,6 +1,6 @@
-"""Held-out questions: the model answers greedily, an answer counts where it matches exactly.
+"""Held-out questions, the quick check at the end of a training run: the model answers greedily, and an answer counts if
 
-The quick check that ends a training run. The benchmarks proper are the business of lmms-eval.
+it matches exactly. Real benchmarks go through lmms-eval.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def exact_match(answers: list[Answer]) -> dict[str, float]:
 
 
 def blind_guess(answers: list[Answer]) -> dict[str, float]:
-    """What one gets who never looks: the commonest expected answer of each family, given to all its questions."""
+    """The score without looking: every question gets the most common expected answer of its family."""
     expected = defaultdict(Counter)
     for answer in answers:
         expected[answer.family][normalise(answer.expected)] += 1

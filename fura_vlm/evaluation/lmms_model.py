@@ -29,11 +29,11 @@ from fura_vlm.evaluation.source import find_model
 from fura_vlm.modelling.load import default_dtype
 
 MAX_NEW_TOKENS = 128
-"""Where a task sets no limit: that of LLaVA's own evaluation scripts."""
+"""The limit if a task sets none: that of LLaVA's own evaluation scripts."""
 
 
 class FuraVLM(lmms):
-    """A model for lmms-eval. ``loglikelihood`` and rounds of questions are not among what it can do.
+    """A model for lmms-eval. It supports neither ``loglikelihood`` nor rounds of questions.
 
     Args:
         pretrained: a model, merged or not (a folder or a name on the hub), a run folder, or an adapter's folder.
@@ -110,7 +110,7 @@ class FuraVLM(lmms):
         answers: list[str | None] = [None] * len(requests)
         keys, positions, questions = {}, [], []
         for position, request in enumerate(requests):
-            if request.metadata.get("__padding_only__"):  # evens out the processes; nobody reads its answer
+            if request.metadata.get("__padding_only__"):  # gives all processes as many requests; its answer is not used
                 answers[position] = ""
                 continue
             question = self._question(request)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: Markdown tables, and a page with charts and samples to search."""
+"""What an evaluation writes for people: Markdown tables, and a page with charts and samples to search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fura_vlm.files import write_text
 __all__ = ["PUBLISHED", "markdown", "page", "read_samples", "show", "write_samples"]
 
 BENCHMARKS = ("gqa", "scienceqa", "textvqa", "pope")
-"""What the published scores are of, in the order of ``TASKS``."""
+"""The benchmarks of the published scores, in the order of ``TASKS``."""
 
 PUBLISHED = {
     "full fine-tuning": {
@@ -157,13 +157,13 @@ def _with_interval(figures: dict) -> str:
 
 
 def notes(results: dict) -> list[str]:
-    """What the figures stand on, a sentence or two each."""
+    """Notes on how the figures were computed, a sentence or two each."""
     scores = next(iter(results["scores"].values()))
     metrics = ", ".join(f"{task} {score['metric']}" for task, score in scores.items())
     sources = sorted({method["source"] for method in results["published"].values()})
     lines = [
         f"Tasks: {results['protocol']}. Data: {results['data']}. Metrics: {metrics}.",
-        "Intervals: Wilson's, as if documents were independent of one another; that of POPE's F1 follows from Wilson's "
+        "Intervals: Wilson's, with documents taken as independent; that of POPE's F1 follows from Wilson's interval "
         "of the share true yes / (true yes + false yes + false no).",
     ]
     if any(score["yes_no"] for score in scores.values()):
@@ -171,7 +171,7 @@ def notes(results: dict) -> list[str]:
                      "ratio counts the right answers.")  # fmt: skip
     if results["paired"]:
         lines.append(
-            "Tuned against base: p is the chance of a difference at least as large if the two were alike (McNemar's "
+            "Tuned against base: p is the chance of a difference at least this large if the two were equal (McNemar's "
             "exact test for answers that are right or wrong, permutations for fractions). POPE's answers count as "
             "right or wrong there."
         )
@@ -189,8 +189,8 @@ def notes(results: dict) -> list[str]:
             listed = ", ".join(str(each["document"]) for each in score["unreadable"][:10])
             more = ", ..." if len(score["unreadable"]) > 10 else ""
             lines.append(
-                f"{task}: {len(score['unreadable'])} of {score['total']} documents are left out, for their pictures do "
-                f"not decode (documents {listed}{more}; reasons in results.json)."
+                f"{task}: {len(score['unreadable'])} of {score['total']} documents are left out, because their "
+                f"pictures do not decode (documents {listed}{more}; reasons in results.json)."
             )
     return lines
 

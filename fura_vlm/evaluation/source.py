@@ -1,4 +1,4 @@
-"""What a path names, for an evaluation: the base, the adapter over it, the processor, and a hash of all three."""
+"""The model that a path names: the base, the adapter over it, the processor, and a hash of all three."""
 
 from __future__ import annotations
 

@@ -25,14 +25,14 @@ RECIPE = "recipe.json"  # what write_benchmarks leaves beside the benchmarks
 
 
 class SuiteError(FuraVLMError):
-    """Settings that do not go together, or a folder that holds something else."""
+    """Settings that cannot be combined, or a folder that holds something else."""
 
 
 def evaluate(config: EvalConfig) -> Path | None:
     """Runs the suite and returns the folder with the results; ``None`` on all processes but the main one.
 
     Raises:
-        FuraVLMError: with one sentence for whatever the user can mend.
+        FuraVLMError: with one sentence, for everything that the user can fix.
     """
     if config.offline:  # read by the libraries when they are imported
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -60,7 +60,7 @@ def evaluate(config: EvalConfig) -> Path | None:
             return _evaluate(config, source, data, folder, identity)
     except KeyboardInterrupt:
         if _is_main():
-            print(f"\nStopped. The same command goes on from the answers in {folder}.", file=sys.stderr)
+            print(f"\nStopped. The same command continues from the answers in {folder}.", file=sys.stderr)
         raise
 
 
@@ -188,7 +188,7 @@ def _check_folder(folder: Path, identity: dict) -> None:
     try:
         there = json.loads(results.read_text())["fingerprint"], json.loads(results.read_text())["model"]
     except (ValueError, KeyError, TypeError) as error:
-        raise SuiteError(f"{results} is no results file of this suite: choose another --output_dir") from error
+        raise SuiteError(f"{results} is not a results file of this program: choose another --output_dir") from error
     if there[0] != identity["fingerprint"]:
         raise SuiteError(f"{folder} holds the results of another model ({there[1]}): choose another --output_dir")
 
@@ -218,7 +218,7 @@ def _is_main() -> bool:
 
 
 def _quiet() -> None:
-    """lmms-eval's log lines below a warning, and the libraries' bars about loading, stay off the screen."""
+    """Hides lmms-eval's log lines below a warning, and the libraries' progress bars about loading."""
     import datasets
     import lmms_eval.models  # noqa: F401  sets up its own log when it is imported
     from loguru import logger

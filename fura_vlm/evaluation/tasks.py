@@ -181,14 +181,15 @@ def _other(name: str, config: dict, limit: int | None) -> LoadedTask:
     means = [metric["metric"] for metric in config.get("metric_list", []) if metric.get("aggregation") == "mean"]
     if not means:  # MME's sum over pairs of questions, for one: neither a share nor a score for each document
         raise TaskError(
-            f"{name} has no score that is a mean over its documents, on which table, intervals and comparison stand: "
-            "run it with python -m lmms_eval --model fura_vlm"
+            f"{name} has no score that is a mean over its documents, which the tables and intervals here need: run it "
+            "with python -m lmms_eval --model fura_vlm"
         )
     try:
         task = ConfigurableTask(config=config, model_name=NAME)
     except Exception as error:  # whatever libraries and the task's own code raise
         raise TaskError(
-            f"The data of {name} cannot be loaded ({_reason(error)}): check the network, and that the hub lets you"
+            f"The data of {name} cannot be loaded ({_reason(error)}): check the network and your "
+            "access to it on the hub"
         ) from error
     return LoadedTask(task, means[0], min(limit or len(task.eval_docs), len(task.eval_docs)))
 

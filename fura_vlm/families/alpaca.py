@@ -19,7 +19,7 @@ def render(messages: Sequence[Message], eos: str) -> Rendered:
     """The whole conversation: one question and its answer, after a system turn in place of the introduction.
 
     Raises:
-        EncodingError: of several turns there is no such form.
+        EncodingError: the conversation has several turns, and this form has only one.
     """
     if [message.role for message in messages if message.role != "system"] != ["user", "assistant"]:
         raise EncodingError("Alpaca's form has one question and one answer, and this conversation has another number")
@@ -29,7 +29,7 @@ def render(messages: Sequence[Message], eos: str) -> Rendered:
 
 
 def prompt(messages: Sequence[Message], eos: str) -> str:
-    """What the model is given, up to where the answer begins.
+    """The text that the model gets, up to the beginning of the answer.
 
     Raises:
         EncodingError: as ``render``.

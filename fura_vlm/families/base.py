@@ -1,7 +1,7 @@
-"""What training, evaluation and chat have to know of a kind of model.
+"""What training, evaluation and chat need to know about a kind of model.
 
 A family answers five questions: how a conversation becomes text with its answers marked; how many tokens a picture
-takes; how pictures become tensors; where in the model decoder, tower and projector are; and how positions go on while
+takes; how pictures become tensors; where the model has its decoder, tower and projector; and how positions go on while
 an answer is written. ``Family`` answers them through transformers' own processor and model, for any model whose
 processor has a chat template. A file beside this one holds what is different, or can be had faster, for one family.
 
@@ -93,7 +93,8 @@ class Names(NamedTuple):
 
 @dataclass(frozen=True)
 class Patches:
-    """What a picture costs in the tower: patches for each of its tokens, and how many attend to one another."""
+    """The work of a picture in the tower: the patches for each of its tokens, and how many patches attend to each
+    other."""
 
     per_token: float
     together: int
@@ -124,7 +125,7 @@ class Family:
 
     model_types: tuple[str, ...] = ()
     conversations: tuple[str, ...] = ("template",)
-    """The forms of a conversation that it has; the first is its own."""
+    """The forms of a conversation that the family has; the first is its own."""
     projector_names: tuple[str, ...] | None = None
     compiles_tower = True
     needs_sizes = True
@@ -138,8 +139,8 @@ class Family:
         self.conversation = conversation or self.conversations[0]
         if self.conversation not in self.conversations:
             raise ModelError(
-                f"conversation is {conversation}, and a model of the type {getattr(config, 'model_type', None)} has "
-                f"{' and '.join(self.conversations)}: leave it out, or take one of them"
+                f"conversation is {conversation}, but a model of the type {getattr(config, 'model_type', None)} takes "
+                f"only {' and '.join(self.conversations)}: leave the setting out, or use one of these"
             )
         if processor is None:
             return
@@ -151,7 +152,7 @@ class Family:
         self._typed = re.compile("|".join(re.escape(token) for token in sorted(self.reserved(), key=len, reverse=True)))
 
     def __getstate__(self) -> dict:
-        # What is remembered stays here: a loader's workers and other processes remember for themselves.
+        # Caches are not sent to other processes, such as a loader's workers: each process fills its own.
         return {name: value for name, value in self.__dict__.items() if name != "_expansion"}
 
     def __setstate__(self, state: dict) -> None:
@@ -173,7 +174,7 @@ class Family:
         return processor
 
     def check_belongs(self, path: str) -> None:
-        """Compares the processor with the configuration: what both of them say has to be the same.
+        """Compares the processor with the configuration: they must agree in what both of them contain.
 
         Args:
             path: where the processor is from, for the message.
@@ -186,7 +187,7 @@ class Family:
             known = self.tokenizer.convert_tokens_to_ids(token)
             if None not in (known, vocabulary) and known >= vocabulary:
                 raise ModelError(
-                    f"{path}: {token} is token {known} of its tokenizer, and its config.json has {vocabulary} tokens: "
+                    f"{path}: {token} is token {known} of its tokenizer, but its config.json has {vocabulary} tokens: "
                     f"{_OTHER_MODEL}"
                 )
         if not self.sees:
@@ -201,7 +202,7 @@ class Family:
         wanted = getattr(self.config, "image_token_id", getattr(self.config, "image_token_index", known))
         if known != wanted:
             raise ModelError(
-                f"{path}: {token} is token {known} of its tokenizer and {wanted} of its config.json: {_OTHER_MODEL}"
+                f"{path}: {token} is token {known} in its tokenizer and {wanted} in its config.json: {_OTHER_MODEL}"
             )
         made = getattr(self.processor.image_processor, "patch_size", None)
         seen = _edge(getattr(self.config.vision_config, "patch_size", None))
@@ -221,8 +222,8 @@ class Family:
         """Compares, on a small conversation with two pictures, tokens and tensors with the processor's own.
 
         Raises:
-            ModelError: they differ, so that training would see something else than the model is asked with later; or
-                answers cannot be marked.
+            ModelError: they differ, so the model would be trained on other inputs than it gets later; or answers cannot
+                be marked.
         """
         images = [Image.new("RGB", (61, 33), "red"), Image.new("RGB", (30, 95), "blue")]
         turns = [
@@ -271,7 +272,7 @@ class Family:
 
     @property
     def run_token(self) -> str:
-        """The token that a picture takes many of, and that the model puts its features in place of."""
+        """The token that stands many times for a picture, and that the model replaces with the picture's features."""
         return self.placeholder
 
     @property
@@ -279,7 +280,7 @@ class Family:
         return self.tokenizer.convert_tokens_to_ids(self.run_token)
 
     def reserved(self) -> set[str]:
-        """Tokens that nobody may type: they would be taken for pictures, or for the end of a turn."""
+        """Tokens that a text must not contain: they would be taken for pictures, or for the end of a turn."""
         added = self.tokenizer.added_tokens_decoder.values()  # some are special and have no name, as <|im_start|>
         tokens = {*self.tokenizer.all_special_tokens, self.placeholder, self.run_token}
         tokens |= {token.content for token in added if token.special}
@@ -304,8 +305,8 @@ class Family:
         """The whole conversation as text.
 
         Raises:
-            EncodingError: somebody has typed a special token, the template refuses the conversation, or its answers
-                cannot be told apart from the rest with certainty.
+            EncodingError: a text contains a special token, the template refuses the conversation, or its answers cannot
+                be found with certainty.
             ModelError: there is no template.
         """
         self.chat_template()
@@ -313,12 +314,12 @@ class Family:
         try:
             text = self.template(messages)
             spans = self._marked(messages, text)
-        except (TemplateError, TypeError, ValueError) as error:  # a template may raise what it likes, with its reason
+        except (TemplateError, TypeError, ValueError) as error:  # a template may raise any error, with its reason
             raise EncodingError(f"the model's chat template refuses the conversation: {error}") from error
         return Rendered(text, spans)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """What the model is given to answer the last message, with ``placeholder`` where pictures stand."""
+        """The text that the model gets to answer the last message, with ``placeholder`` for each picture."""
         return self.template(messages, answer_next=True)
 
     def refuse_typed(self, messages: Sequence[Message]) -> None:
@@ -346,8 +347,8 @@ class Family:
         before = self.template(messages[:number], answer_next=True)
         if not text.startswith(before):
             raise EncodingError(
-                "the model's chat template writes a conversation otherwise once it is answered, so that answers cannot "
-                "be marked exactly: take a template with {% generation %} around the answers"
+                "the model's chat template changes the text of a question once it is answered, so answers cannot be "
+                "marked exactly: use a template with {% generation %} around the answers"
             )
         return before
 
@@ -368,13 +369,13 @@ class Family:
         gap = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.ends)) + ")")
         if not (found := gap.match(text, end)):
             raise EncodingError(
-                f"the model's chat template ends an answer with none of {', '.join(self.ends)}, so the model would not "
-                "learn to stop"
+                f"the model's chat template does not end an answer with {' or '.join(self.ends)}, so the model would "
+                "not learn to stop"
             )
         return found.end()
 
     def chat_template(self) -> str:
-        """Raises ``ModelError`` if there is none."""
+        """Raises ``ModelError`` if the processor has no chat template."""
         template = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
         if isinstance(template, dict):
             template = template.get("default")
@@ -392,8 +393,8 @@ class Family:
     def expansion(self, width: int, height: int) -> str:
         """What stands in the place of ``placeholder`` for a picture of this size, in pixels.
 
-        By default the processor is asked about a blank picture, which is exact and slow. A family whose processor can
-        tell from the size alone does better.
+        By default the processor gets a blank picture of this size, which is exact but slow. A family that can compute
+        it from the size alone is faster.
 
         Raises:
             ModelError: the processor does not say.
@@ -408,8 +409,8 @@ class Family:
             [[replaced]] = made["text_replacement_offsets"]
         except (KeyError, ValueError) as error:
             raise ModelError(
-                f"{type(self.processor).__name__} does not say what a picture becomes in the text, so that this model "
-                "cannot be trained here"
+                f"{type(self.processor).__name__} does not say which tokens a picture becomes, so this model cannot be "
+                "trained here"
             ) from error
         return replaced["replacement"]
 
@@ -423,7 +424,7 @@ class Family:
     def encode(
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[tuple[int, int]]]]
     ) -> list[Encoded | EncodingError]:
-        """Many conversations at once; where one fails, its error stands in its place.
+        """Encodes many conversations at once; if one fails, its error takes its place in the result.
 
         Args:
             conversations: messages, and (width, height) of each of their pictures, in order; of families that do not
@@ -448,7 +449,8 @@ class Family:
         ]
 
     def adds_special_tokens(self, texts: Sequence[str]) -> bool:
-        """Whether the tokenizer adds what begins a text: it must not where the template has written it."""
+        """Whether the tokenizer adds the token that begins a text: it must not if the template has written it
+        already."""
         bos = self.tokenizer.bos_token
         return not (bos is not None and any(text.startswith(bos) for text in texts))
 
@@ -457,7 +459,7 @@ class Family:
         places = [found.span() for found in re.finditer(re.escape(self.placeholder), rendered.text)] if sources else []
         if len(places) != len(sources):
             raise EncodingError(
-                f"the model's chat template writes {len(places)} of {len(sources)} pictures: it takes fewer"
+                f"the model's chat template writes only {len(places)} of {len(sources)} pictures: use fewer"
             )
         token, runs, pieces, shifts, last = self.run_token, [], [], [], 0
         for (start, end), size in zip(places, sizes, strict=True):
@@ -513,7 +515,7 @@ class Family:
     # --------------------------------------------------------------------------------------------------- pictures
 
     token_types: str | None = None
-    """The name under which the model wants to be told which tokens are pictures' (``create_mm_token_type_ids``)."""
+    """The name of the argument that tells the model which tokens belong to pictures (``create_mm_token_type_ids``)."""
 
     def pixels(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """The tensors of the pictures of one conversation, as the model takes them beside its ids."""
@@ -525,15 +527,15 @@ class Family:
     of_text = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
     def token_type_ids(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
-        """What the model wants to know of the tokens ``ids`` (n,) besides: a tensor (n,) by its name, or nothing."""
+        """Other inputs that the model needs for the tokens ``ids`` (n,): tensors (n,) by name, or none."""
         if self.token_types is None:
             return {}
         [kinds] = self.processor.create_mm_token_type_ids([ids.tolist()])
         return {self.token_types: torch.tensor(kinds)}
 
     def join(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The pictures' tensors of several conversations in one: rows of zeros fill up what is smaller in a dimension
-        but the first, and along the first they follow one another."""
+        """Joins the pictures' tensors of several conversations along the first dimension; in the other dimensions
+        smaller ones are filled with zeros."""
         joined = {}
         for name in dict.fromkeys(name for row in rows for name in row):
             values = [row[name] for row in rows if name in row]
@@ -544,7 +546,7 @@ class Family:
     # -------------------------------------------------------------------------------------------------- answering
 
     def inputs(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> dict:
-        """What the model takes to answer the last message, a batch of one: ``input_ids`` and ``attention_mask``
+        """The model's inputs to answer the last message, a batch of one: ``input_ids`` and ``attention_mask``
         (1, n) int64, and the tensors of the pictures.
 
         Args:
@@ -581,8 +583,8 @@ class Family:
         return self._expanded_picture(width, height).count(self.run_token)
 
     def seen(self, image: Image.Image) -> tuple[Image.Image, str]:
-        """A picture as the model sees it, for people to look at, and what becomes of its pixels, to follow "640 x
-        480 pixels" in a sentence. By default it is the picture itself, with its number of tokens.
+        """A picture as the model sees it, to show to people, and a phrase that says what becomes of its pixels, to
+        follow "640 x 480 pixels". By default it is the picture itself and its number of tokens.
 
         Raises:
             EncodingError: the model does not take it.
@@ -629,7 +631,7 @@ class Family:
     @cached_property
     def names(self) -> Names:
         """Where ``parts`` are, looked up on a model that takes no memory."""
-        # transformers would think of this model, too, as one that ZeRO-3 has to cut into parts.
+        # Otherwise transformers would let ZeRO-3 cut this model into parts, too.
         with torch.device("meta"), no_init_weights(), set_zero3_state():
             model = model_class(self.config).from_config(self.config)
         parts = self.parts(model)
@@ -651,8 +653,8 @@ class Family:
         return list(_tensors(made.pooler_output)) + list(_tensors(made.get("deepstack_features")))
 
     def position_offset(self, model: nn.Module, inputs: dict) -> int:
-        """After a prompt was read alone: how far the next token's position is from its place in the sequence. It is
-        not 0 where a picture takes fewer positions than tokens (M-RoPE).
+        """After the model has read one prompt: the next token's position minus its place in the sequence. It is not 0
+        if a picture takes fewer positions than tokens (M-RoPE).
 
         Args:
             model: the plain model, which remembers the offset of the pictures that it read last.
@@ -664,8 +666,8 @@ class Family:
         return 0 if deltas is None else int(deltas.flatten()[0])
 
     def embed(self, model: nn.Module, input_ids: torch.Tensor, places: torch.Tensor, of_pictures: dict):
-        """Words with the features of pictures in their places, (rows, length, hidden size), without looking anything
-        up on the device; ``None`` where only the model itself can put them together.
+        """Words with the features of pictures in their places, (rows, length, hidden size), without reading anything
+        back from the device; ``None`` if only the model itself can put them together.
 
         Args:
             input_ids: (rows, length) int64.
@@ -676,8 +678,8 @@ class Family:
 
     @property
     def picture_tokens(self) -> int:
-        """Tokens of a usual picture, by the configuration alone: where all take as many, that number; else of one
-        tile; else LLaVA-1.5's."""
+        """Tokens of a usual picture, from the configuration alone: the number of every picture if it is the same for
+        all, else that of one tile, else LLaVA-1.5's."""
         found = (getattr(self.config, name, None) for name in ("image_seq_length", "mm_tokens_per_image"))
         return next(filter(None, found), 576)
 
@@ -718,7 +720,7 @@ def model_class(config) -> type[AutoModelForImageTextToText | AutoModelForCausal
     """transformers' class that makes a model of a configuration.
 
     Raises:
-        ModelError: there is none, so that the model neither sees nor writes.
+        ModelError: transformers has no class for it, because it is neither a language model nor one with pictures.
     """
     for cls in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if type(config) in cls._model_mapping:

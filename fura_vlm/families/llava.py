@@ -36,7 +36,7 @@ from fura_vlm.families.messages import Message, pictures
 from fura_vlm.families.vicuna import IMAGE
 
 PUBLISHED = {"7b": (4096, 11_008, 32), "13b": (5120, 13_824, 40)}
-"""Of the sizes that were published: width, that of the MLP, layers."""
+"""The published sizes: width, width of the MLP, layers."""
 
 
 class Llava(Family):
@@ -58,13 +58,13 @@ class Llava(Family):
         """The processor as LLaVA v1.5 trains and evaluates; Pillow does the image work, as in its own code.
 
         Published llava-hf checkpoints come with another one, which crops the centre of a picture instead of padding
-        it, does not know of the tower's class token, and renders conversations without the system sentence. Of such a
-        one the tokenizer and the sizes are taken.
+        it, does not know of the tower's class token, and renders conversations without the system sentence. From such a
+        processor only the tokenizer and the sizes are used.
         """
         processor = super().load_processor(path, config)
         if not isinstance(processor, LlavaProcessor):
             raise ModelError(
-                f"{path} has a {type(processor).__name__} where a LlavaProcessor belongs: take the files that were "
+                f"{path} has a {type(processor).__name__}, but needs a LlavaProcessor: take the files that were "
                 "published with the model"
             )
         _check_sizes(path, processor, config)
@@ -76,7 +76,7 @@ class Llava(Family):
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         if pictures(messages) and any(IMAGE in message.text for message in messages):
-            raise EncodingError(f"the text has {IMAGE} beside its pictures: take it out")
+            raise EncodingError(f"the text has {IMAGE} besides its pictures: take it out")
         render = vicuna.render if self.conversation == "v1" else vicuna.render_plain
         return render(messages, self.tokenizer.eos_token)
 
@@ -107,7 +107,7 @@ class Llava(Family):
             EncodingError: if the tokenizer itself will not do.
         """
         if not self.tokenizer.is_fast:
-            raise EncodingError("the tokenizer cannot tell where its tokens are: use a fast one")
+            raise EncodingError("the tokenizer cannot say where its tokens are in the text: use a fast one")
         if self.tokenizer.encode("x")[:1] != [self.tokenizer.bos_token_id]:
             raise EncodingError(f"the tokenizer adds no {self.tokenizer.bos_token}: load it with add_bos_token=True")
         made = super().encode(conversations)
@@ -125,7 +125,9 @@ class Llava(Family):
         vicunas = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
         unlabelled = typed & vicunas - {tokenizer.bos_token}
         if unlabelled and self.conversation == "v1":
-            return EncodingError(f"the text has {min(unlabelled)}: LLaVA v1.5 gives it no labels either")
+            return EncodingError(
+                f"the text has the special token {min(unlabelled)}, on which LLaVA v1.5 does not train: remove it"
+            )
         sources = pictures(messages)
         rendered, runs = self._expanded(self.render(messages), sources, [(0, 0)] * len(sources))
         if as_text := typed - vicunas:
@@ -230,13 +232,13 @@ def _check_sizes(path: str, processor: LlavaProcessor, config) -> None:
     size, seen = processor.image_processor.crop_size["height"], config.vision_config.image_size
     if size != seen:
         raise ModelError(
-            f"{path}: its processor makes pictures of {size} pixels and its vision tower sees {seen}: its files belong "
+            f"{path}: its processor makes pictures of {size} pixels, its vision tower expects {seen}: its files belong "
             "to different models"
         )
 
 
 def _check_image_tokens(path: str, processor: LlavaProcessor, config) -> None:
-    """Training relies on it: it has no time to compare features and tokens in every batch."""
+    """Training relies on this, because comparing features and tokens in every batch would take too long."""
     strategies = processor.vision_feature_select_strategy, config.vision_feature_select_strategy
     sizes = processor.patch_size, config.vision_config.patch_size
     patches = [(config.vision_config.image_size // size) ** 2 for size in sizes]
@@ -245,7 +247,7 @@ def _check_image_tokens(path: str, processor: LlavaProcessor, config) -> None:
     features = patches[1] + class_token - (strategies[1] == "default")
     if tokens != features:
         raise ModelError(
-            f"{path}: a picture is {tokens} tokens to its processor and {features} features to its model "
+            f"{path}: a picture is {tokens} tokens in its processor and {features} features in its model "
             f"(vision_feature_select_strategy {strategies[0]!r} and {strategies[1]!r}): its files belong to different "
             "models"
         )

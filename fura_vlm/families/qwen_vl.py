@@ -16,7 +16,7 @@ class QwenVL(Family):
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     bare_head = True
     compiles_tower = False
-    """Its attention splits the patches by picture and window: another number of them would be another graph."""
+    """Its attention splits the patches by picture and window, so each number of them would need another graph."""
 
     def expansion(self, width: int, height: int) -> str:
         images = self.processor.image_processor

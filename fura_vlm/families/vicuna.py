@@ -47,7 +47,7 @@ def render(messages: Sequence[Message], eos: str = "</s>") -> Rendered:
             spans.append((len(text), len(text) + len(answer)))
             text += answer
         else:
-            raise EncodingError("a system turn amid the conversation: it belongs at its beginning")
+            raise EncodingError("a system turn within the conversation: it belongs at the beginning")
     return Rendered(text, spans)
 
 

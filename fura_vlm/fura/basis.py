@@ -50,7 +50,7 @@ def block_shape(n: int, num_blocks: int | None, block_size: int | None, module: 
     blocks, size = factor_pair(n)
     if size > MAX_BLOCK_RATIO * math.sqrt(n):
         raise FuraError(
-            f"{module}: its dimension {n} cuts into no better blocks than {blocks} of {size}, which trains "
+            f"{module}: its dimension {n} can only be cut into {blocks} blocks of {size}, which trains "
             f"{n * size:,} parameters; accept that with block_size_pattern={{{module!r}: {size}}}, or leave "
             "the module out with exclude_modules."
         )

@@ -108,7 +108,7 @@ class FuraConfig(PeftConfig):
                 re.compile(pattern)
             except re.error as error:
                 raise FuraError(
-                    f"FuraConfig: {pattern!r} in `block_size_pattern` is no regular expression ({error})."
+                    f"FuraConfig: {pattern!r} in `block_size_pattern` is not a regular expression ({error})."
                 ) from error
         floor = self.singular_floor
         if floor is not None and not (isinstance(floor, float) and 0 < floor < 1):

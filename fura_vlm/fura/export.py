@@ -38,7 +38,7 @@ def export_delta(
         FuraError: there is no such adapter.
     """
     if adapter_name not in model.peft_config:
-        raise FuraError(f"export_delta: there is no adapter {adapter_name!r}; there is {', '.join(model.peft_config)}.")
+        raise FuraError(f"export_delta: there is no adapter {adapter_name!r}, only {', '.join(model.peft_config)}.")
     state = model.state_dict()
     for name, layer in model.named_modules():
         if isinstance(layer, FuraLayer) and adapter_name in layer.fura_adapters:

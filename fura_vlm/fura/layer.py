@@ -138,8 +138,8 @@ class FuraLayer(BaseTunerLayer):
         except (TypeError, NotImplementedError) as error:
             raise FuraError(
                 f"{self.module_name}: its {self.quantization_backend.backend_name} weight cannot be dequantised, "
-                "which making a basis and merging need; do that over a base that can be, such as NF4 or a dense "
-                "one, and load the adapter over this one."
+                "which a new adapter and merging need; make the adapter over an NF4 or a dense base, and load it "
+                "over this one."
             ) from error
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
@@ -388,7 +388,7 @@ class FuraLinear(nn.Module, FuraLayer):
     def _forward_mixed(self, x: torch.Tensor, adapter_names: list[str], *args, **kwargs) -> torch.Tensor:
         if len(adapter_names) != len(x):
             raise FuraError(
-                f"{self.module_name}: its input holds {len(x)} samples, adapter_names {len(adapter_names)}."
+                f"{self.module_name}: its input holds {len(x)} samples and adapter_names {len(adapter_names)} names."
             )
         y = x.new_empty(*x.shape[:-1], self.out_features)
         for name in dict.fromkeys(adapter_names):
@@ -467,8 +467,8 @@ class FuraLinear(nn.Module, FuraLayer):
         # PEFT gives a key an adapter's name only where that adapter has such a tensor
         if f"{prefix}fura_D" in state_dict or f"{prefix}fura_dR" in state_dict:
             raise FuraError(
-                f"{self.module_name}: of the saved adapter and the one here that has its name, one was exported for "
-                "inference and the other is trained; load it under another name."
+                f"{self.module_name}: the model has an adapter of the same name and of another kind (one is for "
+                "training, one was exported for inference); load the saved one under another name."
             )
         for name, adapter in self.fura_adapters.items():
             if adapter.is_exported:

@@ -207,7 +207,7 @@ class FuraModel(BaseTuner):
         names = self.active_adapters if adapter_names is None else adapter_names
         unknown = sorted(set(names) - set(self.peft_config))
         if unknown:
-            raise FuraError(f"FuRA: there is no adapter {', '.join(unknown)}; there is {', '.join(self.peft_config)}.")
+            raise FuraError(f"FuRA: there is no adapter {', '.join(unknown)}, only {', '.join(self.peft_config)}.")
         return names
 
     @contextmanager
@@ -226,7 +226,7 @@ class FuraModel(BaseTuner):
         if any(layer.merged for layer in _fura_layers(self.model)):
             raise FuraError("adapter_names: mixed batches need the base weights; call unmerge_adapter() first.")
         if (kwargs.get("num_beams") or 1) > 1:
-            raise FuraError("adapter_names: mixed batches do not go with beam search; set num_beams=1.")
+            raise FuraError("adapter_names: mixed batches do not work with beam search; set num_beams=1.")
         self._known([name for name in adapter_names if name != "__base__"])
         hook = partial(_name_adapters, adapter_names=list(adapter_names))
         receivers = [m for m in self.modules() if isinstance(m, (FuraLayer, AuxiliaryTrainingWrapper))]
@@ -395,7 +395,7 @@ def _check_base(model: nn.Module, wanted: dict[str, str]) -> None:
     missing = sorted(set(wanted) - set(modules))
     if missing:
         raise FuraError(
-            f"{missing[0]}: the adapter was made for a base model with this module, this has none; load it "
+            f"{missing[0]}: the adapter was made for a base model with this module, and this model lacks it; load it "
             "over the base model it was trained on."
         )
     incomparable = []

@@ -69,7 +69,7 @@ def keep_differentiable(layer: nn.Module, backend: QuantizationBackend | None, m
             x = torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
             if not layer(x.requires_grad_()).requires_grad:
                 raise FuraError(
-                    f"{module}: its torchao format passes no gradients, so that nothing before it would be "
+                    f"{module}: its torchao format passes no gradients, so nothing before it would be "
                     "trained; quantise the weights only, with Int8WeightOnlyConfig or bitsandbytes."
                 )
 
@@ -157,14 +157,14 @@ def compare_fingerprints(module: str, wanted: str, found: str) -> bool:
     found_shape, found_kind, found_hash = found.split()
     if wanted_shape != found_shape:
         raise FuraError(
-            f"{module}: the adapter was made for a weight of shape {wanted_shape} and this base model's is "
+            f"{module}: the adapter was made for a weight of shape {wanted_shape}, and this base model's is "
             f"{found_shape}; load the adapter over the base model it was trained on."
         )
     if wanted_kind != found_kind:
         return False
     if wanted_hash != found_hash:
         raise FuraError(
-            f"{module}: this base model's weight is not the one of the adapter; load it over the base model "
+            f"{module}: this base model's weight is not the one the adapter was made for; load it over the base model "
             "it was trained on."
         )
     return True

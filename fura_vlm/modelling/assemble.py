@@ -1,10 +1,11 @@
 """A LLaVA in transformers' form from the parts LLaVA v1.5 is published in: Vicuna, CLIP and a projector.
 
-What llava-hf's published models are, from the same sources: ``<image>`` and ``<pad>`` follow the tokens of the
+The result is like llava-hf's published models, from the same sources: ``<image>`` and ``<pad>`` follow the tokens of
+the
 language model (ids 32000 and 32001 for Vicuna), the vocabulary is filled up to a multiple of 64 (32064), image
 features are those of the last but one layer of the tower without its class token. The new rows of both embeddings are
-the mean of the others; no row of them is ever looked at, because image features take the place of ``<image>`` and
-padding is masked.
+the mean of the others. No new row is ever used, because image features take the place of ``<image>`` and padding is
+masked.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def assemble(config: AssembleConfig) -> None:
     tokenizer = _tokenizer(config.language_model, text_config)
     language_model = WeightFiles(config.language_model, "language model")
     tower = WeightFiles(config.vision_tower, "vision tower")
-    with torch.device("meta"):  # of the parts, to know what has to be in their files
+    with torch.device("meta"):  # for the parts, to know what their files must hold
         language_names = parameter_names(LlamaForCausalLM(text_config), language_model)
         tower_names = parameter_names(CLIPVisionModel(vision_config), tower)
 
@@ -148,13 +149,13 @@ def read_projector(path: str) -> dict[str, torch.Tensor]:
         weights = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a broken archive raises as it likes
         raise ModelError(
-            f"{path} is not a whole file of tensors: download it again ({type(error).__name__})"
+            f"{path} is not a complete file of tensors: download it again ({type(error).__name__})"
         ) from error
     tensors = isinstance(weights, dict) and all(isinstance(weight, torch.Tensor) for weight in weights.values())
     if not tensors or set(weights) != set(PROJECTOR_KEYS):
         found = ", ".join(sorted(weights)[:4]) if isinstance(weights, dict) else type(weights).__name__
         raise ModelError(
-            f"{path} is not LLaVA's two-layer projector: it holds {found}; wanted {', '.join(PROJECTOR_KEYS)}"
+            f"{path} is not LLaVA's two-layer projector: it holds {found}; it needs {', '.join(PROJECTOR_KEYS)}"
         )
     return {PROJECTOR_KEYS[name]: weight for name, weight in weights.items()}
 
@@ -168,7 +169,7 @@ def _part_config(path: str, model_type: str, what: str):
     if model_type == "clip_vision_model" and config.model_type == "clip":
         config = config.vision_config
     if config.model_type != model_type:
-        raise ModelError(f"{path} is a {config.model_type!r}, where the {what} has to be a {model_type!r}")
+        raise ModelError(f"{path} is a {config.model_type!r}, but the {what} has to be a {model_type!r}")
     return config
 
 
@@ -191,7 +192,7 @@ def _check_fit(config: AssembleConfig, text_config, vision_config, projector: di
     try:
         trained_with = json.loads(beside.read_text())["mm_vision_tower"]
         resolution = re.search(r"-(\d{3})(px)?$", trained_with)
-    except (OSError, ValueError, KeyError, TypeError):  # none, or one of something else, which says nothing
+    except (OSError, ValueError, KeyError, TypeError):  # nothing to compare with
         return
     if resolution and int(resolution[1]) != vision_config.image_size:
         raise ModelError(
@@ -207,7 +208,7 @@ def _tokenizer(path: str, text_config):
         raise ModelError(f"No tokenizer at {path}: {first_line(error)}") from error
     if len(tokenizer) != text_config.vocab_size:
         raise ModelError(
-            f"{path} holds a tokenizer of {len(tokenizer)} tokens for a model of {text_config.vocab_size}: the files "
+            f"{path} holds a tokenizer of {len(tokenizer)} tokens and a model of {text_config.vocab_size}: the files "
             "belong to different models"
         )
     for token in ("<image>", "<pad>"):

@@ -13,12 +13,12 @@ class AssembleConfig:
     Args:
         output_dir: the folder to write; it must not exist yet.
         mm_projector: the file ``mm_projector.bin`` that LLaVA publishes, or the ``mm_projector.safetensors`` that stage
-            1 leaves; without one the projector is new, with random weights.
+            1 writes; without one the projector is new, with random weights.
         language_model: a folder or a name on the hub.
-        vision_tower: a folder or a name on the hub; of a whole CLIP the vision tower is taken.
-        dtype: in which the weights are written.
-        max_shard_size: of a file of weights, such as 5GB; assembling takes little more memory than this.
-        seed: of a new projector.
+        vision_tower: a folder or a name on the hub; only the vision tower of a whole CLIP is used.
+        dtype: the dtype of the weights that are written.
+        max_shard_size: the largest size of a file of weights, such as 5GB; little more memory than this is needed.
+        seed: the seed of a new projector's random weights.
     """
 
     output_dir: str
@@ -32,13 +32,13 @@ class AssembleConfig:
 
 @dataclass
 class MergeConfig:
-    """Merge an adapter into its base: the result is a plain LLaVA that needs none of this project's code.
+    """Merge an adapter into its base: the result is a plain model that needs nothing of this project.
 
     Args:
         model: a run folder or an adapter.
         output_dir: the folder to write; it must not exist yet.
-        dtype: in which the weights are written; auto is the base's.
-        max_shard_size: of a file of weights, such as 5GB; merging takes little more memory than this.
+        dtype: the dtype of the weights that are written; auto means the base's.
+        max_shard_size: the largest size of a file of weights, such as 5GB; little more memory than this is needed.
     """
 
     model: str
@@ -53,7 +53,7 @@ class InspectConfig:
 
     Args:
         model: a run folder or an adapter.
-        output_path: where to draw them (png, svg or pdf); by default ``spectrum.png`` beside the adapter.
+        output_path: the picture to draw (png, svg or pdf); by default ``spectrum.png`` beside the adapter.
     """
 
     model: str

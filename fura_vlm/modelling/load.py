@@ -25,8 +25,8 @@ def load_family(path: str, base: str | None = None, conversation: str | None = N
     """The family of a model, with the processor at ``path``.
 
     Args:
-        path: a model, or the folder of a processor alone, such as a run has.
-        base: the model, where ``path`` is a processor alone.
+        path: a model, or a folder with only a processor, such as a run has.
+        base: the model, if ``path`` is only a processor.
         conversation: the form of a conversation, as in the family's ``conversations``; by default its own.
 
     Raises:
@@ -67,19 +67,20 @@ def read_config(path: str) -> PretrainedConfig:
     """
     check_folder(path)
     try:
-        # Left open, the argument is asked of whoever sits at a terminal.
+        # If it is not given, transformers asks the user at a terminal.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         _refuse_code(path, error)
         what = "usable model" if isinstance(error, StrictDataclassError) else "model"
-        raise ModelError(f"No {what} at {path}: {_first_line(error)}") from error
+        where = path if Path(path).is_dir() else f"{path} (not a folder here, so it was looked up on the hub)"
+        raise ModelError(f"No {what} at {where}: {_first_line(error)}") from error
 
 
 def _refuse_code(path: str, error: Exception) -> None:
     if "trust_remote_code" in str(error):
         raise ModelError(
-            f"{path} asks for code of its own, which is never run here: take the form of the model that transformers "
-            "knows by itself (its name often ends in -hf)"
+            f"{path} brings Python code of its own, which is never run here: use the form of the model that "
+            "transformers supports itself (its name often ends in -hf)"
         ) from error
 
 
@@ -145,17 +146,17 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
             ) from error
         raise ModelError(f"A base in 4 bits needs the extra package: pip install -e .[quant] ({error})") from error
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        WeightFiles(path, what)  # says which file is missing, cut off or damaged, if one is
+        WeightFiles(path, what)  # names the file that is missing, cut off or damaged, if there is one
         raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])
         raise ModelError(
-            f"{path}: {name} is {list(found)} in its files and {list(wanted)} by its config.json: its files belong to "
+            f"{path}: {name} is {list(found)} in its files and {list(wanted)} in its config.json: its files belong to "
             "different models"
         )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ModelError(f"{path} is not a whole {what}: {len(missing)} weights are missing, first {missing[0]}")
+        raise ModelError(f"{path} is not a complete {what}: {len(missing)} weights are missing, first {missing[0]}")
     return model
 
 
@@ -170,12 +171,12 @@ def load_adapter(model: PreTrainedModel, path: str, **kwargs) -> PeftModel:
     base = read_adapter_config(path).base_model_name_or_path
     weights = ("adapter_model.safetensors", "adapter_model.bin")
     if not any((Path(path) / name).is_file() for name in weights):  # PEFT would look for them on the hub
-        raise ModelError(f"The adapter at {path} is not whole: {weights[0]} is missing")
+        raise ModelError(f"The adapter at {path} is not complete: {weights[0]} is missing")
     try:
         return PeftModel.from_pretrained(model, path, **kwargs).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"The adapter at {path} cannot be used ({_first_line(error).rstrip('.:')}): it names {base} as its base"
+            f"The adapter at {path} cannot be used ({_first_line(error).rstrip('.:')}): it was trained over {base}"
         ) from error
 
 
@@ -189,13 +190,13 @@ def read_adapter_config(path: str) -> PeftConfig:
         return PeftConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path}/adapter_config.json cannot be read ({first_line(error)}): it is damaged, or of another method "
-            "than PEFT has here"
+            f"{path}/adapter_config.json cannot be read ({first_line(error)}): it is damaged, or of a method "
+            "that PEFT does not have here"
         ) from error
 
 
 def find_adapter(path: str) -> str | None:
-    """The adapter that a path means, be it its own folder or that of a run; None if there is none."""
+    """The adapter at a path, which is its own folder or that of a run; None if there is no adapter."""
     folder = Path(path).expanduser()
     folders = (folder / "adapter", folder)
     return next((str(folder) for folder in folders if (folder / "adapter_config.json").is_file()), None)
@@ -227,7 +228,7 @@ def find_parts(path: str) -> tuple[str, str | None, str]:
         base = str(folder / "model")
     elif (folder / "config.yaml").is_file():
         raise ModelError(
-            f"{path} is a run without an adapter: it was interrupted; start its command again to finish it"
+            f"{path} is a run without an adapter, because it was interrupted: start its command again to finish it"
         )
     else:
         return path, None, path
@@ -242,7 +243,7 @@ def load_any(path: str) -> tuple[PreTrainedModel | PeftModel, Family]:
         path: a run folder, an adapter's folder, or a model (folder or name on the hub).
 
     Raises:
-        ModelError: if it is none of these, or a part of it is missing.
+        ModelError: if there is nothing of that kind, or a part of it is missing.
     """
     base, adapter, processor = find_parts(path)
     family, model = load_family(processor, base), load_base(base, default_dtype())
@@ -252,7 +253,7 @@ def load_any(path: str) -> tuple[PreTrainedModel | PeftModel, Family]:
 
 
 def default_dtype() -> torch.dtype:
-    """In which a model is loaded unless somebody says otherwise: bfloat16 where the GPU has it, else float32."""
+    """The dtype in which a model is loaded by default: bfloat16 if the GPU supports it, else float32."""
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
@@ -276,7 +277,7 @@ def inspect(config: InspectConfig) -> None:
 
 
 def check_folder(path: str) -> None:
-    """Refuses a path that cannot be a name on the hub and is no folder, before the network is asked for it.
+    """Refuses a path that is not a folder and cannot be a name on the hub, before the network is asked.
 
     Raises:
         ModelError: there is none.
@@ -290,6 +291,6 @@ def check_folder(path: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of its message; where that announces a list, with the first of it."""
+    """The first line of an error's message; if that line introduces a list, with the first item of the list."""
     lines = (str(error).strip() or type(error).__name__).split("\n")
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,4 +1,4 @@
-"""An adapter merged into its base, weight by weight: on the CPU, in the memory of one shard and one layer."""
+"""Merges an adapter into its base weight by weight, on the CPU, in the memory of one shard and one layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def merge(config: MergeConfig) -> None:
     """Writes base and adapter merged into one plain model with its processor; the names are those of the base's files.
 
     The base is read from its files, never as a whole, and not quantised: an adapter trained over a base in 4 bits is
-    merged into the base as it was before. What is adapted is computed in float32 and rounded once.
+    merged into the original base. What is adapted is computed in float32 and rounded once.
 
     Raises:
         ModelError: ``output_dir`` exists, ``model`` has no adapter, adapter and base do not belong together, a file is
@@ -38,7 +38,7 @@ def merge(config: MergeConfig) -> None:
     refuse_existing(Path(config.output_dir))
     base, adapter, processor = find_parts(config.model)
     if adapter is None and not Path(base).expanduser().is_dir():
-        raise ModelError(f"There is no run and no adapter at {config.model}: give the folder of one")
+        raise ModelError(f"There is neither a run nor an adapter at {config.model}: give the folder of one")
     if adapter is None:
         raise ModelError(f"{config.model} is a model without an adapter: there is nothing to merge")
     family = load_family(processor, base)
@@ -59,8 +59,9 @@ def merge(config: MergeConfig) -> None:
 class Merging:
     """The base's weights with the adapter merged in, by their names in the base's files.
 
-    The adapter is loaded by PEFT over a model whose weights take no memory. Those of a layer are put in when one of
-    them is asked for, PEFT's layer merges, and they leave together with the adapter of that layer.
+    The adapter is loaded by PEFT over a model whose weights take no memory. When a weight of a layer is asked for, the
+    weights of that layer are loaded, PEFT's layer merges, and then they are freed together with the adapter of that
+    layer.
 
     Raises:
         ModelError: adapter and base do not belong together, or the method cannot be merged.
@@ -70,7 +71,9 @@ class Merging:
         self.files, self.adapter = files, adapter
         self.config = read_config(base)
         if getattr(self.config, "quantization_config", None):
-            raise ModelError(f"{base} is stored quantised and cannot be merged into: name the model it was made from")
+            raise ModelError(
+                f"{base} is stored quantised, so nothing can be merged into it: name the model it was made from"
+            )
         with torch.device("meta"):
             model = model_class(self.config).from_config(self.config)
         self._name = parameter_names(model, files)
@@ -100,11 +103,12 @@ class Merging:
 
         if tied := sorted((self._layers.keys() | self._ready.keys()) - self._name.keys()):
             raise ModelError(
-                f"{adapter} trains {tied[0]}, which is not in the files at {base}, where it is one with another weight"
+                f"{adapter} trains {tied[0]}, which the files at {base} do not hold, because it is tied to "
+                "another weight"
             )
 
     def read(self, name: str) -> torch.Tensor:
-        """The weight that is called ``name`` in the files.
+        """The merged weight with this name in the files.
 
         Raises:
             ModelError: the weight is not the one that the adapter was trained over, or the merged one is not finite.
@@ -142,7 +146,7 @@ class Merging:
 
 
 def _empty(model: nn.Module) -> torch.Tensor:
-    """Gives a model on the meta device weights on the CPU which all are one number. PEFT puts adapters on the device
+    """Gives a model on the meta device weights on the CPU that all share one number. PEFT puts adapters on the device
     and in the dtype of the weights they adapt; returns that number."""
     nothing = torch.zeros(())
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Model files read and written a tensor at a time, so that a model need not fit into memory."""
+"""Reads and writes model files one tensor at a time, so that a model need not fit into memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WeightFiles:
         tensors: the names in the files, in natural order, and on the meta device the shape and dtype of each.
 
     Raises:
-        ModelError: a file is missing, cut off or damaged, or has a dtype that PyTorch has not.
+        ModelError: a file is missing, cut off or damaged, or has a dtype that PyTorch does not have.
     """
 
     def __init__(self, path: str, what: str):
@@ -71,7 +71,7 @@ class WeightFiles:
                 missing = [name for name, file in files.items() if file is None]
                 if missing:
                     raise ModelError(
-                        f"{self.path} is not a whole {self.what}: {len(missing)} of its {len(names)} files are "
+                        f"{self.path} is not a complete {self.what}: {len(missing)} of its {len(names)} files are "
                         f"missing, first {missing[0]}: finish the download"
                     )
                 return list(files.values())
@@ -79,7 +79,7 @@ class WeightFiles:
             if file is not None:
                 return [file]
         raise ModelError(
-            f"No weights of a {self.what} at {self.path}: neither {' nor '.join(SINGLE)}, nor shards of one"
+            f"No weights of a {self.what} at {self.path}: it has neither {' nor '.join(SINGLE)}, whole or in shards"
         )
 
     def _find(self, name: str) -> str | None:
@@ -108,8 +108,8 @@ class WeightFiles:
 
 
 def parameter_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str]:
-    """For each parameter of ``model`` the name that ``files`` has for it, whichever of the layouts that transformers
-    has had over time they are written in. One that is tied to another need not be there.
+    """For each parameter of ``model``, its name in ``files``. The files may have any of the layouts that transformers
+    has used over time. A parameter that is tied to another need not be in them.
 
     Raises:
         ModelError: a parameter is missing in the files, is quantised there, or has another shape.
@@ -126,20 +126,20 @@ def parameter_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str
     missing = sorted(set(wanted) - set(found) - tied)
     if missing:
         raise ModelError(
-            f"{files.path} is not a whole {files.what}: {len(missing)} weights are missing, first {missing[0]}"
+            f"{files.path} is not a complete {files.what}: {len(missing)} weights are missing, first {missing[0]}"
         )
     for parameter, tensor in ((parameter, wanted[parameter]) for parameter in wanted if parameter in found):
         stored = files.tensors[found[parameter]]
         if tensor.is_floating_point() and (stored.itemsize < 2 or not stored.is_floating_point()):
             dtype = str(stored.dtype).removeprefix("torch.")
             raise ModelError(
-                f"{files.path} is quantised: {found[parameter]} is {dtype} there, which means nothing without its "
+                f"{files.path} is quantised: {found[parameter]} is {dtype} there, which cannot be read without its "
                 "scales: name the model it was made from"
             )
         shape = stored.shape
         if shape != tensor.shape:
             raise ModelError(
-                f"{files.path} does not fit its config.json: {found[parameter]} is {tuple(shape)} where it has to be "
+                f"{files.path} does not fit its config.json: {found[parameter]} is {tuple(shape)} and has to be "
                 f"{tuple(tensor.shape)}: its files belong to different models"
             )
     return {parameter: found[parameter] for parameter in wanted if parameter in found}
@@ -171,7 +171,7 @@ def write_sharded(
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise ModelError(f"max_shard_size {max_shard_size!r} is no size: give one such as 5GB or 500MB") from error
+        raise ModelError(f"max_shard_size {max_shard_size!r} is not a size: give one such as 5GB or 500MB") from error
     bar = tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="written")
     for file, names in split.filename_to_tensors.items():
         shard = {}
@@ -251,7 +251,9 @@ def _on_meta(part, what: str) -> torch.Tensor:
     name, shape = part.get_dtype(), part.get_shape()
     dtype = getattr(torch, DTYPES.get(name, ""), None)
     if dtype is None:
-        raise ModelError(f"{what} is stored as {name}, which PyTorch {torch.__version__} has not: name another model")
+        raise ModelError(
+            f"{what} is stored as {name}, which PyTorch {torch.__version__} does not have: name another model"
+        )
     if name == "F4":  # PyTorch's has two numbers in each entry
         shape = [*shape[:-1], shape[-1] // 2]
     return torch.empty(shape, dtype=dtype, device="meta")

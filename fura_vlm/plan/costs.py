@@ -1,4 +1,5 @@
-"""What a plan adds up: bytes on a GPU by part, and seconds of a step, for a way to run it; and the fastest that fits.
+"""What a plan adds up: bytes on a GPU by part, and seconds of a step, for each way to run it; and the fastest way that
+fits.
 
 Activations are what autograd keeps of a layer (``activation_bytes``); time is floating-point operations at the rates
 that were measured (``RATES``). Units are bytes, seconds and operations.
@@ -181,7 +182,7 @@ def run_hours(plan: PlanConfig, train: TrainConfig, counts: Counts, setting: Set
 
 
 def settings(train: TrainConfig, counts: Counts, gpus: int) -> Iterator[Setting]:
-    """The ways to run a step that are worth a try, the simpler ones first, and of each the larger batches."""
+    """The ways to run a step that may be the best, simpler ones first, and for each the larger batches first."""
     whole = 2 if counts.method.adapter is None else 1  # dividing an adapter's gradients costs more than it saves
     for stage, offload in ((whole, False), (3, False), (2, True), (3, True)):
         if stage == 3 and (counts.method.four_bits or gpus == 1 and not offload):

@@ -104,11 +104,13 @@ def _check_numbers(config: PlanConfig) -> None:
         given = getattr(config, name)
         numbers = given if isinstance(given, list) else [given]
         if not numbers or min(numbers) < 1:
-            raise PlanError(f"{name} is {given}: it takes numbers from 1 on")
+            raise PlanError(f"{name} is {given}: give numbers of at least 1")
     if config.picture_tokens is not None and not 0 <= config.picture_tokens <= config.tokens:
-        raise PlanError(f"picture_tokens is {config.picture_tokens}: it is at most tokens, which is {config.tokens}")
+        raise PlanError(
+            f"picture_tokens is {config.picture_tokens}: it cannot be more than tokens, which is {config.tokens}"
+        )
     if not 0 < config.labelled <= 1:
-        raise PlanError(f"labelled is {config.labelled}: it is a share, above 0 and at most 1")
+        raise PlanError(f"labelled is {config.labelled}: give a share above 0 and at most 1")
 
 
 def _recipe(path: str) -> TrainConfig:
@@ -123,7 +125,7 @@ def _recipe(path: str) -> TrainConfig:
         raise PlanError(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
         if getattr(train, name) < 1:
-            raise PlanError(f"{name} is {getattr(train, name)} in {path}: it has to be at least 1")
+            raise PlanError(f"{name} is {getattr(train, name)} in {path}: it must be at least 1")
     return train
 
 

@@ -1,4 +1,4 @@
-"""What happens beside the training itself: saving on a signal, the metrics' file, the held-out questions."""
+"""What happens besides the training itself: saving on a signal, the metrics file, the held-out questions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self):
         self.stopped = False
         self._received = False
-        # By way of the CPU: asking a GPU would make every step wait for it.
+        # Over the CPU, because asking a GPU would make every step wait for it.
         self._group = dist.new_group(backend="gloo") if PartialState().num_processes > 1 else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
@@ -70,9 +70,9 @@ class MetricsFile(TrainerCallback):
 
 
 class HeldOut(TrainerCallback):
-    """Answers the held-out questions with the adapter off when training begins, and with it on when it ends.
+    """Answers the held-out questions with the adapter off when training begins, and with it on when training ends. It
 
-    As a callback it runs where DeepSpeed is set up: under ZeRO-3 a process holds only parts of the weights.
+    is a callback because DeepSpeed must be set up: under ZeRO-3 a process holds only parts of the weights.
     """
 
     def __init__(self, config: TrainConfig, run: Path, family: Family, questions: list[Record], signals: SaveOnSignal):
@@ -101,11 +101,11 @@ class HeldOut(TrainerCallback):
 
     def _answer(self, args, model) -> list[Answer]:
         # Every process answers its share. The shares are made equally long, because under ZeRO-3 all processes
-        # must call the model equally often; what was added is taken off again.
+        # must call the model equally often; the added answers are removed again.
         rank, world = args.process_index, args.world_size
         share = -(-len(self.questions) // world)
         mine = [self.questions[min(i * world + rank, len(self.questions) - 1)] for i in range(share)]
-        # Layers compiled for generating would be compiled for each length, and leave no room for training's.
+        # Layers would be compiled for each length of an answer, and the compiler's limit would leave none for training.
         with torch.compiler.set_stance("force_eager"):
             answers = answer_questions(
                 model,

@@ -46,8 +46,8 @@ class WrittenBy:
             return cls(**json.loads((Path(checkpoint) / NAME).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{checkpoint} has no usable {NAME}, so it is not a whole checkpoint of this program: remove it, and "
-                "the run goes on from the one before"
+                f"{checkpoint} has no usable {NAME}, so this checkpoint is not complete: remove it, and the run "
+                "continues from the one before"
             ) from error
 
 
@@ -66,8 +66,8 @@ def make_universal(checkpoint: str | Path) -> None:
     free = shutil.disk_usage(source).free
     if needed > free:
         raise CheckpointError(
-            f"To go on from {checkpoint} with another number of processes takes {needed / 1e9:.1f} GB of its disk for "
-            f"a while, and {free / 1e9:.1f} GB are left: make room, or start as many processes as before"
+            f"To continue from {checkpoint} with another number of processes, its disk needs {needed / 1e9:.1f} GB for "
+            f"a while, and {free / 1e9:.1f} GB are free: make room, or start as many processes as before"
         )
     # One worker: more would be copies of a process that talks to a GPU and to others.
     arguments = Namespace(
@@ -85,8 +85,8 @@ def make_universal(checkpoint: str | Path) -> None:
     except Exception as error:  # a broken file raises as it likes
         remove_universal(checkpoint)
         raise CheckpointError(
-            f"{checkpoint} cannot be read by another number of processes than wrote it, because a file is missing or "
-            f"damaged ({error}): remove it, and the run goes on from the one before"
+            f"{checkpoint} cannot be converted to another number of processes, because a file is missing or damaged "
+            f"({error}): remove it, and the run continues from the one before"
         ) from error
 
 

@@ -12,46 +12,52 @@ Method = Literal["fura", "qfura", "lora", "qlora", "dora", "full", "projector"]
 
 @dataclass
 class TrainConfig:
-    """One fine-tuning run. Fields that transformers' ``TrainingArguments`` also has mean the same here.
+    """Fine-tune a model. Settings that transformers' ``TrainingArguments`` also has mean the same here.
 
     Args:
         model_name_or_path: the base, a folder or hub name of a model with its processor.
         data_path: the mixture: a JSON, JSONL or Parquet file, a folder of the datasets library, or a hub name.
         image_folder: where the mixture's image paths start; by default the folder of ``data_path``.
-        eval_data_path: held-out questions in the same format; the first of each record is answered before and after
-            training.
+        eval_data_path: held-out questions in the same format; the first question of each record is answered before and
+            after training.
         eval_image_folder: where the questions' image paths start; by default the folder of ``eval_data_path``.
-        output_dir: the run folder; ``{method}`` in it stands for the method's name. An interrupted run in it is
-            resumed; after a finished one the name gets a number.
-        strict: refuse to train while any record cannot be used, instead of listing and leaving it out.
-        verify_images: how images are checked before training: decode each, read headers only, or not at all.
-        method: what is trained, and how: see ``fura_vlm/training/methods.py``.
-        conversation: the form of a conversation; by default the model's own. LLaVA-1.5 has v1, Vicuna's, and plain,
-            the bare picture and its caption, with which it pretrains the projector; language models without a chat
-            template can take vicuna or alpaca.
-        mm_projector: the projector is adapted like the language model, or trained in full, or frozen.
-        vision_tower: the same for the tower.
-        lora_r, lora_alpha, lora_dropout: of LoRA, QLoRA and DoRA; the defaults are those of LLaVA's LoRA script.
-        target_modules: what is adapted, as PEFT's ``target_modules`` (a regex over full names, or a list); by default
-            every linear layer of the language model, and of projector and tower where they are adapted.
-        block_size: width of FuRA's blocks; by default the factor pair of each layer's input width nearest a square.
+        output_dir: the run folder; ``{method}`` in it stands for the method's name. If it holds an interrupted run,
+            that run is resumed; if it holds a finished one, the new folder's name gets a number.
+        strict: refuse to train if any record cannot be used, instead of leaving it out and listing it.
+        verify_images: how images are checked before training: decode each, header reads only their headers, none
+            checks nothing, and auto decodes in small mixtures and reads headers in large ones.
+        method: what is trained: fura; qfura, FuRA over a base in 4 bits; lora, dora and qlora, PEFT's; full, every
+            weight of the language model; or projector, LLaVA's stage 1.
+        conversation: the form of a conversation; by default the model's own. LLaVA-1.5 has v1 (Vicuna's) and plain
+            (only the picture and its caption, for pretraining the projector); language models without a chat template
+            can take vicuna or alpaca.
+        mm_projector: how the projector is trained: adapter (like the language model), full, or frozen.
+        vision_tower: how the vision tower is trained, likewise.
+        lora_r: the rank of LoRA, QLoRA and DoRA; this and the next two defaults are those of LLaVA's LoRA script.
+        lora_alpha: the scale of LoRA, QLoRA and DoRA.
+        lora_dropout: the dropout of LoRA, QLoRA and DoRA.
+        target_modules: which modules are adapted, as in PEFT (a regular expression over full names, or a list); by
+            default every linear layer of the language model, and of projector and tower if they are adapted.
+        block_size: width of FuRA's blocks; by default, the input width of each layer is split into the two factors that
+            are closest to each other.
         train_singular_values: train the singular values with the cores (the paper's main form).
-        train_batch_size: records a step over all processes, from which ``gradient_accumulation_steps`` follows; by
-            default that is what is given.
-        learning_rate: of the language model's adapter; by default 2e-4, with ``full`` 2e-5 (LLaVA's own), with
-            ``projector`` 1e-3.
-        mm_projector_lr: of the projector, adapter or whole; by default ``learning_rate``.
-        vision_tower_lr: of the tower, adapter or whole; by default ``learning_rate``.
-        model_max_length: tokens a record may have, image tokens included; longer ones are cut.
-        warmup_steps: steps over which the rate rises; below 1, the share of all steps.
-        group_by_modality_length: batches of one modality and of similar length, as LLaVA trains.
-        compile_layers: ``torch.compile`` on each layer; not under ZeRO-3.
-        activation_memory_budget: with ``compile_layers``; below 1 the compiler computes norms and the like again in the
-            backward pass rather than keep them: less memory for a few percent of the time.
+        train_batch_size: records in a step over all processes; ``gradient_accumulation_steps`` is then computed from
+            it. By default it is not set, and ``gradient_accumulation_steps`` counts.
+        learning_rate: the learning rate of the language model; by default 2e-4, with ``full`` 2e-5 and with
+            ``projector`` 1e-3 (both LLaVA's).
+        mm_projector_lr: the learning rate of the projector; by default ``learning_rate``.
+        vision_tower_lr: the learning rate of the vision tower; by default ``learning_rate``.
+        model_max_length: the most tokens of a record, image tokens included; longer records are cut.
+        warmup_steps: steps in which the learning rate rises; a number below 1 is the share of all steps.
+        group_by_modality_length: make batches of records of one kind (with or without pictures) and of similar length,
+            as LLaVA does.
+        compile_layers: use ``torch.compile`` on each layer; not possible with ZeRO-3.
+        activation_memory_budget: with ``compile_layers``, a number below 1 saves memory and costs a few percent of the
+            time: the compiler computes cheap results again in the backward pass instead of keeping them.
         bf16: train in bfloat16; ``None`` means where a GPU supports it.
         deepspeed: the DeepSpeed configuration, a JSON file.
         eval_batch_size: held-out questions answered at once, on each process.
-        eval_max_new_tokens: length limit of an answer.
+        eval_max_new_tokens: the most tokens of an answer to a held-out question.
     """
 
     model_name_or_path: str = "data/tiny-llava"
@@ -126,14 +132,14 @@ class PlanConfig:
         model: 7b or 13b (LLaVA-1.5's shapes), or a folder or hub name of any model, of which config.json is read; by
             default the recipe's model.
         methods: what to compare, beside the recipe's own.
-        gpus: numbers of GPUs.
-        memory: of each GPU, in GB as its name says.
-        records: of one epoch; by default those of LLaVA-1.5's mixture.
-        tokens: of a record, on average; image included. Memory is planned for ``model_max_length``.
-        picture_tokens: those of the tokens that stand for pictures; by default a picture's, and where a model takes
-            pictures of any size, LLaVA-1.5's 576.
-        labelled: share of the tokens that have a loss.
-        output_path: a Markdown file for what is printed.
+        gpus: the numbers of GPUs to plan for.
+        memory: the memory of a GPU to plan for, in GB as its name says.
+        records: the records of one epoch; by default those of LLaVA-1.5's mixture.
+        tokens: the tokens of an average record, image tokens included. Memory is planned for ``model_max_length``.
+        picture_tokens: how many of ``tokens`` stand for pictures; by default those of one picture, and LLaVA-1.5's 576
+            for models that take pictures of any size.
+        labelled: the share of the tokens that have a loss.
+        output_path: a Markdown file to write the plan to as well.
     """
 
     recipe: str

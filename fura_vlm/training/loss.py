@@ -1,20 +1,19 @@
-"""The training step's forward pass, without what it does not need.
+"""The forward pass of a training step, without the work that it does not need.
 
-Of the tokens of an instruction record most are the picture's and the question's, and no loss is on them. transformers
-multiplies all of them with the language model's head, 32 thousand logits a token in float32 and as much again for
-their gradients; here the head sees the supervised positions only: a hook picks them out of what goes into it. What a
-model does with its logits afterwards (to cap or to scale them) it does as always. The loss is transformers' own,
-number for number. With a third of 7,200 tokens supervised, the head is 0.7 % of a 7B's arithmetic: fusing it with the
-loss, as other libraries do for memory's sake, has nothing to win here.
+Most tokens of an instruction record are those of the picture and the question, which have no loss. transformers
+multiplies all of them with the language model's head: 32 thousand logits a token in float32, and as much again for
+their gradients. Here the head gets only the supervised positions, which a hook picks from its input. If a model caps or
+scales its logits afterwards, it does so as always. The loss is exactly transformers' own. With a third of 7,200 tokens
+supervised, the head is 0.7 % of a 7B's arithmetic: fusing it with the loss, as other libraries do to save memory, would
+gain nothing here.
 
 - Padding is on the right (``Collator``), where a causal model never looks at it from a real token. So no mask is
   needed, and attention takes its fastest form with the same shape of graph for every batch.
 - If the vision tower trains nothing, it runs without autograd, whatever gradient checkpointing switches on.
-- Where the family can do it, nothing is looked up on the device: transformers reads there whether pictures and their
-  tokens are equally many, where these are (forward and once more backward), and whether rows hold several records
-  each. A GPU that is waited for in every batch, amid the work of launching what comes next, stands still for several
-  percent of the time. So it is asked once a step, before the first batch, where labels and pictures are
-  (``positions``).
+- If the family allows it, nothing is read back from the device. transformers reads back whether there are as many
+  pictures as picture tokens, where these are (in the forward and again in the backward pass), and whether rows hold
+  several records. When every batch waits for the GPU, the GPU is idle for several percent of the time. So the places of
+  labels and pictures are read once a step, before the first batch (``positions``).
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def train_on_labels_only(model: nn.Module, family: Family) -> None:
     if parts.tower is not None:
         family.prepare_tower(parts.tower)
     as_it_was, without_looking = model.forward, _without_looking(parts.decoder)
-    wanted = None  # rows and positions that the head is to see
+    wanted = None  # the rows and positions that the head gets
 
     def choose(head, args):
         return None if wanted is None else (args[0][tuple(wanted)][None], *args[1:])
@@ -74,7 +73,7 @@ def train_on_labels_only(model: nn.Module, family: Family) -> None:
                 name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name not in OF_TEXT
             }
             said = {name for name, value in inputs.items() if value is not None} - {*of_pictures, "input_ids"}
-            # What is said besides, of the tower's layer for example, is the model's own business.
+            # Other arguments, such as the tower's layer, are for the model itself.
             embedded = None if said else family.embed(model, inputs["input_ids"], pictured, of_pictures)
             if embedded is not None:
                 inputs = {name: value for name, value in inputs.items() if name not in (*of_pictures, "input_ids")}
@@ -99,7 +98,7 @@ def train_on_labels_only(model: nn.Module, family: Family) -> None:
 
 
 def _without_looking(decoder: nn.Module) -> Callable[[], AbstractContextManager]:
-    """Gives a language model a short form that does not look anything up on the device.
+    """Gives a language model a shorter forward pass that reads nothing back from the device.
 
     Returns: makes the context in which it takes it, for rows that are no longer than one record each.
     """
@@ -176,10 +175,10 @@ def use_all_parts(model: nn.Module, family: Family) -> None:
 
 
 def positions(batch: dict[str, torch.Tensor], run_id: int) -> dict[str, torch.Tensor]:
-    """What a call in training is told of its batch besides, rows and positions, (2, number) int64 each: ``supervised``,
+    """More about a batch for a call in training, as rows and positions, (2, number) int64 each: ``supervised``,
     of what predicts a label, the position before it; and, if there are pictures, ``pictured``, of their tokens.
 
-    How many there are has to come from the device, which is waited for."""
+    Their number has to come from the device, so this waits for it."""
     found = {"supervised": _supervised(batch["labels"])}
     if "pixel_values" in batch:
         found["pictured"] = (batch["input_ids"] == run_id).nonzero().T

@@ -1,4 +1,4 @@
-"""What to do where the memory does not suffice."""
+"""What to do when memory runs out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fura_vlm.training.methods import method_of
 
 @contextmanager
 def advice_on_memory(config: TrainConfig, run: Path):
-    """Where memory runs out within: a TrainingError that says what to change and is accepted for this run."""
+    """If memory runs out inside, raises a TrainingError that says what to change; each change is possible for this
+    run."""
     try:
         yield
     except RuntimeError as error:
@@ -26,7 +27,7 @@ def advice_on_memory(config: TrainConfig, run: Path):
         advice = []
         if batch > 1:  # a divisor, so that train_batch_size stays a multiple
             less = next(n for n in range(batch // 2, 0, -1) if batch % n == 0)
-            kept = "with train_batch_size a step has as many records as before"
+            kept = "with train_batch_size, a step still has as many records as before"
             advice.append(f"--per_device_train_batch_size {less} ({kept})")
         if not config.gradient_checkpointing:
             advice.append("--gradient_checkpointing true")
@@ -45,8 +46,8 @@ def advice_on_memory(config: TrainConfig, run: Path):
             tried = f"try {', or '.join(advice + others)}"
         else:
             tried = (
-                "no setting is left that takes less, so take a larger GPU or a smaller model (fura-vlm plan says what "
-                "fits), or cut the records with --model_max_length in another --output_dir"
+                "no other setting saves memory, so take a larger GPU or a smaller model (fura-vlm plan says what "
+                "fits), or shorten the records with --model_max_length in another --output_dir"
             )
         if torch.cuda.is_available():
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
@@ -54,6 +55,6 @@ def advice_on_memory(config: TrainConfig, run: Path):
         else:
             where = "this machine"
         raise TrainingError(
-            f"The memory of {where} does not suffice for {config.per_device_train_batch_size} records of up to "
+            f"The memory of {where} is too small for {config.per_device_train_batch_size} records of up to "
             f"{config.model_max_length} tokens with {config.method}: {tried}"
         ) from error

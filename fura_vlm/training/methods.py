@@ -1,4 +1,4 @@
-"""The ways to fine-tune, behind one switch: in which form the base is loaded and what of it is trained.
+"""The ways to fine-tune, behind one switch: how the base is loaded, and which of its weights are trained.
 
 fura       full-rank adaptation, this project's own (arXiv 2605.22869)
 qfura      the same over a 4-bit base
@@ -38,9 +38,9 @@ class Method:
     """A way to fine-tune.
 
     Args:
-        adapter: PEFT's configuration, from the recipe's and from what all adapters share; ``None`` where the weights
+        adapter: makes PEFT's configuration from the recipe and from what all adapters share; ``None`` if the weights
             themselves are trained.
-        learning_rate: where the recipe gives none.
+        learning_rate: used if the recipe gives none.
         four_bits: the base is kept in 4 bits.
         language: the language model takes part, and not the projector alone.
         ours: PEFT knows its adapters once ``fura_vlm`` is imported.
@@ -89,7 +89,7 @@ def method_of(config: TrainConfig) -> Method:
 
 
 def learning_rate(config: TrainConfig) -> float:
-    """What is given, or the recipe's for the method."""
+    """The given learning rate, or the method's default."""
     return method_of(config).learning_rate if config.learning_rate is None else config.learning_rate
 
 
@@ -113,11 +113,11 @@ def quantization(config: TrainConfig, family: Family, dtype: torch.dtype) -> Bit
 
 
 def adapter_config(config: TrainConfig, family: Family, model: PreTrainedModel) -> PeftConfig:
-    """PEFT's configuration of the chosen method. All methods adapt the same modules; projector and tower are adapted
-    with them, or trained in full (PEFT's ``modules_to_save``), or left alone; or the projector is all that is trained.
+    """PEFT's configuration of the chosen method. All methods adapt the same modules. Projector and tower are adapted
+    like them, trained in full (PEFT's ``modules_to_save``), or frozen; or only the projector is trained.
 
     Raises:
-        TrainingError: the projector is asked for, and there is none.
+        TrainingError: the projector is to be trained, and the model has no projector.
     """
     method, names = method_of(config), family.names
     tower = config.vision_tower if names.tower else "frozen"
@@ -134,7 +134,7 @@ def adapter_config(config: TrainConfig, family: Family, model: PreTrainedModel) 
     }
     if names.projectors and projector == "adapter" and not linear["projector"]:
         logger.warning(
-            "The projector of a model of the type %s has no linear layers to adapt, and stays as it is: "
+            "The projector of a model of the type %s has no linear layers to adapt, so it is not trained: "
             "--mm_projector full trains it.",
             family.config.model_type,
         )
@@ -195,19 +195,19 @@ def prepare(model: PreTrainedModel, config: TrainConfig, family: Family) -> PreT
 
 
 def compile_layers(model: PreTrainedModel | PeftModel, family: Family, activation_memory_budget: float = 1.0) -> None:
-    """``torch.compile`` on each layer of the language model and of the vision tower, once for all of each and for
-    batches of every size and length; on a tower's only where that can be.
+    """``torch.compile`` on each layer of the language model and of the vision tower, with one graph for all layers of a
+    kind and for batches of every size and length; on a tower's layers only if the family allows it.
 
     Args:
-        activation_memory_budget: of the compiler, for the whole process: below 1 it computes cheap results again in
-            the backward pass rather than keep them.
+        activation_memory_budget: of the compiler, for the whole process: below 1 it computes cheap results again in the
+            backward pass instead of keeping them.
     """
     torch._functorch.config.activation_memory_budget = activation_memory_budget
     parts = family.parts(model)
     seeing = [part for part in (parts.tower, *parts.projectors) if part is not None]
     if any(p.requires_grad for part in seeing for p in part.parameters()):
         # Only then are there gradients to the first layer's input; without pictures it would be another graph.
-        # ``enable_input_require_grads`` has gradients go through the tower, too, which nobody needs.
+        # ``enable_input_require_grads`` sends gradients through the tower, too, where nothing needs them.
         parts.decoder.get_input_embeddings().register_forward_hook(lambda module, given, made: made.requires_grad_())
     for part in (parts.tower if family.compiles_tower else None, parts.decoder):
         for layer in part.modules() if part is not None else ():

@@ -1,7 +1,7 @@
 """The processes of a run: how they meet, and how they end.
 
 They end together. A process that fails writes its reason into the store that all of them met at; a thread in each of
-the others looks there, since the others may be waiting for it in a collective that will never be complete.
+the others looks there, because they may be waiting in a collective operation that will never be complete.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import active_children
 from pathlib import Path
+from subprocess import SubprocessError
 
 import torch
 import torch.distributed as dist
@@ -27,25 +28,25 @@ from accelerate import PartialState
 from torch.distributed.rendezvous import rendezvous
 from transformers.utils import logging
 
-from fura_vlm.errors import sentence
+from fura_vlm.errors import first_line, sentence
 from fura_vlm.training.errors import TrainingError
 
-PATIENCE = timedelta(hours=1)  # for one another: the main process may have many images to check
+PATIENCE = timedelta(hours=1)  # how long processes wait for each other: the main process may have many images to check
 LOOK = 0.5  # seconds between two looks at the store
-GRACE = 2.0  # seconds in which a failure may turn out to be that of all processes
+GRACE = 2.0  # seconds to see whether all processes fail with the same message
 
-LOST = "lost the connection to another process, which was killed; often the system does that where memory is short"
+LOST = "lost the connection to another process, which was killed; the system often does that when memory runs out"
 # How Gloo, NCCL and the store say that the other side is gone.
 CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @contextmanager
 def together():
-    """Meets the other processes, and parts from them at the end. Yields accelerate's ``PartialState``.
+    """Connects to the other processes, and disconnects at the end. Yields accelerate's ``PartialState``.
 
-    Where one process raises within, all of them end in a few seconds with exit status 1, and its sentence is on the
-    screen of each machine once, with its rank unless all say the same. A process by itself just raises. SystemExit and
-    KeyboardInterrupt are not a failure: all processes have to raise them.
+    If one process raises inside, all of them end within a few seconds with exit status 1. Each machine prints the
+    message once, with the rank of the process unless all have the same message. A single process just raises.
+    SystemExit and KeyboardInterrupt are not failures: all processes have to raise them.
 
     Raises:
         TrainingError: the port they meet on is in use.
@@ -73,8 +74,8 @@ def together():
 
 
 def set_environment(cuda: bool) -> None:
-    """What torch and DeepSpeed read from the environment, before either looks."""
-    # Batches of ever new lengths would leave holes in the GPU's memory that nothing fits into.
+    """Sets what torch and DeepSpeed read from the environment, before they read it."""
+    # Batches of many lengths would leave gaps in the GPU's memory that are too small to use.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -118,8 +119,8 @@ def _join(store: dist.Store, rank: int, size: int, cuda: bool) -> PartialState:
         store.set("backend", backend)
     elif store.get("backend").decode() != backend:
         raise TrainingError(
-            f"It sees {'GPUs and the main process none' if cuda else 'no GPU and the main process does'}: start all "
-            "processes on machines alike"
+            f"This process sees {'GPUs, and the main process none' if cuda else 'no GPU, and the main process does'}: "
+            "start all processes on machines of one kind"
         )
     device = None
     if cuda:
@@ -127,7 +128,16 @@ def _join(store: dist.Store, rank: int, size: int, cuda: bool) -> PartialState:
         torch.cuda.set_device(device)
     # With its device a barrier knows where to wait. DeepSpeed would not tell it to a process by itself.
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE, device_id=device)
-    deepspeed.init_distributed(backend, timeout=PATIENCE, auto_mpi_discovery=False)
+    try:
+        deepspeed.init_distributed(backend, timeout=PATIENCE, auto_mpi_discovery=False)
+    except (OSError, RuntimeError, SubprocessError) as error:
+        if cuda:  # nothing is compiled there
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if "error: " in line or "not found" in line]
+        raise TrainingError(
+            f"DeepSpeed cannot compile the part that it needs without a GPU ({(lines or [first_line(error)])[0]}): "
+            "install a C++ compiler (Debian: apt install g++) and start the same command again"
+        ) from error
     if not cuda:
         unlink_shared_memory()
     state = PartialState(cpu=not cuda)
@@ -145,8 +155,9 @@ def _leave() -> None:
 
 
 def unlink_shared_memory() -> None:
-    """Takes the name off the 66 MiB that a process shares on a CPU, once all have opened it. DeepSpeed never does: the
-    memory would stay taken after the run, until the machine starts anew. Without a name it goes with the processes."""
+    """Removes the name of the 66 MiB that a process shares on a CPU, once all have opened them. DeepSpeed never does,
+    so the memory would stay in use after the run until the machine restarts. Without a name it is freed with the
+    processes."""
     dist.barrier()
     address, port, rank = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
@@ -154,7 +165,7 @@ def unlink_shared_memory() -> None:
 
 @contextmanager
 def refusing(words: str):
-    """A library's ValueError within becomes a TrainingError that begins with ``words``."""
+    """Turns a library's ValueError into a TrainingError that begins with ``words``."""
     try:
         yield
     except ValueError as error:
@@ -176,7 +187,7 @@ class Watch(threading.Thread):
         self._ending = threading.Lock()
 
     def part(self) -> None:
-        """To be called by all processes when they have nothing to do with one another any longer."""
+        """All processes call this when they no longer need each other."""
         dist.barrier()
         self._parted.set()
         dist.barrier()  # the main process keeps the store, and leaves when nobody looks any longer
@@ -214,7 +225,7 @@ class Watch(threading.Thread):
             return {}
 
     def _end(self, reasons: dict[int, dict]) -> None:
-        """Says why, if that is this process's part, and ends it without waiting for anything."""
+        """Prints the reason, if this process is the one to do it, and ends the process without waiting for anything."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # the other thread is about to end this process
         deadline = time.monotonic() + GRACE
@@ -239,7 +250,7 @@ class Watch(threading.Thread):
 
 
 def explain(reasons: dict[int, dict], size: int) -> str:
-    """What to tell people of the reasons why processes of ``size`` failed, by rank: what came first, and where.
+    """The message about why processes failed: the first cause, and where it happened.
 
     Args:
         reasons: by rank, as ``Watch`` has them; empty if a process was killed.

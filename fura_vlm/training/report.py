@@ -1,4 +1,4 @@
-"""What a run leaves for people: a table, a loss curve, bars and sample answers as pictures."""
+"""What a run writes for people: a table, a loss curve, bars, and sample answers as pictures."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def score_table(before: dict[str, float], after: dict[str, float], blind: dict[s
 
 
 def below_the_guess(after: dict[str, float], blind: dict[str, float]) -> str:
-    """What to say where the trained model answers worse than somebody who never looks; "" where it does not."""
+    """A warning if the trained model answers worse than a blind guess; "" if it does not."""
     worse = [family for family in after if family != "mean" and after[family] < blind[family]]
     if not worse:
         return ""
     named = ", ".join(f"{kind} ({100 * after[kind]:.1f} %, the guess {100 * blind[kind]:.1f} %)" for kind in worse)
     return (
-        "After training the answers are still worse than the commonest answer given to every question: "
+        "After training the answers are still worse than giving the most common answer to every question: "
         f"{named}. Likely causes: too few steps; a learning rate that is too low, or so high that the loss does not "
         "fall; answers that the model's tokenizer spells letter by letter (there is a warning before the training); or "
         "held-out questions asked in other words than those trained. Look at the loss curve and the sample answers"

@@ -1,4 +1,4 @@
-"""The folder of a run: which one it is, that it is one run's alone, and what is written into it.
+"""The folder of a run: which folder it is, the lock that keeps other runs out, and what is written into it.
 
 <output_dir>/adapter/            the PEFT adapter; model/, a whole model, where every weight was trained
 <output_dir>/mm_projector.safetensors  by LLaVA's names, for ``fura-vlm assemble``, where the projector was pretrained
@@ -37,8 +37,8 @@ from fura_vlm.training.trainer import FuraTrainer
 FINISHED = "report.md"  # written last
 ANSWERS_BEFORE = "answers-before.jsonl"
 BATCH = ("train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")  # how a step is made up
-# What an interrupted run may go on with otherwise than it began: its result stays the same. Of BATCH,
-# ``accumulation_steps`` sees to that.
+# What may change when an interrupted run is resumed, because the result stays the same. For BATCH
+# ``accumulation_steps`` makes sure of that.
 MAY_CHANGE = (
     *BATCH,
     "gradient_checkpointing",
@@ -66,13 +66,14 @@ def choose_run(config: TrainConfig) -> Path:
 
 
 def alone(run: Path) -> AbstractContextManager[None]:
-    """Makes the folder and keeps other runs out of it."""
+    """Makes the folder and locks it against other runs."""
     busy = f"Another run is under way in {run}: wait for its end, stop it, or choose another --output_dir"
     return alone_in(run, agree, TrainingError(busy))
 
 
 def begin(config: TrainConfig, run: Path) -> None:
-    """Writes ``config.yaml``, unless the folder holds a run that cannot go on so."""
+    """Writes ``config.yaml``. Raises TrainingError if the folder holds a run that cannot continue with these
+    settings."""
     settings = dataclasses.asdict(config)
     saved = run / "config.yaml"
     if saved.is_file():
@@ -83,8 +84,8 @@ def begin(config: TrainConfig, run: Path) -> None:
         if changed and get_last_checkpoint(str(run)):
             key = changed[0]
             raise TrainingError(
-                f"{run} holds an interrupted run with another {key} ({before[key]!r} there, {settings[key]!r} "
-                "here): go on with its settings, or choose another --output_dir"
+                f"{run} holds an interrupted run with another {key} ({before[key]!r} then, {settings[key]!r} "
+                "now): use the settings it began with, or choose another --output_dir"
             )
         if changed:  # it begins anew, and perhaps with another base or other questions
             (run / ANSWERS_BEFORE).unlink(missing_ok=True)
@@ -92,7 +93,7 @@ def begin(config: TrainConfig, run: Path) -> None:
 
 
 def describe(config, run, family, model, dataset, checkpoint, console) -> None:
-    """Writes what the run is before it starts, and says it."""
+    """Writes and prints what the run is before it starts."""
     family.processor.save_pretrained(run / "processor")
     versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
     write_text(run / "versions.json", json.dumps(versions, indent=1))
@@ -106,7 +107,7 @@ def describe(config, run, family, model, dataset, checkpoint, console) -> None:
         soft_wrap=True,
     )
     if checkpoint:
-        console.print(f"Going on where the interrupted run stopped: {checkpoint}", soft_wrap=True)
+        console.print(f"Continuing where the interrupted run stopped: {checkpoint}", soft_wrap=True)
 
 
 def save(trainer: FuraTrainer, folder: Path, card: str | None = None) -> None:
@@ -122,8 +123,8 @@ def save(trainer: FuraTrainer, folder: Path, card: str | None = None) -> None:
 
 
 def write_projector(run: Path) -> None:
-    """The pretrained projector out of its adapter, by the names of LLaVA-1.5's, for ``fura-vlm assemble``; that of
-    another family has none, and is in the adapter."""
+    """Writes the pretrained projector with LLaVA-1.5's names, for ``fura-vlm assemble``. Other families have no such
+    names; their projector is in the adapter."""
     trained = load_file(run / "adapter" / "adapter_model.safetensors")
     weights = {
         theirs: weight

@@ -1,4 +1,4 @@
-"""The settings of a run: whether they can be, and what transformers' Trainer is given of them."""
+"""The settings of a run: whether they are possible, and what transformers' Trainer gets of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fura_vlm.training.config import TrainConfig, zero
 from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.methods import learning_rate, method_of
 
-# Less than this libraries refuse late, or not at all.
+# Libraries refuse smaller values late, or not at all.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
     "train_batch_size": 1,
@@ -37,7 +37,7 @@ AT_LEAST = {
 
 
 def check(config: TrainConfig) -> None:
-    """Checks ranges, and settings that exclude one another."""
+    """Checks ranges, and settings that exclude each other."""
     for name, least in AT_LEAST.items():
         value = getattr(config, name)
         if value is not None and value < least:
@@ -62,14 +62,14 @@ def check(config: TrainConfig) -> None:
 
 
 def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
-    """The gradient accumulation steps. Those of a resumed run make its steps as large as they were, so that they take
-    the same records in the same order on any number of processes."""
+    """The gradient accumulation steps. A resumed run keeps the size of its steps, so that they take the same records in
+    the same order on any number of processes."""
     records = config.train_batch_size
     if checkpoint is not None:
         records = WrittenBy.of(checkpoint).train_batch_size
         if config.train_batch_size not in (None, records):
             raise TrainingError(
-                f"{checkpoint} was written by a run of {records} records a step, and train_batch_size is "
+                f"{checkpoint} was written with {records} records a step, and train_batch_size is now "
                 f"{config.train_batch_size}: leave it as it was, or choose another --output_dir"
             )
     if records is None:
@@ -78,8 +78,8 @@ def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
     at_once = config.per_device_train_batch_size * processes
     if records % at_once:
         raise TrainingError(
-            f"train_batch_size {records} is no multiple of the {at_once} records that {processes} processes take at "
-            f"once: change per_device_train_batch_size ({config.per_device_train_batch_size}) or the number of "
+            f"train_batch_size {records} is not a multiple of the {at_once} records that {processes} processes take "
+            f"at once: change per_device_train_batch_size ({config.per_device_train_batch_size}) or the number of "
             "processes"
         )
     return records // at_once
@@ -121,8 +121,8 @@ def training_arguments(config: TrainConfig, run: Path, accumulation: int, univer
     ]
     if clashes:
         raise TrainingError(
-            f"{config.deepspeed} says otherwise than the recipe on {PartialState().num_processes} processes "
-            f'({"; ".join(clashes)}): put "auto" in its place, or change the recipe'
+            f"{config.deepspeed} contradicts the recipe on {PartialState().num_processes} processes "
+            f'({"; ".join(clashes)}): write "auto" there, or change the recipe'
         )
     return arguments
 

@@ -1,7 +1,7 @@
 """How fast a run is: tokens and samples a second, the share of padding, MFU, memory, the time left.
 
-MFU (PaLM, arXiv 2204.02311, appendix B) is the arithmetic that the model asks for over what the device could have
-done. Asked for are, a weight of the language model and a token:
+MFU (PaLM, arXiv 2204.02311, appendix B) is the arithmetic that the model needs, divided by what the device could have
+done. Needed are, for each weight of the language model and each token:
 
 - 2 floating-point operations for the product and 2 for the gradient of its input, which every method needs on its
   way down to the projector; 2 more for the gradient of the weight only where it is trained. So a frozen base takes 4
@@ -10,7 +10,7 @@ done. Asked for are, a weight of the language model and a token:
   half of the pairs; forward and twice that backward); a frozen vision tower forward only, 2 a weight and patch and
   4 n^2 d a layer, for its n patches and class token.
 
-Padding is not asked for, nor is what gradient checkpointing computes a second time, nor additions and norms.
+Not counted are padding, what gradient checkpointing computes a second time, additions and norms.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """What a device can do at most a second, or None if it is not in the table."""
+    """The peak of a device, in floating-point operations a second, or None if it is not in the table."""
     words = f"{device_name} ".replace("-", " ")
     return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if f"{name} " in words), None)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations that a training step asks for, by what there is in its batch."""
+    """The floating-point operations that a training step needs, by the contents of its batch."""
 
     token: float
     token_pair: float  # times the sum of the rows' squared lengths
@@ -109,7 +109,7 @@ def _weights(module: nn.Module) -> tuple[int, int]:
 
 
 class Meter:
-    """Counts what goes into the steps, on the device and without waiting for it, until it is read.
+    """Counts what goes into the steps. It counts on the device, without waiting for it, until the figures are read.
 
     Args:
         model: as it is or within a PEFT model.
@@ -170,7 +170,7 @@ class Meter:
             asked = work.token * count["tokens"] + work.token_pair * count["pairs"]
             asked += work.picture_token * count["pictures"] + work.label * count["labels"]
             figures["mfu"] = asked / (seconds * processes * self.peak)
-        # The first steps compile and warm up: they say nothing of those to come.
+        # The first steps compile and warm up, so they do not show how fast later steps are.
         since, at = self.first or (self.begun, self.started)
         figures["seconds_left"] = (now - at) / max(step - since, 1) * (max_steps - step)
         self.first = self.first or (step, now)
@@ -186,7 +186,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class Progress(ProgressCallback):
-    """transformers' bar, with what is logged on a line that people can read."""
+    """transformers' progress bar, with the logged figures on a readable line."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or "loss" not in (logs or {}):

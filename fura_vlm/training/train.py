@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> Path:
         The run folder.
 
     Raises:
-        TrainingError, ModelError, DataError: with one sentence each, before anything is trained.
+        TrainingError, ModelError, DataError: each with a one-sentence message, before anything is trained.
         SystemExit: 143 after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     with together() as state:
@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
-    questions = agree(lambda: _questions(config))  # first: what is wrong with their files shows at once
+    questions = agree(lambda: _questions(config))  # first, so that faults in their files show at once
     checkpoint = agree(lambda: get_last_checkpoint(str(run)))
     accumulation = agree(lambda: accumulation_steps(config, checkpoint))
     universal = checkpoint is not None and WrittenBy.of(checkpoint).processes != state.num_processes
@@ -104,7 +104,7 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals.stopped:
         console.print(
-            f"Stopped and saved at step {trainer.state.global_step}; the same command goes on from there.",
+            f"Stopped and saved at step {trainer.state.global_step}; the same command continues from there.",
             soft_wrap=True,
         )
         state.wait_for_everyone()
@@ -126,8 +126,8 @@ def _questions(config: TrainConfig) -> list[Record]:
 
 
 def _load_data(config: TrainConfig, family: Family, run: Path) -> tuple[ConversationDataset, str]:
-    """The mixture, and what to say of it: records that cannot be used (``skipped.jsonl``), images that are missing,
-    answers that the tokenizer spells."""
+    """The mixture, and warnings about it: records that cannot be used (``skipped.jsonl``), missing images, and answers
+    whose words the tokenizer does not know."""
     index = open_index(
         config.data_path,
         config.image_folder,

@@ -1,4 +1,4 @@
-"""transformers' Trainer as instruction tuning needs it."""
+"""transformers' Trainer, adapted to instruction tuning."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from fura_vlm.training.throughput import Meter, Progress
 
 
 class FuraTrainer(Trainer):
-    """transformers' Trainer with LLaVA's batches, loss on the labels alone, rates of their own for projector and tower,
-    whole checkpoints, and figures of its speed."""
+    """transformers' Trainer with LLaVA's batches, a loss on the labels only, separate learning rates for projector and
+    tower, complete checkpoints, and figures of its speed."""
 
     def __init__(
         self,
@@ -48,7 +48,8 @@ class FuraTrainer(Trainer):
         self._staging = False
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         train_on_labels_only(model, family)
-        # Some classes say that theirs cannot be divided by the labels of all batches and processes. This one can.
+        # Some model classes say that their loss cannot be divided by the labels of all batches and processes. This one
+        # can.
         self.model_accepts_loss_kwargs = True
         self.meter = Meter(self.model, family, self.args.device)
         if self.pop_callback(ProgressCallback):
@@ -64,12 +65,13 @@ class FuraTrainer(Trainer):
         batches, items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
             self.meter.add(batch)
-            # Here the device is waited for once a step, and not by every batch while it computes the one before.
+            # Waits for the device once a step, instead of in every batch while the device computes the one before.
             batch |= positions(batch, self.family.run_id)
         return batches, items
 
     def floating_point_ops(self, inputs):
-        """Nothing: the Trainer's estimate counts all parameters anew for every batch, and ``Meter`` counts better."""
+        """Returns nothing: the Trainer's estimate would count all parameters in every batch, and ``Meter`` counts
+        better."""
         return 0
 
     def log(self, logs, *args, **kwargs):
@@ -99,7 +101,7 @@ class FuraTrainer(Trainer):
         )
 
     def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed when all was done: the Trainer takes one step more
+        if self.state.global_step >= self.state.max_steps:  # or the Trainer takes one step more
             self.control.should_training_stop = True
             return None
         if self.is_deepspeed_enabled:
@@ -128,7 +130,8 @@ class FuraTrainer(Trainer):
         return self.optimizer
 
     def _parts(self) -> dict[int, str]:
-        """By their ids, what the weights with a rate of their own belong to; a projector may be within the tower."""
+        """By the id of a weight, the part it belongs to (projector or tower) if that has its own learning rate; a
+        projector may be inside the tower."""
         parts = self.family.parts(self.model)
         modules = [("tower", parts.tower)] * (parts.tower is not None) + [("projector", p) for p in parts.projectors]
         return {id(p): part for part, module in modules for p in module.parameters()}
@@ -154,7 +157,8 @@ class FuraTrainer(Trainer):
         return os.path.join(run, "saving") if self._staging else run
 
     def _save_checkpoint(self, model, trial):
-        """Saves into ``saving/`` and renames when every process is done: what is called checkpoint-N is whole."""
+        """Saves into ``saving/`` and renames it when every process is done, so that a checkpoint-N is always
+        complete."""
         run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(run / "saving", ignore_errors=True)
@@ -176,8 +180,8 @@ class FuraTrainer(Trainer):
 def let_the_norm_decide(engine) -> None:
     """DeepSpeed's ZeRO 1 and 2 look for NaN and Inf twice before a step: in each gradient by itself, with ten small
     kernels for every one, and in their norm, which is finite only if all of them are. For the 452 tensors of a 7B's
-    adapter the first takes 0.1 s a step, much of what several GPUs need for the rest of it. So the norm alone decides;
-    as before, a step that it refuses is not taken.
+    adapter the first takes 0.1 s a step, much of what several GPUs need for the rest of it. So only the norm is
+    checked. As before, a step with a bad norm is skipped.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 

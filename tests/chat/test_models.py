@@ -63,7 +63,7 @@ def test_an_adapter_of_another_base(run, tmp_path):
     key = next(iter(config["base_fingerprint"]))
     config["base_fingerprint"][key] = "0" * len(config["base_fingerprint"][key])
     (tmp_path / "foreign" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="does not go with"):
+    with pytest.raises(ModelError, match="does not fit"):
         load_models(run, [str(tmp_path / "foreign")])
 
 
@@ -71,7 +71,7 @@ def test_adapters_that_are_missing_or_cut_off(run, tmp_path):
     shutil.copytree(f"{run}/adapter", tmp_path / "cut")
     weights = tmp_path / "cut" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="The adapter at .*cut does not go with"):
+    with pytest.raises(ModelError, match="The adapter at .*cut does not fit"):
         load_models(run, [str(tmp_path / "cut")])
     with pytest.raises(ModelError, match="No adapter at nowhere"):
         load_models(run, ["nowhere"])

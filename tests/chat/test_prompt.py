@@ -151,10 +151,10 @@ def test_a_long_question_is_cut_in_any_script(any_family, scenes, script, monkey
 
 
 def test_what_is_far_too_long_is_refused(family, scenes):
-    with pytest.raises(ChatError, match=f"has 100,001 characters: ask with {MAX_QUESTION:,} at most"):
+    with pytest.raises(ChatError, match=f"has 100,001 characters, and at most {MAX_QUESTION:,}"):
         build_prompt([Exchange("a" * (MAX_QUESTION + 1), scenes[0])], family, 900)
     exchanges = [Exchange("a" * MAX_QUESTION, None, "yes")] * 4 + [Exchange("And now?")]
-    with pytest.raises(ChatError, match=f"{MAX_CONVERSATION:,} at most are kept: start a new one"):
+    with pytest.raises(ChatError, match=f"at most {MAX_CONVERSATION:,} are kept: start a new one"):
         build_prompt(exchanges, family, 900)
 
 
@@ -277,7 +277,7 @@ def test_a_picture_of_the_usual_size_is_read_as_for_training(family, scenes, tmp
 
 def test_a_picture_that_is_kept_no_longer(family, tmp_path):
     prompt = build_prompt([Exchange("One?", str(tmp_path / "gone.png"), "1"), Exchange("Two?")], family, 900)
-    with pytest.raises(ChatError, match="kept no longer: start a new conversation"):
+    with pytest.raises(ChatError, match="no longer kept: start a new conversation"):
         encode(prompt, family)
 
 

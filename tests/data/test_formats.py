@@ -151,22 +151,22 @@ def test_messages(item, expected):
 @pytest.mark.parametrize(
     "item, reason",
     [
-        ({"messages": asked({"type": "image"}, PART)}, "0 pictures and 1 parts of the type image"),
+        ({"messages": asked({"type": "image"}, PART)}, "0 pictures but 1 place for them (parts of the type image"),
         (
             {"messages": asked({"type": "image"}, PART), "images": ["a", "b"]},
-            "2 pictures and 1 parts of the type image",
+            "2 pictures but 1 place for them (parts of the type image",
         ),
         (
             {"messages": asked({"type": "image", "image": "a"}), "images": ["a"]},
-            "1 picture and 0 parts of the type image",
+            "1 picture but 0 places for them (parts of the type image",
         ),
         (
             {"messages": asked({"type": "image", "index": 7}, {"type": "image"}), "images": ["a"]},
-            "1 picture and 2 parts",
+            "1 picture but 2 places",
         ),
         (
             {"messages": [{"role": "user", "content": "<image>?"}, CHAT[1]], "images": ["a", "b"]},
-            "2 pictures and 1 times",
+            "2 pictures but 1 place",
         ),
         ({"messages": [{"role": "user", "content": "<image>?"}, CHAT[1]]}, "but no image"),
         ({"messages": [CHAT[0], {"role": "assistant", "content": "<image>"}], "images": ["a"]}, "<image> in an answer"),
@@ -174,18 +174,18 @@ def test_messages(item, expected):
             {"messages": [CHAT[0], {"role": "assistant", "content": [{"type": "image"}]}], "images": ["a"]},
             "a picture in turn 2, an answer: it belongs in a question",
         ),
-        ({"messages": CHAT, "image": "a", "images": ["b"]}, "images beside image"),
+        ({"messages": CHAT, "image": "a", "images": ["b"]}, "both image and images"),
         ({"messages": asked({"type": "video", "video": "a.mp4"}, PART)}, "has the type 'video': only text and image"),
         ({"messages": asked({"type": "audio", "audio": "a.wav"}, PART)}, "has the type 'audio'"),
         ({"messages": asked({"type": "text", "text": WHAT, "image": "a.png"})}, "image holds 'a.png' of turn 1"),
         (
             {"messages": asked({"type": "image_url", "image_url": {"url": "https://x.org/a"}})},
-            "is an address: fetch it",
+            "is an address: download it",
         ),
         ({"messages": asked({"type": "image", "image": "data:image/png;base64,iVBO"})}, "is written into the record"),
         (
             {"messages": asked({"type": "image", "image": {"bytes": "abc", "path": None}})},
-            "has a picture within an object",
+            "has a picture inside an object",
         ),
         ({"messages": asked(3)}, "a part of turn 1 should be text or an object"),
         (
@@ -208,9 +208,9 @@ def test_messages(item, expected):
         ({"instruction": WHAT, "input": 3, "output": CAT}, "input should be text, it is a number"),
         ({"instruction": WHAT, "output": " "}, "turn 2 is an empty answer"),
         ({"instruction": WHAT, "output": CAT, "history": ["q"]}, "history should be a list of pairs"),
-        ({"instruction": WHAT}, "no conversations: a record has"),
-        ({"chosen": CHAT, "rejected": CHAT}, "no conversations: a record has"),
-        ({"image": "a.png", "caption": "A cat"}, "no conversations: a record has"),
+        ({"instruction": WHAT}, "no conversations: a record needs"),
+        ({"chosen": CHAT, "rejected": CHAT}, "no conversations: a record needs"),
+        ({"image": "a.png", "caption": "A cat"}, "no conversations: a record needs"),
     ],
 )
 def test_what_cannot_be_used(item, reason):

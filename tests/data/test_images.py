@@ -187,7 +187,7 @@ def test_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
     before = Image.MAX_IMAGE_PIXELS
-    refused(tmp_path / "bomb.png", "10000 x 10000 pixels, 100,000,000 or more are refused")
+    refused(tmp_path / "bomb.png", "10000 x 10000 pixels, and 100,000,000 or more are refused")
     assert Image.MAX_IMAGE_PIXELS == before
 
 
@@ -199,10 +199,10 @@ def test_bomb_that_pillow_itself_refuses(tmp_path):
 def test_the_limit_is_a_parameter(photo, tmp_path):
     photo.save(tmp_path / "image.png")
     assert load_image(tmp_path / "image.png", max_pixels=40 * 24 + 1).size == (40, 24)
-    refused(tmp_path / "image.png", "40 x 24 pixels, 960 or more", max_pixels=40 * 24)
+    refused(tmp_path / "image.png", "40 x 24 pixels, and 960 or more", max_pixels=40 * 24)
 
 
 @pytest.mark.parametrize("values", [np.float32([[0.0, 0.5]]), np.int32([[0, 1 << 20]])])
 def test_pixels_without_a_defined_white(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "image.tiff")
-    refused(tmp_path / "image.tiff", "white is not defined", header_too=False)
+    refused(tmp_path / "image.tiff", "pixels, whose range is not known", header_too=False)

@@ -290,7 +290,7 @@ def test_what_transformers_4_31_made_of_a_second_question(model, legacy, llava):
 def test_where_llava_keeps_no_labels_there_is_no_row(model, legacy, llava, said):
     _, labels = published(said, Published(model, legacy), 4, LENGTH)
     assert set(labels) == {IGNORE}
-    with pytest.raises(EncodingError, match="LLaVA v1.5 gives it no labels either"):
+    with pytest.raises(EncodingError, match="LLaVA v1.5 does not train"):
         ours(said, llava)
 
 

@@ -154,7 +154,7 @@ def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
         ({"conversations": [SHOWN, GPT]}, "<image> in the conversation but no image"),
         ({"conversations": [{**HUMAN, "value": "What is this?\n<image>"}, GPT]}, "but no image"),
         ({"image": "1.png", "conversations": [HUMAN, GPT]}, "an image but no <image>"),
-        ({"image": "1.png", "conversations": [SHOWN, GPT, SHOWN, GPT]}, "2 times <image> for one image"),
+        ({"image": "1.png", "conversations": [SHOWN, GPT, SHOWN, GPT]}, "<image> stands 2 times for one image"),
         (
             {"image": "1.png", "conversations": [HUMAN, {"from": "gpt", "value": "<image>"}]},
             "<image> in an answer",
@@ -162,8 +162,8 @@ def test_an_image_within_the_text_of_a_record_without_one_is_text(mixture):
         ({"image": "", "conversations": [SHOWN, GPT]}, "image should be a path, it is empty"),
         ({"image": 3, "conversations": [SHOWN, GPT]}, "image should be a path, it is a number"),
         ({"image": [["1.png"]], "conversations": [SHOWN, GPT]}, "image should be a path, it is a list"),
-        ({"image": ["1.png", "2.png"], "conversations": [SHOWN, GPT]}, "2 pictures and 1 times <image>"),
-        ({"image": ["1.png"], "conversations": [SHOWN, GPT, SHOWN, GPT]}, "1 picture and 2 times <image>"),
+        ({"image": ["1.png", "2.png"], "conversations": [SHOWN, GPT]}, "2 pictures but 1 place for them (<image>)"),
+        ({"image": ["1.png"], "conversations": [SHOWN, GPT, SHOWN, GPT]}, "1 picture but 2 places for them (<image>)"),
         ({"images": ["1.png", "2.png"], "conversations": [HUMAN, GPT]}, "2 pictures but no <image>"),
         ({"image": "\ud83d.png", "conversations": [SHOWN, GPT]}, "has half of a surrogate pair"),
         ({"image": "../1.png", "conversations": [SHOWN, GPT]}, "leads out of the image folder"),
@@ -200,7 +200,7 @@ MEDIA = [
 def test_media_under_a_key_that_is_not_read(mixture, media, inside):
     turns = [{**HUMAN, **media}, GPT] if inside else [HUMAN, GPT]
     reason = one_problem(mixture([{"id": "bad", "conversations": turns, **({} if inside else media)}, TEXT])).reason
-    assert f"{next(iter(media))}" in reason and "which is not read: a picture is the path" in reason
+    assert f"{next(iter(media))}" in reason and "which is not read: give the path" in reason
     assert (" of turn 1" in reason) == inside
 
 
@@ -250,7 +250,7 @@ MARKS = """<video> <audio> <img> <Image> <image1> <image_1> <video_0> <images> <
 def test_places_for_media_of_other_programs(mixture, mark, form):
     question = {"from": "human", "value": form.format(mark)}
     reason = one_problem(mixture([{"conversations": [HUMAN, GPT, question, GPT]}, TEXT])).reason
-    assert f"{mark} in question 2 is no place for a picture here" in reason
+    assert f"{mark} in question 2 does not mark a picture" in reason
     question["value"] += "\n<image>"
     assert mark in one_problem(mixture([{"image": "a.png", "conversations": [question, GPT]}, TEXT])).reason
 
@@ -282,11 +282,11 @@ def test_code_in_questions_is_no_place_for_media(mixture, question, answer):
 @pytest.mark.parametrize(
     "image, reason",
     [
-        ("https://example.com/a.jpg", "is an address: fetch it, and name the file"),
+        ("https://example.com/a.jpg", "is an address: download it"),
         ("s3://bucket/a.jpg", "is an address"),
-        ("data:image/png;base64,iVBORw0KGgo", "is written into the record: save it to a file"),
-        ("C:\\data\\a.jpg", "begins at a drive of Windows: write it from the image folder on"),
-        ("D:/data/a.jpg", "begins at a drive of Windows"),
+        ("data:image/png;base64,iVBORw0KGgo", "is written into the record: save it as a file"),
+        ("C:\\data\\a.jpg", "starts with a Windows drive: write it relative to the image folder"),
+        ("D:/data/a.jpg", "starts with a Windows drive"),
         ("..\\a.jpg", "leads out of the image folder"),
         ("file:///etc/a.jpg", "leads out of the image folder"),
     ],
@@ -304,7 +304,7 @@ def test_paths_as_windows_and_as_addresses_of_files(mixture, tmp_path):
 
 
 def test_something_that_is_no_record(mixture):
-    assert "this is a number" in one_problem(mixture([3, TEXT])).reason
+    assert "it is a number" in one_problem(mixture([3, TEXT])).reason
 
 
 def test_absolute_paths_within_the_image_folder(mixture, tmp_path):
@@ -315,7 +315,7 @@ def test_absolute_paths_within_the_image_folder(mixture, tmp_path):
 
 def test_a_bad_line(mixture):
     problem = one_problem(mixture(f'{{"id": "cut", "conv\n\n{json.dumps(TEXT)}\n', "mixture.jsonl"))
-    assert problem.place == "line 1" and "no valid JSON" in problem.reason
+    assert problem.place == "line 1" and "not valid JSON" in problem.reason
     problem = one_problem(mixture(f'{{"id": {"1" * 5000}}}\n{json.dumps(TEXT)}\n'))
     assert problem.place == "line 1" and "Exceeds the limit (4300 digits)" in problem.reason
 
@@ -329,7 +329,7 @@ def test_a_bad_line(mixture):
         (json.dumps([TEXT, TEXT], indent=1)[:-30], "is cut off at line 24"),
         ('[\n{"conversations": "a\n', "is cut off at line 2"),
         ('[\n{"conversations": [1]', "is cut off at line 2"),
-        ('[\n{"id": 1,}\n]', r"no valid JSON at line 2, column 1\d \("),
+        ('[\n{"id": 1,}\n]', r"not valid JSON at line 2, column 1\d \("),
         (b'[{"id": "caf\xe9"}]', "is not UTF-8 at byte 12"),
         (json.dumps([TEXT]).encode("utf-16"), "is UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t"),
         (json.dumps([TEXT]).encode("utf-16-be"), "is UTF-16BE, not UTF-8"),
@@ -388,14 +388,14 @@ def test_lines_in_pieces(mixture, small_chunks):
 
 @pytest.mark.parametrize("end, where", [('{"id": 1,}]', "line 3, column 11"), ("{} {}]", "line 3, column 5")])
 def test_the_place_of_an_error_in_pieces(mixture, small_chunks, end, where):
-    with pytest.raises(DataError, match=f"no valid JSON at {where}"):
+    with pytest.raises(DataError, match=f"not valid JSON at {where}"):
         list(iter_items(mixture('[\n{"id": 0},\n ' + end)))
 
 
 @pytest.mark.parametrize("kept", range(1, 60))
 def test_a_list_cut_anywhere_is_an_error(mixture, small_chunks, kept):
     whole = json.dumps([{"id": "é", "conversations": [1.25, True]}, 77])
-    with pytest.raises(DataError, match="is cut off at line 1|is neither|is no valid JSON"):
+    with pytest.raises(DataError, match="is cut off at line 1|is neither|is not valid JSON"):
         list(iter_items(mixture(whole[: min(kept, len(whole) - 1)])))
 
 

@@ -135,7 +135,7 @@ def test_paths_of_windows_and_addresses(mixture, tmp_path):
 
 
 def test_at_least_one_process(mix):
-    with pytest.raises(DataError, match="workers is 0: it takes at least one process"):
+    with pytest.raises(DataError, match="workers is 0: give at least 1"):
         verify(VerifyConfig(str(mix), workers=0))
 
 

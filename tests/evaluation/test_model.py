@@ -244,7 +244,7 @@ def test_rows_that_are_no_answers_are_skipped_with_a_word(tmp_path):
     sink = logger.add(said.append, level="WARNING")
     store = AnswerStore(tmp_path)
     assert [store.get(f"{rank} {name}") for rank in (0, 1) for name in ("one", "two")] == ["a", "b"] * 2
-    assert len(said) == 2 and "answers-0.jsonl: these lines are no answers, and skipped: 2, 3, 4," in said[0]
+    assert len(said) == 2 and "answers-0.jsonl: these lines are not readable as an answer: 2, 3, 4," in said[0]
     AnswerStore(tmp_path)
     logger.remove(sink)
     assert len(said) == 3 and "answers-1.jsonl" in said[2]  # its own file is mended, the other's is left to the other

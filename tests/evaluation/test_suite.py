@@ -174,7 +174,7 @@ def test_compare_reads_what_was_written(known, tmp_path):
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(FuraVLMError, match="no whole results"):
         compare(CompareConfig(str(known), str(tmp_path)))
-    with pytest.raises(FuraVLMError, match="no results file of this suite"):
+    with pytest.raises(FuraVLMError, match="not a results file of this program"):
         _check_folder(tmp_path, {"fingerprint": ""})
 
 
@@ -223,13 +223,13 @@ def test_the_same_command_goes_on(settings, benchmarks, tmp_path, monkeypatch, c
     own = {"output_dir": str(folder), "tasks": "pope", "base": False, "batch_size": 2, "max_new_tokens": 2}
     with pytest.raises(KeyboardInterrupt):
         evaluate(EvalConfig(**settings | own))
-    assert f"Stopped. The same command goes on from the answers in {folder}." in capsys.readouterr().err
+    assert f"Stopped. The same command continues from the answers in {folder}." in capsys.readouterr().err
     file = folder / "answers" / "answers-0.jsonl"
     first, second = file.read_text().splitlines()
     file.write_text(f'{first}\n{{"key": "{json.loads(second)["key"]}", "answer": null}}\n')
     evaluate(EvalConfig(**settings | own))
     assert sum(asked) == 2 + 2 + 5  # all but the one answer that is whole
-    assert "answers-0.jsonl: this line is no answer, and skipped: 2" in capsys.readouterr().err
+    assert "answers-0.jsonl: this line is not readable as an answer: 2" in capsys.readouterr().err
     results = json.loads((folder / "results.json").read_text())
     assert results["scores"]["tuned"]["pope"]["n"] == 6
     # What is typed for it again gives the same configuration.
@@ -395,14 +395,16 @@ def test_adapter_for_another_base(settings, tmp_path):
     fura = make_adapter(tmp_path / "fura")
     path = fura / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"block_size": 64}))  # the shapes of other layers
-    with pytest.raises(FuraVLMError, match=f"The adapter at .* cannot be used .*: it names {BASE} as its base"):
+    with pytest.raises(FuraVLMError, match=f"The adapter at .* cannot be used .*: it was trained over {BASE}"):
         evaluate(EvalConfig(**own | {"model": str(fura)}))
 
     base = LlavaForConditionalGeneration.from_pretrained(BASE)
     get_peft_model(base, LoraConfig(r=2, target_modules=["down_proj"])).save_pretrained(tmp_path / "lora")
     path = tmp_path / "lora" / "adapter_model.safetensors"
     save_file({key: torch.cat([value, value]) for key, value in load_file(path).items()}, path)
-    with pytest.raises(FuraVLMError, match=r"The adapter at .* cannot be used \(.*size mismatch for .*\): it names"):
+    with pytest.raises(
+        FuraVLMError, match=r"The adapter at .* cannot be used \(.*size mismatch for .*\): it was trained over"
+    ):
         evaluate(EvalConfig(**own | {"model": str(tmp_path / "lora")}))
 
 

@@ -220,6 +220,6 @@ def test_code_of_a_models_own_is_not_run(tmp_path):
     config = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n", "utf-8")
-    with pytest.raises(ModelError, match="asks for code of its own, which is never run here"):
+    with pytest.raises(ModelError, match="brings Python code of its own, which is never run here"):
         load_family(str(tmp_path))
     assert not (tmp_path / "ran").exists()

@@ -193,7 +193,7 @@ def test_tokens_that_leave_llava_without_labels_are_refused(llava, token):
     good, bad, worse = llava.encode([(turns(*values), []) for values in said])
     assert len(good.ids) == len(good.supervised)
     for error in (bad, worse):
-        assert isinstance(error, EncodingError) and f"the text has {token}" in str(error)
+        assert isinstance(error, EncodingError) and f"the special token {token}" in str(error)
 
 
 def test_a_beginning_within_the_text_is_a_token(llava):
@@ -227,10 +227,10 @@ def test_a_tokenizer_without_a_beginning_is_refused(tokenizer, llava_of):
 def test_what_is_no_conversation_here_is_refused(llava):
     shown, system = turns("<image>\nWhat is this?", "A cat"), Message("system", (Text("Be brief."),))
     for conversation, reason in [
-        ([*shown, system, *shown], "a system turn amid the conversation"),
+        ([*shown, system, *shown], "a system turn within the conversation"),
         (turns("What?", "<image>"), "a picture in an answer or a system turn"),
         ([system._replace(parts=parts("Like <image>")), *shown], "a picture in an answer or a system turn"),
-        ([*shown, *typed("What is <image>?", "A tag")], "the text has <image> beside its pictures: take it out"),
+        ([*shown, *typed("What is <image>?", "A tag")], "the text has <image> besides its pictures: take it out"),
     ]:
         with pytest.raises(EncodingError, match=reason):
             encode(conversation, llava)

@@ -145,7 +145,7 @@ def test_an_exported_adapter_does_not_take_the_place_of_a_trained_one(tmp_path):
     export_delta(trained, tmp_path / "exported")
     exported = PeftModel.from_pretrained(tiny_llama(), tmp_path / "exported")
     for model, other in ((trained, "exported"), (exported, "trained")):
-        with pytest.raises(FuraError, match=r"^model\.layers\.0\.self_attn\.q_proj: .*load it under another name"):
+        with pytest.raises(FuraError, match=r"^model\.layers\.0\.self_attn\.q_proj: .*load .* under another name"):
             model.load_adapter(tmp_path / other, "default")
         model.load_adapter(tmp_path / other, "beside")
 
@@ -206,7 +206,7 @@ def test_merging_twice_and_unmerging_nothing():
 def test_merging_an_adapter_that_is_not_there():
     model = get_peft_model(tiny_llama(), FuraConfig(target_modules=["q_proj"]))
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(FuraError, match="there is no adapter nobody; there is default"):
+        with pytest.raises(FuraError, match="there is no adapter nobody, only default"):
             merge(adapter_names=["nobody"])
     assert len(fura_layers(model)) == 2
 

@@ -69,7 +69,7 @@ def test_config_round_trip(tmp_path):
         ({"block_size": "8"}, "block_size"),
         ({"block_size_pattern": {"q": 0}}, r"block_size_pattern\['q'\]"),
         ({"block_size_pattern": {"q": 8.0}}, r"block_size_pattern\['q'\]"),
-        ({"block_size_pattern": {"*q": 8}}, "no regular expression"),
+        ({"block_size_pattern": {"*q": 8}}, "not a regular expression"),
         ({"block_size_pattern": ["q"]}, "block_size_pattern"),
         ({"singular_floor": "1e-3"}, "singular_floor"),
         ({"singular_floor": 2.0}, "singular_floor"),

@@ -213,15 +213,18 @@ def test_parts_that_do_not_fit(parts, tmp_path):
 
     for changes, sentence in (
         ({"mm_projector": str(tmp_path / "narrow.bin")}, r"linear_1.weight is \(64, 32\), but .* need \(64, 48\)"),
-        ({"mm_projector": str(tmp_path / "other.bin")}, "holds model.layers.0; wanted model.mm_projector.0.weight"),
+        ({"mm_projector": str(tmp_path / "other.bin")}, "holds model.layers.0; it needs model.mm_projector.0.weight"),
         ({"mm_projector": str(tmp_path / "words.bin")}, "is not LLaVA's two-layer projector"),
-        ({"mm_projector": str(tmp_path / "cut.bin")}, "not a whole file of tensors: download it again"),
+        ({"mm_projector": str(tmp_path / "cut.bin")}, "not a complete file of tensors: download it again"),
         ({"mm_projector": str(tmp_path / "none.bin")}, "There is no projector at"),
         ({"mm_projector": str(parts / "clip" / "model.safetensors")}, "is not LLaVA's two-layer projector: it holds"),
-        ({"language_model": str(half)}, "not a whole language model: 3 weights are missing, first model.layers.1.mlp"),
-        ({"language_model": str(foreign)}, "a tokenizer of 766 tokens for a model of 900"),
-        ({"max_shard_size": "lots"}, "max_shard_size 'lots' is no size: give one such as 5GB"),
-        ({"vision_tower": str(parts / "vicuna")}, "is a 'llama', where the vision tower has to be"),
+        (
+            {"language_model": str(half)},
+            "not a complete language model: 3 weights are missing, first model.layers.1.mlp",
+        ),
+        ({"language_model": str(foreign)}, "a tokenizer of 766 tokens and a model of 900"),
+        ({"max_shard_size": "lots"}, "max_shard_size 'lots' is not a size: give one such as 5GB"),
+        ({"vision_tower": str(parts / "vicuna")}, "is a 'llama', but the vision tower has to be"),
     ):
         with pytest.raises(ModelError, match=sentence):
             assemble(settings(parts, tmp_path / "llava", **changes))

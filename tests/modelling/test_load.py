@@ -69,9 +69,9 @@ def test_merge_overwrites_nothing(adapter, tmp_path):
         merge(MergeConfig(model=str(adapter), output_dir=str(tmp_path)))
     with pytest.raises(ModelError, match="without an adapter: there is nothing to merge"):
         merge(MergeConfig(model=BASE, output_dir=str(tmp_path / "new")))
-    with pytest.raises(ModelError, match="There is no run and no adapter at .*/none: give the folder of one"):
+    with pytest.raises(ModelError, match="There is neither a run nor an adapter at .*/none: give the folder of one"):
         merge(MergeConfig(model=str(tmp_path / "none"), output_dir=str(tmp_path / "new")))
-    with pytest.raises(ModelError, match="max_shard_size 'lots' is no size: give one such as 5GB"):
+    with pytest.raises(ModelError, match="max_shard_size 'lots' is not a size: give one such as 5GB"):
         merge(MergeConfig(model=str(adapter), output_dir=str(tmp_path / "new"), max_shard_size="lots"))
     assert not list(tmp_path.iterdir())
 
@@ -91,8 +91,8 @@ def test_adapter_for_another_base_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (None, r"adapter_config.json cannot be read \(Expecting .*\): it is damaged, or of another method"),
-        ({"peft_type": "NOPE"}, r"adapter_config.json cannot be read \('NOPE'\): it is damaged, or of another method"),
+        (None, r"adapter_config.json cannot be read \(Expecting .*\): it is damaged, or of a method"),
+        ({"peft_type": "NOPE"}, r"adapter_config.json cannot be read \('NOPE'\): it is damaged, or of a method"),
         ({"base_model_name_or_path": None}, "adapter_config.json names no base: write the folder or hub name"),
     ],
 )
@@ -132,7 +132,7 @@ def test_a_missing_package_is_named_for_what_it_is():
 
 def test_interrupted_run_and_half_a_model_say_so(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(ModelError, match="interrupted; start its command again"):
+    with pytest.raises(ModelError, match="interrupted: start its command again"):
         load_any(str(tmp_path))
     half = tmp_path / "half"
     shutil.copytree(BASE, half)
@@ -183,7 +183,7 @@ def test_a_processor_of_another_family_is_named(tmp_path):
     """As in the folder of a run, without a config.json."""
     own = load_family(BASE).processor
     CLIPProcessor(own.image_processor, own.tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=f"^{tmp_path} has a CLIPProcessor where a LlavaProcessor belongs"):
+    with pytest.raises(ModelError, match=f"^{tmp_path} has a CLIPProcessor, but needs a LlavaProcessor"):
         load_family(str(tmp_path), BASE)
 
 
@@ -225,13 +225,13 @@ def test_processor_of_another_model_is_refused(published):
     config = json.loads((published / "config.json").read_text())
     vision = config["vision_config"]
     (published / "config.json").write_text(json.dumps(config | {"vision_config": vision | {"image_size": 336}}))
-    with pytest.raises(ModelError, match="its processor makes pictures of 112 pixels and its vision tower sees 336"):
+    with pytest.raises(ModelError, match="its processor makes pictures of 112 pixels, its vision tower expects 336"):
         load_family(str(published))
     (published / "config.json").write_text(json.dumps(config | {"image_token_index": 32_000}))
-    with pytest.raises(ModelError, match="<image> is token 767 of its tokenizer and 32000 of its config.json"):
+    with pytest.raises(ModelError, match="<image> is token 767 in its tokenizer and 32000 in its config.json"):
         load_family(str(published))
     (published / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "full"}))
-    with pytest.raises(ModelError, match="a picture is 64 tokens to its processor and 65 features to its model"):
+    with pytest.raises(ModelError, match="a picture is 64 tokens in its processor and 65 features in its model"):
         load_family(str(published))
     (published / "config.json").write_text(json.dumps(config))
     tokenizer = json.loads((published / "tokenizer.json").read_text())

@@ -220,18 +220,18 @@ def test_half_a_base(plain, tmp_path):
     (base / "model.safetensors.index.json").unlink()
     refused(adapter, tmp_path, f"No weights of a model at {base}")
     first.rename(base / "model.safetensors")
-    refused(adapter, tmp_path, r"not a whole model: \d+ weights are missing, first")
+    refused(adapter, tmp_path, r"not a complete model: \d+ weights are missing, first")
 
 
 def test_another_base(plain, tmp_path):
     base, adapter = plain
     for shard in base.glob("*.safetensors"):
         save_file({name: 1.1 * weight for name, weight in load_file(shard).items()}, shard, {"format": "pt"})
-    refused(adapter, tmp_path, "cannot be merged: .*: this base model's weight is not the one of the adapter")
+    refused(adapter, tmp_path, "cannot be merged: .*: this base model's weight is not the one the adapter was made for")
     config = json.loads((base / "config.json").read_text())
     config["text_config"]["intermediate_size"] = 700
     (base / "config.json").write_text(json.dumps(config))
-    refused(adapter, tmp_path, r"gate_proj.weight is \(704, 256\) where it has to be \(700, 256\)")
+    refused(adapter, tmp_path, r"gate_proj.weight is \(704, 256\) and has to be \(700, 256\)")
 
 
 def test_a_broken_adapter_leaves_nothing(plain, tmp_path):
@@ -244,7 +244,7 @@ def test_a_broken_adapter_leaves_nothing(plain, tmp_path):
     (adapter / "adapter_model.safetensors").write_bytes(b"{}")
     refused(adapter, tmp_path, f"The adapter at {adapter} cannot be used")
     (adapter / "adapter_model.safetensors").unlink()
-    refused(adapter, tmp_path, f"The adapter at {adapter} is not whole: adapter_model.safetensors is missing")
+    refused(adapter, tmp_path, f"The adapter at {adapter} is not complete: adapter_model.safetensors is missing")
 
 
 def test_a_method_that_cannot_be_merged(tmp_path):

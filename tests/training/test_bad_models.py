@@ -54,8 +54,8 @@ GOOD = [record("good", ["red.png"]), record("words"), record("both", ["red.png",
 )
 def test_records_that_cannot_be_used_are_listed_each_with_its_reason(family, typed, folder, train_on):
     bad = {
-        "fewer": (record("fewer", ["red.png"], marks=2), "1 picture and 2 parts of the type image"),
-        "more": (record("more", ["red.png", "red.png"], marks=1), "2 pictures and 1 parts of the type image"),
+        "fewer": (record("fewer", ["red.png"], marks=2), "1 picture but 2 places for them (parts of the type image"),
+        "more": (record("more", ["red.png", "red.png"], marks=1), "2 pictures but 1 place for them (parts"),
         "video": (record("video", videos=["clip.mp4"]), "videos and sound are not used"),
         "typed": (record("typed", words=f"What is {typed} here?"), f"the text has {typed}, a special token"),
     }
@@ -83,8 +83,8 @@ def spoil_template(folder: Path, template: str | None) -> None:
         (None, "has no chat template: add the file chat_template.jinja that belongs to it"),
         (CHATML.replace("IMAGE", "'<|image_pad|>'").replace("part['text']", "part['text'] | upper"), "changes answers"),
         (CHATML.replace("IMAGE", "''").replace("<|im_end|>", ""), "the model would not learn to stop"),
-        (CHATML.replace("IMAGE", "''"), "writes 0 of 1 pictures"),
-        ("{{ messages | length }}" + CHATML, "take a template with {% generation %} around the answers"),
+        (CHATML.replace("IMAGE", "''"), "writes only 0 of 1 pictures"),
+        ("{{ messages | length }}" + CHATML, "use a template with {% generation %} around the answers"),
     ],
 )
 def test_templates_that_will_not_do(template, words, folder, train_on):
@@ -103,7 +103,7 @@ def test_a_processor_of_another_model(family, folder, train_on):
     token = config[name]
     (model / "config.json").write_text(json.dumps(config | {name: token - 1}))
     line = said(train_on(model, GOOD))
-    assert f"is token {token} of its tokenizer and {token - 1} of its config.json" in line
+    assert f"is token {token} in its tokenizer and {token - 1} in its config.json" in line
     assert str(model) in line and "take the processor that was published with this one" in line
 
 
@@ -112,7 +112,7 @@ def test_a_processor_of_another_model(family, folder, train_on):
     [
         ("gemma3", "internvl", "has a InternVLProcessor, which does not belong to a model of the type gemma3"),
         ("internvl", "qwen2_5_vl", "its processor makes patches of 14 pixels and its config.json has 7"),
-        ("text", "smolvlm", "<end_of_utterance> is token 356 of its tokenizer, and its config.json has 355 tokens"),
+        ("text", "smolvlm", "<end_of_utterance> is token 356 of its tokenizer, but its config.json has 355 tokens"),
     ],
 )
 def test_the_processor_of_another_family(family, other, words, folder, train_on):
@@ -156,5 +156,5 @@ def test_code_of_a_models_own(family, file, changes, folder, train_on):
     (model / "own.py").write_text(f"open({str(model / 'ran')!r}, 'w')\nclass Own: pass\n")
     (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changes))
     job = train_on(model, GOOD)
-    assert f"{model} asks for code of its own, which is never run here: take the form of the model" in said(job)
+    assert f"{model} brings Python code of its own, which is never run here: use the form of the model" in said(job)
     assert "Do you wish to run" not in job.output and not (model / "ran").exists()

@@ -96,9 +96,9 @@ def test_two_processes_go_on_where_one_was_killed(stage, uninterrupted, launch, 
     assert not list(Path("/dev/shm").glob(f"*{port}*"))  # no memory that nobody has any longer
 
     refused = train("killed", **settings | {"per_device_train_batch_size": 3})
-    assert "train_batch_size 4 is no multiple of the 3 records that 1 processes take at once" in refused.output
+    assert "train_batch_size 4 is not a multiple of the 3 records that 1 processes take at once" in refused.output
     refused = train("killed", train_batch_size=8, **settings)
-    assert f"{checkpoint} was written by a run of 4 records a step, and train_batch_size is 8" in refused.output
+    assert f"{checkpoint} was written with 4 records a step, and train_batch_size is now 8" in refused.output
     job = train("killed", processes=2, **settings)
     assert_same(job, uninterrupted)
     # The main process alone writes what there is one of.

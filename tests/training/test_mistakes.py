@@ -146,13 +146,13 @@ def test_deepspeed_configuration_for_more_gpus(train):
     path = train.folder / "ds8.json"
     path.write_text(json.dumps(json.loads(Path("scripts/zero2.json").read_text()) | {"train_batch_size": 32}))
     line = said(train("more", deepspeed=str(path), processes=2))
-    assert f"{path} says otherwise than the recipe on 2 processes (train_batch_size=32 there, " in line
+    assert f"{path} contradicts the recipe on 2 processes (train_batch_size=32 there, " in line
     assert "=8 here)" in line and '"auto"' in line
 
 
 def test_batch_that_does_not_divide(train):
     job = train("batch", processes=2, train_batch_size=12)
-    assert "train_batch_size 12 is no multiple of the 8 records that 2 processes take at once" in said(job)
+    assert "train_batch_size 12 is not a multiple of the 8 records that 2 processes take at once" in said(job)
 
 
 def test_four_bits_under_zero3(train):
@@ -170,7 +170,7 @@ def test_checkpoint_of_another_method(train):
     settings = dataclasses.asdict(TrainConfig(**train.recipe, output_dir=str(run), method="lora"))
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     line = said(train("other", method="fura"))
-    assert f"{run} holds an interrupted run with another method ('lora' there, 'fura' here)" in line
+    assert f"{run} holds an interrupted run with another method ('lora' then, 'fura' now)" in line
     assert "choose another --output_dir" in line
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-3", "config.yaml", "lock"]  # nothing is lost
 
@@ -211,7 +211,7 @@ def test_out_of_memory_advises_what_is_accepted(tmp_path):
         gradient_checkpointing=True,
         deepspeed="scripts/zero3_offload.json",
     )
-    assert "no setting is left that takes less, so take a larger GPU" in out_of_memory(least, tmp_path)
+    assert "no other setting saves memory, so take a larger GPU" in out_of_memory(least, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["fura", "lora"])

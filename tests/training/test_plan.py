@@ -193,13 +193,13 @@ def test_mistakes(tmp_path):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"gpus": []}, r"gpus is \[\]: it takes numbers from 1 on"),
+        ({"gpus": []}, r"gpus is \[\]: give numbers of at least 1"),
         ({"gpus": [4, 0]}, r"gpus is \[4, 0\]"),
         ({"memory": [-80]}, r"memory is \[-80\]"),
         ({"records": 0}, "records is 0"),
         ({"tokens": 0}, "tokens is 0"),
-        ({"labelled": -3}, "labelled is -3: it is a share"),
-        ({"labelled": 5}, "labelled is 5: it is a share"),
+        ({"labelled": -3}, "labelled is -3: give a share"),
+        ({"labelled": 5}, "labelled is 5: give a share"),
     ],
 )
 def test_numbers_out_of_range(changes, sentence):
@@ -214,7 +214,7 @@ def test_numbers_out_of_range(changes, sentence):
         (b"method: fuura", "is not a recipe: .*Got value: fuura"),
         (b"", "is not a recipe: "),
         (b"output_dir: \xe9", "is not a recipe: 'utf-8' codec"),
-        (b"gradient_accumulation_steps: 0", "gradient_accumulation_steps is 0 in .*: it has to be at least 1"),
+        (b"gradient_accumulation_steps: 0", "gradient_accumulation_steps is 0 in .*: it must be at least 1"),
         (b"target_modules: nothing", "cannot be set up for this model: Target modules nothing not found"),
         (b"model_name_or_path: ./llava-v1.6-mistral-7b", "There is no model at ./llava-v1.6-mistral-7b"),
     ],

@@ -83,3 +83,18 @@ def test_the_command_trains_by_itself_and_says_nothing_that_frightens(mixture, t
     assert (tmp_path / "run" / "report.md").is_file() and (tmp_path / "run" / "checkpoint-2").is_dir()
     for noise in ("mpi4py", "steps mismatch", "No CUDA runtime", "barrier()", "destroy_process_group", "Traceback"):
         assert noise not in done.stdout, done.stdout
+
+
+def test_without_a_compiler_a_run_ends_in_one_sentence(mixture, tmp_path):
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "CXX": "/nowhere/g++", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    settings = {"output_dir": tmp_path / "run", "data_path": mixture / "train.json", "bf16": "false"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fura_vlm.cli", "train", *(f"--{name}={value}" for name, value in settings.items())],
+        env={name: value for name, value in env.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    last = done.stdout.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("fura-vlm train: DeepSpeed cannot compile "), done.stdout
+    assert "/nowhere/g++: not found" in last and "apt install g++" in last and "Traceback" not in done.stdout

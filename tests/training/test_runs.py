@@ -193,7 +193,7 @@ def test_signal_saves_first(number, stage, uninterrupted, launch, train):
         each.send_signal(number)
     stopped = launch.finish(process, "stopped")
     assert stopped.status == 143, stopped.output
-    assert "goes on from there" in stopped.output and "ERROR" not in stopped.output
+    assert "continues from there" in stopped.output and "ERROR" not in stopped.output
     [checkpoint] = run.glob("checkpoint-*")
     step = int(checkpoint.name.rpartition("-")[2])
     assert 2 <= step < 6
