@@ -1,7 +1,7 @@
 # Sourced by the other scripts: makes and activates the project's own environment.
 #
-#   source scripts/env.sh core|EXTRA ...  the extras of pyproject.toml to install (eval, demo, quant, dev), or core
-#                                         for none: a script sourced without arguments sees those of its caller
+#   source scripts/env.sh EXTRA ...   the extras of pyproject.toml to install (train, eval, demo, quant, dev); train is
+#                                     always one of them: a script sourced without arguments sees those of its caller
 #
 # The first call creates .venv and installs the tested versions of constraints.txt; later calls find the stamp
 # of what is installed and take no time. PYTHON names the interpreter to start from (default python3, >= 3.10).
@@ -23,8 +23,7 @@ _fura_env() {
     else
         missing=all
     fi
-    for extra in "$@"; do
-        [ "$extra" != core ] || continue
+    for extra in train "$@"; do
         case " $installed " in *" $extra "*) ;; *) missing="$missing $extra"; installed="$installed $extra" ;; esac
     done
     if [ -n "$missing" ]; then
@@ -60,7 +59,7 @@ _fura_install() {
     }
     extras="$(echo $installed | tr ' ' ',')"
     (cd "$ROOT" && "$VENV/bin/python" -I -m pip install --quiet --disable-pip-version-check \
-        --constraint constraints.txt --editable ".${extras:+[$extras]}") || {
+        --constraint constraints.txt --editable ".[$extras]") || {
         echo "Installing the packages into $VENV failed; mend the cause above and run the same command again" >&2
         return 1
     }

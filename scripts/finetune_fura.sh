@@ -6,7 +6,7 @@
 #
 # The first run sets up .venv. Paths are relative to the repository. See scripts/launch.sh for several processes.
 set -euo pipefail
-source "$(dirname "$0")/env.sh" core
+source "$(dirname "$0")/env.sh" train
 source "$ROOT/scripts/launch.sh"
 cd "$ROOT"
 config=scripts/configs/tiny.yaml

@@ -11,13 +11,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from fura_vlm.errors import ModelError, first_line
+from fura_vlm.extras import way_to
 from fura_vlm.families.base import Family, model_class
 from fura_vlm.families.registry import family_class
 from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
 from fura_vlm.modelling.config import InspectConfig
 from fura_vlm.modelling.shards import WeightFiles
-
-PROJECT = Path(__file__).parents[2]
+from fura_vlm.shipped import SHARE
 
 
 def load_family(path: str, base: str | None = None, conversation: str | None = None) -> Family:
@@ -141,7 +141,7 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
                 f"{path} cannot be loaded as asked, because a package is missing: {error} (attn_implementation sdpa "
                 "needs none)"
             ) from error
-        raise ModelError(f"A base in 4 bits needs the extra package: pip install -e .[quant] ({error})") from error
+        raise ModelError(f"A base in 4 bits needs another package ({error}): {way_to('quant')}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         WeightFiles(path, what)  # says which file is missing, cut off or damaged, if one is
         raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
@@ -219,8 +219,7 @@ def find_parts(path: str) -> tuple[str, str | None, str]:
                 f"{adapter}/adapter_config.json names no base: write the folder or hub name of the model that the "
                 "adapter was trained over into its base_model_name_or_path"
             )
-        if not Path(base).is_dir() and (PROJECT / base).is_dir():  # runs are started there
-            base = str(PROJECT / base)
+        base = _base_folder(base, adapter)
     elif (folder / "model").is_dir():  # of the method full
         base = str(folder / "model")
     elif (folder / "config.yaml").is_file():
@@ -231,6 +230,15 @@ def find_parts(path: str) -> tuple[str, str | None, str]:
         return path, None, path
     processor = folder / "processor"
     return base, adapter, str(processor) if processor.is_dir() else base
+
+
+def _base_folder(base: str, adapter: str) -> str:
+    """A relative path of a base as it is from here: it starts where the run was started, in a folder above the adapter,
+    or in the package, which has the embedded model. Unchanged where there is none: it is a name on the hub."""
+    if Path(base).is_dir():
+        return base
+    folders = (place / base for place in (*Path(adapter).resolve().parents, SHARE))
+    return next((str(folder.resolve()) for folder in folders if (folder / "config.json").is_file()), base)
 
 
 def load_any(path: str) -> tuple[PreTrainedModel | PeftModel, Family]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from argparse import ArgumentError
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from fura_vlm.files import write_text
 from fura_vlm.modelling.load import read_config
 from fura_vlm.plan.costs import GIB, Setting, best, gpu_of, host_memory, memory
 from fura_vlm.plan.shapes import Counts
-from fura_vlm.training.config import PlanConfig, TrainConfig
-from fura_vlm.training.processes import TrainingError
+from fura_vlm.shipped import find
+from fura_vlm.training.config import PlanConfig, TrainConfig, zero
+from fura_vlm.training.errors import TrainingError
 
 
 class PlanError(FuraVLMError):
@@ -30,6 +30,7 @@ def plan(config: PlanConfig) -> str:
 
     Raises:
         PlanError: the recipe or the model's config.json cannot be read, or a number is out of its range.
+        ShippedError, TrainingError: there is no such recipe or DeepSpeed configuration, or it cannot be read.
     """
     _check_numbers(config)
     train = _recipe(config.recipe)
@@ -116,9 +117,7 @@ def _recipe(path: str) -> TrainConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
     try:
-        train = TrainConfig(**parser.parse_string(Path(path).read_text("utf-8")).as_dict())
-    except OSError as error:
-        raise PlanError(f"There is no recipe at {path}: scripts/configs has some") from error
+        train = TrainConfig(**parser.parse_string(find("recipe", path).read_text("utf-8")).as_dict())
     except (ArgumentError, UnicodeDecodeError) as error:
         raise PlanError(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
@@ -143,10 +142,10 @@ def _model(name: str | None, train: TrainConfig) -> tuple[PreTrainedConfig, str]
 def zero_of(train: TrainConfig) -> tuple[int, bool]:
     """Stage and offload of the recipe's DeepSpeed configuration."""
     try:
-        zero = json.loads(Path(train.deepspeed).read_text())["zero_optimization"]
-        return zero["stage"], "offload_optimizer" in zero
-    except (OSError, ValueError, KeyError) as error:
-        raise PlanError(f"There is no DeepSpeed configuration with a ZeRO stage at {train.deepspeed}") from error
+        settings = zero(train)
+        return settings["stage"], "offload_optimizer" in settings
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"The DeepSpeed configuration {train.deepspeed} names no ZeRO stage") from error
 
 
 def _named(setting: Setting) -> str:

@@ -34,7 +34,7 @@ STAGE2 = {
     "group_by_modality_length": True,
     "bf16": True,
     "tf32": True,
-    "deepspeed": "scripts/zero1.json",
+    "deepspeed": "zero1",
     "conversation": None,  # the model's own
     "mm_projector": "adapter",
     "lora_r": 128,
