@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from argparse import SUPPRESS
-from pathlib import Path
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -55,7 +54,9 @@ def build_parser() -> Parser:
         usage = f"fura-vlm {name} {words}{' ' if words else ''}[--config FILE.yaml] [--KEY VALUE ...]"
         recipes = f", or the name of a recipe: {', '.join(named('recipe'))}" if name == "train" else ""
         sub = Parser(description=title, usage=usage)
-        sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of the settings below" + recipes)
+        sub.add_argument(
+            "--config", action=ActionConfigFile, help="a YAML file with any of the settings below" + recipes
+        )
         sub.add_class_arguments(config, as_positional=True, skip={*optional, *flags})
         for key, text in optional.items():
             # Without SUPPRESS, one that is left out would override what --config says with None.
@@ -68,7 +69,8 @@ def build_parser() -> Parser:
     command(commands, "train", TrainConfig)
     command(commands, "plan", PlanConfig, ("recipe",))
     command(commands, "eval", EvalConfig, ("model",))
-    command(commands, "compare", CompareConfig, ("first", "second"))
+    second = {"second": "another one, on the same benchmarks; without it base and tuned model of FIRST are compared"}
+    command(commands, "compare", CompareConfig, ("first",), second)
     image = {"image": "the picture to talk about in the terminal"}
     web = {"web": "open the chat in the browser", "share": "with --web: make a public link through Gradio's servers"}
     command(commands, "chat", ChatConfig, optional=image, flags=web)
@@ -135,7 +137,7 @@ def run(command: str, options: dict) -> None:
 
         assemble(AssembleConfig(**options))
     elif command == "inspect":
-        from fura_vlm.modelling.load import inspect
+        from fura_vlm.modelling.inspect import inspect
 
         inspect(InspectConfig(**options))
     elif command == "data embedded":

@@ -14,8 +14,6 @@ from fura_vlm.errors import ModelError, first_line
 from fura_vlm.extras import way_to
 from fura_vlm.families.base import Family, model_class
 from fura_vlm.families.registry import family_class
-from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
-from fura_vlm.modelling.config import InspectConfig
 from fura_vlm.modelling.shards import WeightFiles
 from fura_vlm.shipped import SHARE
 
@@ -260,27 +258,6 @@ def load_any(path: str) -> tuple[PreTrainedModel | PeftModel, Family]:
 def default_dtype() -> torch.dtype:
     """In which a model is loaded unless somebody says otherwise: bfloat16 where the GPU has it, else float32."""
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def inspect(config: InspectConfig) -> None:
-    """Prints the spectra behind a FuRA adapter as a Markdown table and draws them.
-
-    Raises:
-        ModelError: if ``model`` has no FuRA adapter, or ``output_path`` is of another format than png, svg or pdf.
-    """
-    picture = Path(config.output_path or Path(config.model) / "spectrum.png")
-    if picture.suffix not in (".png", ".svg", ".pdf"):
-        raise ModelError(f"{picture} is of no known format: let --output_path end in .png, .svg or .pdf")
-    model, _ = load_any(config.model)
-    if not isinstance(model, PeftModel) or model.peft_config["default"].peft_type != "FURA":
-        raise ModelError(f"{config.model} has no FuRA adapter: there is nothing to inspect")
-    spectra = spectrum_report(model)
-    print(spectrum_table(spectra))
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    building = picture.with_name("." + picture.name)
-    plot_spectrum(spectra, building)
-    building.replace(picture)
-    print(f"\ndrawn in {picture}")
 
 
 def check_folder(path: str) -> None:

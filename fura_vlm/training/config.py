@@ -51,8 +51,8 @@ class TrainConfig:
         activation_memory_budget: with ``compile_layers``; below 1 the compiler computes norms and the like again in the
             backward pass rather than keep them: less memory for a few percent of the time.
         bf16: train in bfloat16; ``None`` means where a GPU supports it.
-        deepspeed: the DeepSpeed configuration: a JSON file, or the name of one that the package has: zero1, zero2, zero3,
-            zero2_offload, zero3_offload.
+        deepspeed: the DeepSpeed configuration: a JSON file, or the name of one that the package has: zero1, zero2,
+            zero3, zero2_offload or zero3_offload.
         eval_batch_size: held-out questions answered at once, on each process.
         eval_max_new_tokens: length limit of an answer.
     """

@@ -14,7 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 
-from fura_vlm.cli import parse
+from fura_vlm.commands import parse
 from fura_vlm.families.llava import Llava
 from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.config import TrainConfig
