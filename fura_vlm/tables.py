@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table as Drawn
 from rich.text import Text
 
-LONGEST = 24  # characters of a word that a narrow terminal does not break
+LONGEST = 12  # letters of a word that a narrow terminal leaves whole
 _EMPHASIS = re.compile(r"(?<![\w*])\*(\w+)\*(?![\w*])")
 
 
@@ -41,13 +41,10 @@ class Table:
         """As rich draws it. Numbers and short words stay whole; what is long is folded."""
         table = Drawn(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for number, name in enumerate(self.head):
-            words = " ".join([name, *(row[number] for row in self.rows)]).split()
-            table.add_column(
-                name,
-                justify="left" if number < self.left else "right",
-                min_width=min(max(map(len, words), default=0), LONGEST),
-                overflow="fold",
-            )
+            is_left = number < self.left
+            longest = max(map(len, " ".join([name, *(row[number] for row in self.rows)]).split()), default=0)
+            width = min(longest, LONGEST) if is_left else longest
+            table.add_column(name, justify="left" if is_left else "right", min_width=width, overflow="fold")
         for row in self.rows:
             table.add_row(*(Text.from_markup(_EMPHASIS.sub(r"[italic]\1[/italic]", escape(cell))) for cell in row))
         return table

@@ -4,7 +4,7 @@
 #                                     always one of them: a script sourced without arguments sees those of its caller
 #
 # The first call creates .venv and installs the tested versions of constraints.txt; later calls find the stamp
-# of what is installed and take no time. PYTHON names the interpreter to start from (default python3, >= 3.10).
+# of what is installed and take no time. PYTHON names the interpreter to start from (default python3, >= 3.11).
 # FURA_VLM_VENV names another folder than .venv. A checkout that is moved or copied with its .venv works as it is,
 # with its own code, and installs nothing again. Where checkouts share an environment the scripts run the code of
 # their own checkout, and the environment's own commands (VENV/bin/fura-vlm) that of the last one to run a script.
@@ -44,8 +44,8 @@ _fura_env() {
 
 _fura_install() {
     local extras
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "FuRA-VLM needs Python 3.10 or newer; name one with PYTHON=/path/to/python3 $0" >&2
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "The tested versions need Python 3.11 or newer; name one with PYTHON=/path/to/python3 $0" >&2
         return 1
     }
     if [ -f "$stamp" ]; then

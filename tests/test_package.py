@@ -227,7 +227,7 @@ def test_each_extra_brings_what_its_commands_import(core, wheel, declared, nowhe
     """One after the other in one environment, the smallest first."""
     core.link(closure("fura-vlm", declared, {"cli"}))
     core.install(wheel, "cli")
-    assert "| fura | " in core.run(nowhere, "fura-vlm", "plan", "llava-1.5-7b", "--memory", "[80]")
+    assert "| fura | " in core.run(nowhere, "fura-vlm", "plan", "llava-1.5-7b", "--methods", "[fura]")
     listed = "llava-1.5-7b, llava-1.5-7b-pretrain, tiny"
     said = core.run(nowhere, "fura-vlm", "plan", "llava", status=1)
     assert said.startswith("fura-vlm plan: There is no recipe at llava, ") and said.endswith(f"the names {listed}\n")
@@ -239,13 +239,12 @@ def test_each_extra_brings_what_its_commands_import(core, wheel, declared, nowhe
     small = ["--train_records", "24", "--eval_per_family", "1"]
     assert "The embedded model is in data/tiny-llava" in core.run(nowhere, "fura-vlm", "data", "embedded", *small)
     train = ["fura-vlm", "train", "--config", "tiny", "--max_steps", "2", "--dataloader_num_workers", "0"]
-    said = core.run(nowhere, *train, "--deepspeed", "zero1")
+    said = core.run(nowhere, *train, "--deepspeed", "zero1", "--eval_data_path", "null")
     assert (nowhere / "runs/tiny-fura/adapter/adapter_model.safetensors").is_file()
     assert "fura-vlm eval runs/tiny-fura" in said and "scripts" not in said
     assert "| all " in core.run(nowhere, "fura-vlm", "inspect", "runs/tiny-fura")
-    core.run(nowhere, "fura-vlm", "merge", "runs/tiny-fura", "merged")
     said = core.run(nowhere, "fura-vlm", "train", "--method", "qfura", status=1)
-    assert 'pip install "fura-vlm[quant]"' in said and "Traceback" not in said
+    assert said.endswith('fura-vlm train: bitsandbytes is not installed: pip install "fura-vlm[quant]"\n')
 
 
 def test_evaluation_and_chat(wheel, declared, nowhere, tmp_path):
@@ -260,6 +259,4 @@ def test_evaluation_and_chat(wheel, declared, nowhere, tmp_path):
     assert "lmms-eval has no task 'popes_paper': did you mean pope_paper" in said
     environment.run(nowhere, *evaluate, "--tasks", "pope_paper,textvqa_paper", "--data", "embedded")
     assert "| pope_paper | 1 |" in (nowhere / "results/results.md").read_text()
-    picture = next((nowhere / "data/benchmarks").rglob("*.png"), None)
-    assert picture is None or picture.is_file()
     assert "usage: fura-vlm chat" in environment.run(nowhere, "fura-vlm", "chat", "--help")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from fura_vlm.errors import ModelError, first_line
-from fura_vlm.extras import way_to
+from fura_vlm.extras import require
 from fura_vlm.families.base import Family, model_class
 from fura_vlm.families.registry import family_class
 from fura_vlm.modelling.shards import WeightFiles
@@ -130,6 +130,7 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
 
     Raises:
         ModelError: if files are missing or damaged, or do not hold all of the weights in the shapes of ``config.json``.
+        MissingExtra: if a base in 4 bits is asked for and bitsandbytes is not installed.
     """
     try:
         model, info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
@@ -139,7 +140,8 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
                 f"{path} cannot be loaded as asked, because a package is missing: {error} (attn_implementation sdpa "
                 "needs none)"
             ) from error
-        raise ModelError(f"A base in 4 bits needs another package ({error}): {way_to('quant')}") from error
+        require("quant")
+        raise ModelError(f"{path} cannot be loaded in 4 bits: {error}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         WeightFiles(path, what)  # says which file is missing, cut off or damaged, if one is
         raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
