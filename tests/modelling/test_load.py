@@ -253,7 +253,7 @@ def test_inspect_shows_the_spectra_of_the_weights(tmp_path, capsys):
     values = torch.linalg.svdvals(torch.stack(weight.split(16, dim=1)))
     printed = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     worst = [float(cells[6]) for cells in printed[1:]]
-    assert len(worst) > 10 and worst[:-1] == sorted(worst[:-1], reverse=True) and worst[-1] == worst[0]  # that of all
+    assert len(worst) > 3 and worst[:-1] == sorted(worst[:-1], reverse=True) and worst[-1] == worst[0]  # that of all
     row = next("|".join(cells) for cells in printed if "layers.0.self_attn.q_proj" in cells[1])
     blocks, largest, smallest = [cell.strip() for cell in row.split("|")][2:5]
     assert blocks == "16 x 16"
