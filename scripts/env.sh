@@ -1,10 +1,10 @@
 # Sourced by the other scripts: makes and activates the project's own environment.
 #
-#   source scripts/env.sh core|EXTRA ...  the extras of pyproject.toml to install (eval, demo, quant, dev), or core
-#                                         for none: a script sourced without arguments sees those of its caller
+#   source scripts/env.sh EXTRA ...   the extras of pyproject.toml to install (train, eval, demo, quant, dev); train is
+#                                     always one of them: a script sourced without arguments sees those of its caller
 #
 # The first call creates .venv and installs the tested versions of constraints.txt; later calls find the stamp
-# of what is installed and take no time. PYTHON names the interpreter to start from (default python3, >= 3.10).
+# of what is installed and take no time. PYTHON names the interpreter to start from (default python3, >= 3.11).
 # FURA_VLM_VENV names another folder than .venv. A checkout that is moved or copied with its .venv works as it is,
 # with its own code, and installs nothing again. Where checkouts share an environment the scripts run the code of
 # their own checkout, and the environment's own commands (VENV/bin/fura-vlm) that of the last one to run a script.
@@ -23,8 +23,7 @@ _fura_env() {
     else
         missing=all
     fi
-    for extra in "$@"; do
-        [ "$extra" != core ] || continue
+    for extra in train "$@"; do
         case " $installed " in *" $extra "*) ;; *) missing="$missing $extra"; installed="$installed $extra" ;; esac
     done
     if [ -n "$missing" ]; then
@@ -45,8 +44,8 @@ _fura_env() {
 
 _fura_install() {
     local extras
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "FuRA-VLM needs Python 3.10 or newer; name one with PYTHON=/path/to/python3 $0" >&2
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "The tested versions need Python 3.11 or newer; name one with PYTHON=/path/to/python3 $0" >&2
         return 1
     }
     if [ -f "$stamp" ]; then
@@ -60,7 +59,7 @@ _fura_install() {
     }
     extras="$(echo $installed | tr ' ' ',')"
     (cd "$ROOT" && "$VENV/bin/python" -I -m pip install --quiet --disable-pip-version-check \
-        --constraint constraints.txt --editable ".${extras:+[$extras]}") || {
+        --constraint constraints.txt --editable ".[$extras]") || {
         echo "Installing the packages into $VENV failed; mend the cause above and run the same command again" >&2
         return 1
     }

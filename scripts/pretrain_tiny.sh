@@ -3,6 +3,6 @@
 #
 #   bash scripts/pretrain_tiny.sh [--steps N] [--batch N] ...
 set -euo pipefail
-source "$(dirname "$0")/env.sh" core
+source "$(dirname "$0")/env.sh" train
 cd "$ROOT"
 exec python -m fura_vlm.embedded.pretrain_tiny "$@"

@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}"
-source scripts/env.sh core  # once, here, and not on every node
+source scripts/env.sh train  # once, here, and not on every node
 source scripts/launch.sh
 export NUM_NODES="$SLURM_JOB_NUM_NODES"
 export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"

@@ -38,7 +38,7 @@ def original(tmp_path_factory) -> Path:
     """A checkout, with an environment as pip leaves it."""
     folder = tmp_path_factory.mktemp("checkouts") / "original"
     for name in ("fura_vlm", "scripts", "eval", "data/tiny-llava"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "constraints.txt", "README.md"):
         shutil.copy(ROOT / name, folder)
     with open(folder / "fura_vlm" / "__init__.py", "a") as file:
@@ -54,7 +54,7 @@ def original(tmp_path_factory) -> Path:
     (folder / ".venv/bin/deepspeed").chmod(0o755)
     both = (folder / "pyproject.toml").read_bytes() + (folder / "constraints.txt").read_bytes()
     [checksum] = subprocess.run(["cksum"], input=both, capture_output=True).stdout.decode().splitlines()
-    (folder / ".venv/.fura-vlm-installed").write_text(f"{folder} {checksum}\neval demo quant dev\n")
+    (folder / ".venv/.fura-vlm-installed").write_text(f"{folder} {checksum}\ntrain eval demo quant dev\n")
     return folder
 
 
@@ -62,7 +62,7 @@ def original(tmp_path_factory) -> Path:
 def copied(original, tmp_path) -> Path:
     """A copy of the checkout while the original is still there."""
     copy = tmp_path / "a copy"
-    run(original, "bash", "-c", "source scripts/env.sh core")
+    run(original, "bash", "-c", "source scripts/env.sh train")
     subprocess.run(["cp", "-r", original, copy], check=True)
     return copy
 
@@ -82,7 +82,7 @@ def test_a_copys_commands_are_its_own(copied, original):
 
 def test_scripts_of_a_copy_run_its_code(copied, original, tmp_path):
     """Also through a link to it, with the original's environment active, and where both have one environment."""
-    where = ["bash", "-c", f'source scripts/env.sh core; cd /; fura-vlm --version; python -c "{WHERE}"']
+    where = ["bash", "-c", f'source scripts/env.sh train; cd /; fura-vlm --version; python -c "{WHERE}"']
     own = [f"code of {copied}/fura_vlm/__init__.py", "fura-vlm 0.1.0", f"{copied}/fura_vlm/__init__.py"]
     assert run(copied, *where).splitlines()[1:] == own
     assert run(copied, *where).splitlines() == own  # the second time there is nothing to set right
@@ -104,7 +104,7 @@ def test_an_environment_of_before_is_set_right(original, tmp_path):
     )
     os.link(script, tmp_path / "twin")
     before = script.read_text()
-    said = run(copy, "bash", "-c", "source scripts/env.sh core; fura-vlm --version", PYTHON="/bin/false")
+    said = run(copy, "bash", "-c", "source scripts/env.sh train; fura-vlm --version", PYTHON="/bin/false")
     assert f"code of {copy}/" in said and "Setting up" not in said
     assert (tmp_path / "twin").read_text() == before != script.read_text()
 

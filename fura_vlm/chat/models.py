@@ -16,8 +16,8 @@ from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.errors import first_line
 from fura_vlm.families.base import Family
 from fura_vlm.modelling.load import ModelError, find_adapter, load_adapter, load_any
+from fura_vlm.shipped import MODEL, SHARE
 
-EMBEDDED = Path("data/tiny-llava")
 BASE = "base"
 
 
@@ -50,8 +50,8 @@ class Models:
 def default_model() -> str:
     """The newest finished run in ``runs/``, or else the embedded model."""
     finished = [path.parents[1] for path in Path("runs").glob("*/adapter/adapter_config.json")]
-    newest = max(finished, key=lambda run: (run / "adapter" / "adapter_config.json").stat().st_mtime, default=EMBEDDED)
-    return str(newest)
+    newest = max(finished, key=lambda run: (run / "adapter" / "adapter_config.json").stat().st_mtime, default=None)
+    return str(newest or (MODEL if MODEL.is_dir() else SHARE / MODEL))
 
 
 def load_models(path: str | None, adapters: list[str]) -> Models:
@@ -125,7 +125,7 @@ def examples(models: Models, folder: Path) -> list[tuple[str, str]]:
             if answer["image"] and Path(answer["image"]).is_file():
                 question = answer["question"].replace("<image>", "").strip()
                 found.setdefault(answer["family"], (answer["image"], question))
-    if not found and Path(models.base).name == EMBEDDED.name:
+    if not found and Path(models.base).name == MODEL.name:
         import random
 
         for index, family in enumerate(FAMILIES):

@@ -27,14 +27,14 @@ class DownloadConfig:
     """Download a published mixture and its images, resuming what is there.
 
     Args:
-        recipe: what there is and where it comes from, a YAML file; ``data/`` has those of LLaVA v1.5.
-        output_dir: the folder to fill; by default that of the recipe's name, beside it.
+        recipe: what there is and where it comes from: a YAML file, or the name of one that the package has.
+        output_dir: the folder to fill; by default that of the recipe's name in data/.
         sources: the names of some sources only; by default all of them.
         workers: files that are downloaded at the same time.
         keep_archives: keep a source's archives after they have been unpacked.
     """
 
-    recipe: str = "data/llava-665k.yaml"
+    recipe: str = "llava-665k"
     output_dir: str | None = None
     sources: list[str] | None = None
     workers: int = 4

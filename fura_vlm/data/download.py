@@ -49,6 +49,7 @@ from urllib3.util import Retry
 from fura_vlm.data.config import DownloadConfig
 from fura_vlm.errors import FuraVLMError, first_line
 from fura_vlm.files import finish, unfinished
+from fura_vlm.shipped import find
 
 _PIECE = 1 << 20  # bytes
 _TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
@@ -123,7 +124,7 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
     """Reads a recipe.
 
     Raises:
-        DownloadError: if it is missing or not in the format.
+        DownloadError: if it is not in the format.
     """
     try:
         content = yaml.safe_load(Path(path).read_text("utf-8"))
@@ -132,12 +133,8 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
             for name, source in content.pop("sources").items()
         }
         return Recipe(mixture=Mixture(**content.pop("mixture")), sources=sources, **content)
-    except OSError as error:
-        raise DownloadError(
-            f"There is no recipe at {path} ({error.strerror}): data/ has those of LLaVA v1.5"
-        ) from error
     except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise DownloadError(f"{path} is no recipe ({' '.join(str(error).split())}): data/ has examples") from error
+        raise DownloadError(f"{path} is no data recipe ({' '.join(str(error).split())})") from error
 
 
 # ---------------------------------------------------------------------------------------------------- all of it
@@ -147,11 +144,12 @@ def download(config: DownloadConfig) -> None:
     """Downloads and unpacks what a recipe names, and says what is there and what is left to do by hand.
 
     Raises:
+        ShippedError: there is no such recipe.
         DownloadError: in one sentence.
         SystemExit: 130 after Ctrl-C; the same command goes on.
     """
-    recipe = read_recipe(config.recipe)
-    output = Path(config.output_dir or Path(config.recipe).with_name(recipe.name))
+    recipe = read_recipe(find("data recipe", config.recipe))
+    output = Path(config.output_dir or Path("data", recipe.name))
     chosen = list(recipe.sources) if config.sources is None else config.sources
     for name in chosen:
         if name not in recipe.sources:

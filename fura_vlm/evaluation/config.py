@@ -52,14 +52,16 @@ class EvalConfig:
 
 @dataclass
 class CompareConfig:
-    """Compare two evaluated models document by document, with a paired test for each task.
+    """Compare two evaluated models document by document: intervals and tests of the differences, and where they differ.
 
     Args:
         first: a folder with results, or a run folder that holds one.
-        second: another one, on the same benchmarks.
-        output_path: where to write the table as Markdown; by default it is only printed.
+        second: another one, on the same benchmarks; without it the base and the tuned model of ``first`` are compared.
+        listed: how many of the documents on which they differ are listed, of each task.
+        output_path: where to write the same as Markdown; by default it is only printed.
     """
 
     first: str
-    second: str
+    second: str | None = None
+    listed: int = 10
     output_path: str | None = None

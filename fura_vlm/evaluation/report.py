@@ -11,12 +11,11 @@ from pathlib import Path
 from statistics import mean
 
 from jinja2 import Environment, PackageLoader
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from fura_vlm.evaluation.tasks import TASKS
 from fura_vlm.files import write_text
+from fura_vlm.tables import Table
 
 __all__ = ["PUBLISHED", "markdown", "page", "read_samples", "show", "write_samples"]
 
@@ -53,21 +52,14 @@ def markdown(results: dict) -> str:
     """
     lines = [f"# {results['model']}", "", f"{results['date']}: `{results['command']}`", ""]
     for title, head, rows in _tables(results):
-        align = ["---", *["---:"] * (len(head) - 1)]
-        lines += [*([f"## {title}", ""] if title else []), _row(head), _row(align), *map(_row, rows), ""]
+        lines += [*([f"## {title}", ""] if title else []), Table(head, rows).markdown(), ""]
     return "\n".join([*lines, *(f"- {note}" for note in notes(results))]) + "\n"
 
 
 def show(results: dict, console: Console) -> None:
-    """The same on a terminal, where the names of the tasks stay whole."""
+    """The same on a terminal."""
     for title, head, rows in _tables(results):
-        table = Table(title=title or results["model"], box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for number, name in enumerate(head):
-            longest = max(len(word) for word in name.split())
-            table.add_column(name, justify="right" if number else "left", no_wrap=not number, min_width=longest)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        console.print(Table(head, rows).drawn(title or results["model"]))
     for note in notes(results):
         console.print(f"- {note}", highlight=False)
 
@@ -277,10 +269,6 @@ def read_samples(path: Path) -> list[dict]:
 
 def _benchmark(task: str) -> str | None:
     return next((BENCHMARKS[names.index(task)] for names in TASKS.values() if task in names), None)
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _data_url(picture) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -50,12 +50,54 @@ def mean_interval(scores: Sequence[float]) -> Interval | None:
     values = np.asarray(scores, dtype=float)
     if ((values >= 0) & (values <= 1)).all():
         return wilson(float(values.sum()), len(values))
+    return _bootstrap(values)
+
+
+def _bootstrap(values: np.ndarray) -> Interval | None:
+    """The percentile bootstrap of a mean; ``None`` where all values are the same."""
     if np.ptp(values) == 0:
         return None
     result = stats.bootstrap(
         (values,), np.mean, method="percentile", n_resamples=RESAMPLES, batch=64, rng=np.random.default_rng(SEED)
     )
     return Interval(float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> Interval | None:
+    """The interval of a difference of means, second - first, of two models on the same documents in the same order.
+
+    Tango's score interval for paired shares (T. Tango 1998, Statistics in Medicine 17, 891), which says something at
+    the ends too: where two models never differ on 12 documents, the difference may still be 24 % either way. It takes
+    the documents that only the one and only the other answers right. Fractions count as parts of documents: their
+    differences vary no more than those of zeros and ones with the same gains and losses do, so that the interval is if
+    anything too wide. Scores on another scale get the percentile bootstrap of the differences, or ``None`` where all
+    of these are the same.
+    """
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    differences = b - a
+    if (np.concatenate([a, b]) >= 0).all() and (np.concatenate([a, b]) <= 1).all():
+        gained, lost = float(differences.clip(min=0).sum()), float(-differences.clip(max=0).sum())
+        low, high = _least_difference(gained, lost, len(a)), -_least_difference(lost, gained, len(a))
+        return Interval(min(low, float(differences.mean())), max(high, float(differences.mean())))
+    return _bootstrap(differences)
+
+
+def _least_difference(gained: float, lost: float, n: int) -> float:
+    """The lower limit of (gained - lost) / n: the least difference that the score test does not refuse."""
+    z = stats.norm.ppf((1 + CONFIDENCE) / 2)
+
+    def too_small(difference: float) -> float:
+        """Above 0 where the test refuses this difference. ``share`` is the likeliest share of what is lost there."""
+        linear = -gained - lost + (2 * n - gained + lost) * difference
+        root = np.sqrt(max(linear**2 + 8 * n * lost * difference * (1 - difference), 0.0))
+        share = (root - linear) / (4 * n)
+        variance = max(n * (2 * share + difference * (1 - difference)), 0.0)
+        return gained - lost - n * difference - z * np.sqrt(variance)
+
+    upper = (gained - lost) / n - 1e-9  # where the difference is 1, the test refuses nothing
+    if upper <= -1:
+        return -1.0
+    return float(optimize.brentq(too_small, -1.0, upper))
 
 
 class YesNo(NamedTuple):

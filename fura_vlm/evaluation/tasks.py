@@ -28,8 +28,9 @@ from PIL import ImageFile
 from fura_vlm.errors import FuraVLMError, first_line
 from fura_vlm.evaluation.plugin import NAME
 from fura_vlm.evaluation.variants import extended
+from fura_vlm.shipped import SHARE
 
-EVAL_FOLDER = Path(__file__).parents[2] / "eval"
+EVAL_FOLDER = SHARE / "eval"
 TASKS = {
     "lmms-eval": ("gqa", "scienceqa_img", "textvqa_val", "pope"),
     "paper": ("gqa", "scienceqa_paper", "textvqa_paper", "pope_paper"),

@@ -72,27 +72,40 @@ def spectrum_report(model: nn.Module, adapter_name: str = "default") -> list[Spe
     return report
 
 
-def spectrum_table(report: list[Spectrum]) -> str:
-    """The report as a Markdown table, one line per layer and one for all of them."""
-    lines = [
-        "| layer | blocks | largest s | smallest s | condition, median | worst | guarded |",
-        "|---|---|---|---|---|---|---|",
+SPECTRUM_HEAD = ["layer", "blocks", "largest s", "smallest s", "condition, median", "worst", "guarded"]
+
+
+def worst_first(report: list[Spectrum]) -> list[Spectrum]:
+    """The report with the layers first whose worst block has the largest condition number; of equals, those with the
+    larger share of guarded directions."""
+    return sorted(report, key=lambda entry: (-float(entry.condition.max()), -entry.guarded / entry.values.numel()))
+
+
+def spectrum_rows(report: list[Spectrum]) -> list[list[str]]:
+    """The cells below ``SPECTRUM_HEAD``: a row for each layer, in the report's order, and one for all of them."""
+    rows = [
+        [
+            entry.module,
+            f"{len(entry.values)} x {entry.block_size}",
+            *_cells(entry.values, entry.condition, entry.guarded),
+        ]
+        for entry in report
     ]
-    for entry in report:
-        N, rank = entry.values.shape
-        values, condition = entry.values, entry.condition
-        lines.append(
-            f"| {entry.module} | {N} x {entry.block_size} | {values.max():.3g} | {values.min():.3g} "
-            f"| {condition.median():.3g} | {condition.max():.3g} | {entry.guarded} of {N * rank} |"
-        )
+    values = torch.cat([entry.values.flatten() for entry in report])
     conditions = torch.cat([entry.condition for entry in report])
-    total = sum(entry.values.numel() for entry in report)
-    lines.append(
-        f"| all {len(report)} | {len(conditions)} | {max(e.values.max() for e in report):.3g} "
-        f"| {min(e.values.min() for e in report):.3g} | {conditions.median():.3g} | {conditions.max():.3g} "
-        f"| {sum(entry.guarded for entry in report)} of {total} |"
-    )
-    return "\n".join(lines)
+    guarded = sum(entry.guarded for entry in report)
+    return [*rows, [f"all {len(report)}", f"{len(conditions)}", *_cells(values, conditions, guarded)]]
+
+
+def _cells(values: torch.Tensor, condition: torch.Tensor, guarded: int) -> list[str]:
+    numbers = (values.max(), values.min(), condition.median(), condition.max())
+    return [*(f"{number:.3g}" for number in numbers), f"{guarded} of {values.numel()}"]
+
+
+def spectrum_table(report: list[Spectrum]) -> str:
+    """The report as a Markdown table, one line for each layer and one for all of them."""
+    lines = [SPECTRUM_HEAD, ["---"] * len(SPECTRUM_HEAD), *spectrum_rows(report)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def plot_spectrum(report: list[Spectrum], path: str | os.PathLike, picture_format: str | None = None) -> None:

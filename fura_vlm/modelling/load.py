@@ -11,14 +11,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from fura_vlm.errors import ModelError, first_line
+from fura_vlm.extras import require
 from fura_vlm.families.base import Family, model_class
 from fura_vlm.families.registry import family_class
-from fura_vlm.files import whole_file
-from fura_vlm.fura import plot_spectrum, spectrum_report, spectrum_table  # registers FuRA with PEFT, too
-from fura_vlm.modelling.config import InspectConfig
 from fura_vlm.modelling.shards import WeightFiles
-
-PROJECT = Path(__file__).parents[2]
+from fura_vlm.shipped import SHARE
 
 
 def load_family(path: str, base: str | None = None, conversation: str | None = None) -> Family:
@@ -135,6 +132,7 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
 
     Raises:
         ModelError: if files are missing or damaged, or do not hold all of the weights in the shapes of ``config.json``.
+        MissingExtra: if a base in 4 bits is asked for and bitsandbytes is not installed.
     """
     try:
         model, info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
@@ -144,7 +142,8 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
                 f"{path} cannot be loaded as asked, because a package is missing: {error} (attn_implementation sdpa "
                 "needs none)"
             ) from error
-        raise ModelError(f"A base in 4 bits needs the extra package: pip install -e .[quant] ({error})") from error
+        require("quant")
+        raise ModelError(f"{path} cannot be loaded in 4 bits: {error}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         WeightFiles(path, what)  # names the file that is missing, cut off or damaged, if there is one
         raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
@@ -222,8 +221,7 @@ def find_parts(path: str) -> tuple[str, str | None, str]:
                 f"{adapter}/adapter_config.json names no base: write the folder or hub name of the model that the "
                 "adapter was trained over into its base_model_name_or_path"
             )
-        if not Path(base).is_dir() and (PROJECT / base).is_dir():  # runs are started there
-            base = str(PROJECT / base)
+        base = _base_folder(base, adapter)
     elif (folder / "model").is_dir():  # of the method full
         base = str(folder / "model")
     elif (folder / "config.yaml").is_file():
@@ -234,6 +232,15 @@ def find_parts(path: str) -> tuple[str, str | None, str]:
         return path, None, path
     processor = folder / "processor"
     return base, adapter, str(processor) if processor.is_dir() else base
+
+
+def _base_folder(base: str, adapter: str) -> str:
+    """A relative path of a base as it is from here: it starts where the run was started, in a folder above the adapter,
+    or in the package, which has the embedded model. Unchanged where there is none: it is a name on the hub."""
+    if Path(base).is_dir():
+        return base
+    folders = (place / base for place in (*Path(adapter).resolve().parents, SHARE))
+    return next((str(folder.resolve()) for folder in folders if (folder / "config.json").is_file()), base)
 
 
 def load_any(path: str) -> tuple[PreTrainedModel | PeftModel, Family]:
@@ -255,25 +262,6 @@ def load_any(path: str) -> tuple[PreTrainedModel | PeftModel, Family]:
 def default_dtype() -> torch.dtype:
     """The dtype in which a model is loaded by default: bfloat16 if the GPU supports it, else float32."""
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def inspect(config: InspectConfig) -> None:
-    """Prints the spectra behind a FuRA adapter as a Markdown table and draws them.
-
-    Raises:
-        ModelError: if ``model`` has no FuRA adapter, or ``output_path`` is of another format than png, svg or pdf.
-    """
-    picture = Path(config.output_path or Path(config.model) / "spectrum.png")
-    if picture.suffix not in (".png", ".svg", ".pdf"):
-        raise ModelError(f"{picture} is of no known format: let --output_path end in .png, .svg or .pdf")
-    model, _ = load_any(config.model)
-    if not isinstance(model, PeftModel) or model.peft_config["default"].peft_type != "FURA":
-        raise ModelError(f"{config.model} has no FuRA adapter: there is nothing to inspect")
-    spectra = spectrum_report(model)
-    print(spectrum_table(spectra))
-    with whole_file(picture) as building:
-        plot_spectrum(spectra, building, picture.suffix.removeprefix("."))
-    print(f"\ndrawn in {picture}")
 
 
 def check_folder(path: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from argparse import ArgumentError
+from collections.abc import Iterator
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -17,8 +17,10 @@ from fura_vlm.files import write_text
 from fura_vlm.modelling.load import read_config
 from fura_vlm.plan.costs import GIB, Setting, best, gpu_of, host_memory, memory
 from fura_vlm.plan.shapes import Counts
-from fura_vlm.training.config import PlanConfig, TrainConfig
-from fura_vlm.training.processes import TrainingError
+from fura_vlm.shipped import find
+from fura_vlm.tables import Table, markdown, show
+from fura_vlm.training.config import PlanConfig, TrainConfig, zero
+from fura_vlm.training.errors import TrainingError
 
 
 class PlanError(FuraVLMError):
@@ -30,6 +32,7 @@ def plan(config: PlanConfig) -> str:
 
     Raises:
         PlanError: the recipe or the model's config.json cannot be read, or a number is out of its range.
+        ShippedError, TrainingError: there is no such recipe or DeepSpeed configuration, or it cannot be read.
     """
     _check_numbers(config)
     train = _recipe(config.recipe)
@@ -51,18 +54,18 @@ def plan(config: PlanConfig) -> str:
         train.compile_layers,
     )
     parts = memory(train, counted[train.method], own, config.labelled)
-    lines = [said, "", f"The recipe as it is, {_named(own)}, on each of {own.gpus} GPUs, GiB:", ""]
-    lines += ["| " + " | ".join([*parts, "together"]) + " |", "|" + "---:|" * (len(parts) + 1)]
-    lines += ["| " + " | ".join(f"{size / GIB:.1f}" for size in [*parts.values(), sum(parts.values())]) + " |", ""]
+    sizes = [*parts.values(), sum(parts.values())]
+    page = [
+        said,
+        f"The recipe as it is, {_named(own)}, on each of {own.gpus} GPUs, GiB:",
+        Table([*parts, "together"], [[f"{size / GIB:.1f}" for size in sizes]], left=0),
+    ]
     at_once = own.batch * own.gpus
     if train.train_batch_size and train.train_batch_size % at_once:
-        lines += [
-            f"Training refuses it so: a step's {train.train_batch_size} records are no multiple of {at_once}.",
-            "",
-        ]
+        page.append(f"Training refuses it so: a step's {train.train_batch_size} records are no multiple of {at_once}.")
     if own.offload:
         needed = host_memory(counted[train.method], own) / GIB
-        lines += [f"In the memory of the host, for all GPUs together: {needed:.0f} GiB.", ""]
+        page.append(f"In the memory of the host, for all GPUs together: {needed:.0f} GiB.")
     length = f"{config.records:,} records"
     if train.max_steps > 0:
         length = f"{train.max_steps:,} steps with records"
@@ -71,32 +74,35 @@ def plan(config: PlanConfig) -> str:
     records = f"{train.train_batch_size} records"
     if not train.train_batch_size:
         records = f"{train.gradient_accumulation_steps} times what all GPUs have at once"
-    lines += [
+    page.append(
         f"What fits, the fastest way: ZeRO stage, records at once on a GPU (of {train.model_max_length} tokens), GiB "
         f"on it, hours for {length} of {config.tokens} tokens in steps of {records}. *c*: with "
-        "gradient checkpointing, *o*: with offload, and the GiB of the host's memory that all GPUs together need.",
-        "",
-    ]
+        "gradient checkpointing, *o*: with offload, and the GiB of the host's memory that all GPUs together need."
+    )
+    head = ["method", *(f"{n} GPU{'s' if n > 1 else ''}" for n in config.gpus)]
     for gigabytes in config.memory:
-        gpu = gpu_of(gigabytes)
-        lines += [f"GPUs of {gigabytes} GB; hours for {gpu.name}:", ""]
-        lines += ["| method | " + " | ".join(f"{n} GPU{'s' if n > 1 else ''}" for n in config.gpus) + " |"]
-        lines += ["|---" * (len(config.gpus) + 1) + "|"]
-        for method, counts in counted.items():
-            mine = dataclasses.replace(train, method=method)
-            cells = []
-            for n in config.gpus:
-                found = best(config, mine, counts, n, gigabytes)
-                divided = not train.train_batch_size or train.train_batch_size % n == 0
-                none = "no" if divided else f"{train.train_batch_size} cannot be divided by {n}"
-                cells.append(none if found is None else _cell(counts, *found))
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        lines.append("")
-    text = "\n".join(lines)
-    print(text)
+        rows = [
+            [method, *_what_fits(config, dataclasses.replace(train, method=method), counts, gigabytes)]
+            for method, counts in counted.items()
+        ]
+        page += [f"GPUs of {gigabytes} GB; hours for {gpu_of(gigabytes).name}:", Table(head, rows, left=len(head))]
+    show(page)
+    text = markdown(page)
     if config.output_path:
         write_text(config.output_path, text)
     return text
+
+
+def _what_fits(config: PlanConfig, train: TrainConfig, counts: Counts, gigabytes: int) -> Iterator[str]:
+    """The cells of a method, one for each number of GPUs."""
+    for n in config.gpus:
+        found = best(config, train, counts, n, gigabytes)
+        if found is not None:
+            yield _cell(counts, *found)
+        elif train.train_batch_size and train.train_batch_size % n:
+            yield f"{train.train_batch_size} cannot be divided by {n}"
+        else:
+            yield "no"
 
 
 def _check_numbers(config: PlanConfig) -> None:
@@ -118,9 +124,7 @@ def _recipe(path: str) -> TrainConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
     try:
-        train = TrainConfig(**parser.parse_string(Path(path).read_text("utf-8")).as_dict())
-    except OSError as error:
-        raise PlanError(f"There is no recipe at {path}: scripts/configs has some") from error
+        train = TrainConfig(**parser.parse_string(find("recipe", path).read_text("utf-8")).as_dict())
     except (ArgumentError, UnicodeDecodeError) as error:
         raise PlanError(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
@@ -145,10 +149,10 @@ def _model(name: str | None, train: TrainConfig) -> tuple[PreTrainedConfig, str]
 def zero_of(train: TrainConfig) -> tuple[int, bool]:
     """Stage and offload of the recipe's DeepSpeed configuration."""
     try:
-        zero = json.loads(Path(train.deepspeed).read_text())["zero_optimization"]
-        return zero["stage"], "offload_optimizer" in zero
-    except (OSError, ValueError, KeyError) as error:
-        raise PlanError(f"There is no DeepSpeed configuration with a ZeRO stage at {train.deepspeed}") from error
+        settings = zero(train)
+        return settings["stage"], "offload_optimizer" in settings
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"The DeepSpeed configuration {train.deepspeed} names no ZeRO stage") from error
 
 
 def _named(setting: Setting) -> str:

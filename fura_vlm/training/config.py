@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
+
+from fura_vlm.shipped import find
+from fura_vlm.training.errors import TrainingError
 
 Method = Literal["fura", "qfura", "lora", "qlora", "dora", "full", "projector"]
 
@@ -55,7 +57,8 @@ class TrainConfig:
         activation_memory_budget: with ``compile_layers``, a number below 1 saves memory and costs a few percent of the
             time: the compiler computes cheap results again in the backward pass instead of keeping them.
         bf16: train in bfloat16; ``None`` means where a GPU supports it.
-        deepspeed: the DeepSpeed configuration, a JSON file.
+        deepspeed: the DeepSpeed configuration: a JSON file, or the name of one that the package has: zero1, zero2,
+            zero3, zero2_offload or zero3_offload.
         eval_batch_size: held-out questions answered at once, on each process.
         eval_max_new_tokens: the most tokens of an answer to a held-out question.
     """
@@ -102,7 +105,7 @@ class TrainConfig:
     compile_layers: bool = False
     activation_memory_budget: float = 1.0
     attn_implementation: str = "sdpa"
-    deepspeed: str = "scripts/zero2.json"
+    deepspeed: str = "zero2"
     dataloader_num_workers: int = 2
 
     logging_steps: int = 1
@@ -114,13 +117,26 @@ class TrainConfig:
     eval_max_new_tokens: int = 16
 
 
-def zero(config: TrainConfig) -> dict:
-    """What the recipe's DeepSpeed configuration says of ZeRO.
+def deepspeed_settings(config: TrainConfig) -> dict:
+    """The recipe's DeepSpeed configuration.
 
     Raises:
-        OSError, ValueError, AttributeError: it cannot be read, is not JSON, or not an object.
+        ShippedError: there is none at this path or of this name.
+        TrainingError: it cannot be read, or is not an object in JSON.
     """
-    return json.loads(Path(config.deepspeed).read_text()).get("zero_optimization", {})
+    path = find("DeepSpeed configuration", config.deepspeed)
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} is not a DeepSpeed configuration in JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise TrainingError(f"{path} is not a DeepSpeed configuration: it is no object in JSON")
+    return settings
+
+
+def zero(config: TrainConfig) -> dict:
+    """What the recipe's DeepSpeed configuration says of ZeRO. Raises as :func:`deepspeed_settings` does."""
+    return deepspeed_settings(config).get("zero_optimization", {})
 
 
 @dataclass
@@ -128,7 +144,7 @@ class PlanConfig:
     """Say how much memory and time a recipe takes, and on which GPUs it fits, from shapes alone.
 
     Args:
-        recipe: a YAML file of training settings.
+        recipe: a YAML file of training settings, or the name of a recipe that the package has, such as llava-1.5-7b.
         model: 7b or 13b (LLaVA-1.5's shapes), or a folder or hub name of any model, of which config.json is read; by
             default the recipe's model.
         methods: what to compare, beside the recipe's own.

@@ -35,11 +35,11 @@ def advice_on_memory(config: TrainConfig, run: Path):
         if zero(config).get("stage") != 3:
             if not method.four_bits:
                 eager = " --compile_layers false" * config.compile_layers
-                others.append(f"--deepspeed scripts/zero3.json{eager} on several GPUs")
+                others.append(f"--deepspeed zero3{eager} on several GPUs")
             if method.with_four_bits:
                 others.append(f"--method {method.with_four_bits}")
         elif "offload_param" not in zero(config):
-            others.append("--deepspeed scripts/zero3_offload.json")
+            others.append("--deepspeed zero3_offload")
         if get_last_checkpoint(str(run)):
             others = [f"{other} in another --output_dir" for other in others]
         if advice or others:

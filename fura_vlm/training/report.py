@@ -83,7 +83,8 @@ def write_report(config: TrainConfig, run: Path, before: list[Answer], after: li
     console.print("What next:")
     image = next((answer.image for answer in after if answer.image), "IMAGE")
     program = os.path.relpath(Path(sys.executable).with_name("fura-vlm"))
-    commands = [["bash", "scripts/eval.sh", run], [program, "chat", image, "--model", run]]
+    evaluates = ["bash", "scripts/eval.sh"] if Path("scripts/eval.sh").is_file() else [program, "eval"]  # a checkout
+    commands = [[*evaluates, run], [program, "chat", image, "--model", run]]
     if not full:
         commands.append([program, "merge", run, run / "merged"])
     for command in commands:

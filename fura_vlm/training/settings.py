@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from fura_vlm.training.checkpoint import WrittenBy
-from fura_vlm.training.config import TrainConfig, zero
+from fura_vlm.training.config import TrainConfig, deepspeed_settings, zero
 from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.methods import learning_rate, method_of
 
@@ -42,21 +41,16 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise TrainingError(f"{name} is {value} and has to be at least {least}")
-    if not Path(config.deepspeed).is_file():
-        raise TrainingError(f"There is no DeepSpeed configuration at {config.deepspeed}; scripts/ has zero1 to zero3")
-    try:
-        stage = zero(config).get("stage")
-    except (ValueError, AttributeError) as error:  # no JSON, or no object
-        raise TrainingError(f"{config.deepspeed} is not a DeepSpeed configuration in JSON: {error}") from error
+    stage = zero(config).get("stage")
     if stage == 3 and config.compile_layers:
         raise TrainingError(
             "compile_layers and ZeRO-3 do not go together, because DeepSpeed gathers weights in the midst of a layer: "
-            "take --compile_layers false, or --deepspeed scripts/zero2.json where memory allows"
+            "take --compile_layers false, or --deepspeed zero2 where memory allows"
         )
     if stage == 3 and method_of(config).four_bits:
         raise TrainingError(
             f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
-            "scripts/zero2.json, or the method without q"
+            "zero2, or the method without q"
         )
     accumulation_steps(config, None)
 
@@ -88,7 +82,7 @@ def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
 def training_arguments(config: TrainConfig, run: Path, accumulation: int, universal: bool) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
-    deepspeed_config = json.loads(Path(config.deepspeed).read_text())
+    deepspeed_config = deepspeed_settings(config)
     deepspeed_config["checkpoint"] = deepspeed_config.get("checkpoint", {}) | {"load_universal": universal}
     same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k in same_name}

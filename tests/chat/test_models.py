@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from fura_vlm.modelling.load import ModelError, load_adapter, load_base
 
 def test_the_newest_finished_run_is_the_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert Path(default_model()).samefile(TINY)  # the package's own
+    (tmp_path / "data/tiny-llava").mkdir(parents=True)
     assert default_model() == "data/tiny-llava"
     for age, name in enumerate(("new", "old", "unfinished")):
         (tmp_path / "runs" / name / "adapter").mkdir(parents=True)

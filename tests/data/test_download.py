@@ -20,6 +20,7 @@ import yaml
 from fura_vlm.data import download as module
 from fura_vlm.data.config import DownloadConfig
 from fura_vlm.data.download import DownloadError, download, read_recipe
+from fura_vlm.shipped import ShippedError
 
 COMMAND = [str(Path(sys.executable).with_name("fura-vlm")), "data", "llava-665k"]
 ROOT = Path(__file__).parents[2]
@@ -409,16 +410,16 @@ def test_no_room(run, server, coco):
 def test_unknown_source_and_recipe(run, tmp_path):
     with pytest.raises(DownloadError, match="has no source 'cocoa': choose from coco, books, covers"):
         run(sources=["cocoa"])
-    with pytest.raises(DownloadError, match="There is no recipe at nowhere.yaml"):
+    with pytest.raises(ShippedError, match="There is no data recipe at nowhere.yaml, .* llava-558k, llava-665k$"):
         download(DownloadConfig("nowhere.yaml"))
     (tmp_path / "bad.yaml").write_text("name: x\nsources: {a: {licence: b, sise: 3}}\n")
-    with pytest.raises(DownloadError, match="bad.yaml is no recipe .*'sise'"):
+    with pytest.raises(DownloadError, match="bad.yaml is no data recipe .*'sise'"):
         download(DownloadConfig(str(tmp_path / "bad.yaml")))
     (tmp_path / "bad.yaml").write_text("sources: {a: {licence: b, archives: [{folder: f, inside: x, hub: o/s}]}}\n")
     with pytest.raises(DownloadError, match="the archive of f needs either url, or hub and file"):
         download(DownloadConfig(str(tmp_path / "bad.yaml")))
     (tmp_path / "bad.yaml").write_bytes(b"name: caf\xe9")
-    with pytest.raises(DownloadError, match="bad.yaml is no recipe .*'utf-8' codec"):
+    with pytest.raises(DownloadError, match="bad.yaml is no data recipe .*'utf-8' codec"):
         download(DownloadConfig(str(tmp_path / "bad.yaml")))
 
 
@@ -439,7 +440,7 @@ def test_annotations_come_from_the_hub(server, tmp_path):
     }
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     environment = os.environ | {"HF_ENDPOINT": server.address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    command = [*COMMAND, "--recipe", str(tmp_path / "mix.yaml")]
+    command = [*COMMAND, "--recipe", str(tmp_path / "mix.yaml"), "--output_dir", str(tmp_path / "mix")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "mix/mix.json").read_bytes() == content

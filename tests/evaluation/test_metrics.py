@@ -5,7 +5,7 @@ import pytest
 from lmms_eval.tasks import TaskManager
 from scipy.stats import binom, binomtest
 
-from fura_vlm.evaluation.statistics import YesNo, mean_interval, paired_test, wilson
+from fura_vlm.evaluation.statistics import YesNo, mean_interval, paired_interval, paired_test, wilson
 from fura_vlm.evaluation.tasks import EVAL_FOLDER, TASKS, load_tasks
 
 
@@ -206,6 +206,52 @@ def test_paired_permutations_of_fractions():
     test = paired_test([0.0, 0.1, 0.2, 0.3], [0.9, 0.8, 0.7, 0.6])
     assert test.method == "paired permutations"
     assert test.p_value == pytest.approx(2 / 16)
+
+
+def pairs(gained, lost, n):
+    """Right answers of two models, of which the second gains some and loses some."""
+    return [0] * gained + [1] * lost + [0] * (n - gained - lost), [1] * gained + [0] * (n - gained)
+
+
+def test_interval_of_a_difference_is_the_published_one():
+    """Tango's of children's airways before and after a transplantation (Fagerland, Lydersen and Laake 2014)."""
+    low, high = paired_interval(*pairs(1, 7, 21))
+    assert (low, high) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    assert paired_interval(*pairs(7, 1, 21)) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize("n", [1, 12, 400])
+def test_interval_of_a_difference_at_its_ends(n):
+    """Solved by hand: the likeliest shares are then one of nothing, or both of a line."""
+    z2 = 1.959964**2
+    assert paired_interval(*pairs(0, 0, n)) == pytest.approx((-z2 / (n + z2), z2 / (n + z2)))
+    assert paired_interval(*pairs(n, 0, n)) == pytest.approx(((n - z2) / (n + z2), 1.0))
+    assert paired_interval(*pairs(0, n, n)) == pytest.approx((-1.0, (z2 - n) / (n + z2)))
+
+
+@pytest.mark.parametrize("n, chances", [(40, (0.15, 0.05, 0.8)), (200, (0.02, 0.01, 0.97)), (100, (0.3, 0.3, 0.4))])
+def test_interval_of_a_difference_covers_as_often_as_it_says(n, chances):
+    draws = np.random.default_rng(0).multinomial(n, chances, size=1000)
+    intervals = [paired_interval(*pairs(gained, lost, n)) for gained, lost, _ in draws]
+    assert 0.93 <= np.mean([low <= chances[0] - chances[1] <= high for low, high in intervals]) <= 0.975
+
+
+def test_interval_of_a_difference_of_fractions():
+    """Wider than that of whole documents would be is allowed, narrower is not; nothing is known of other scales."""
+    values, chances = np.array([-1.0, -0.3, 0.0, 0.3, 0.6, 1.0]), np.array([0.02, 0.1, 0.6, 0.1, 0.1, 0.08])
+    draws = np.random.default_rng(0).multinomial(60, chances, size=1000)
+    intervals = []
+    for draw in draws:
+        differences = np.repeat(values, draw)
+        intervals.append(paired_interval((-differences).clip(0), differences.clip(0)))
+    assert np.mean([low <= values @ chances <= high for low, high in intervals]) >= 0.95
+    low, high = paired_interval([0.0] * 12, [0.3] * 12)  # resampling would see no spread
+    assert low < 0.3 < high
+    items = np.array([30.0, 90.0, 60.0, 30.0, 100.0] * 40)
+    low, high = paired_interval(np.zeros(200), items)
+    half = 1.96 * items.std() / 200**0.5
+    assert (low, high) == pytest.approx((items.mean() - half, items.mean() + half), abs=1)
+    assert paired_interval(items, items + 5) is None
 
 
 @pytest.fixture(scope="module")

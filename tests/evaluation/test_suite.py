@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from fura_vlm import files
-from fura_vlm.cli import parse
+from fura_vlm.commands import parse
 from fura_vlm.embedded.benchmarks import write_benchmarks
 from fura_vlm.embedded.embedded import EmbeddedConfig, EmbeddedError, write_embedded
 from fura_vlm.errors import FuraVLMError
@@ -142,8 +142,9 @@ def test_compare(known, tmp_path):
     table = compare(CompareConfig(str(known), str(tmp_path / "run"), str(tmp_path / "compared.md")))
     assert (tmp_path / "compared.md").read_text() == table
     # Tuned: 0 1 1 ..., base: 1 1 0 ...
-    assert "| gqa | 3 | 66.7 | 66.7 | +0.0 | 1 | 1 | 1 | McNemar, exact |" in table
-    assert "| scienceqa_img | 5 | 80.0 | 40.0 | -40.0 | 3 | 1 | 0.62 |" in table
+    interval = r" \(-\d\d\.\d to \+\d\d\.\d\)"
+    assert re.search(rf"\| gqa \| 3 \| 66\.7 \| 66\.7 \| \+0\.0{interval} \| 1 \| 1 \| 1 \| McNemar, exact \|", table)
+    assert re.search(rf"\| scienceqa_img \| 5 \| 80\.0 \| 40\.0 \| -40\.0{interval} \| 3 \| 1 \| 0\.62 \|", table)
     assert re.search(r"\| pope \| 4 \| 75.0 \|", table) and "these are accuracies" in table
     assert "gqa: the documents differ, 6 in A and 6 in B: the 3 that both have are compared." in table
     assert "pope: the documents differ, 6 in A and 4 in B: the 4 that both have are compared." in table
@@ -161,13 +162,38 @@ def test_compare(known, tmp_path):
         compare(CompareConfig(str(tmp_path / "nowhere"), str(known)))
 
 
+def test_compare_tuned_and_base_of_one_folder(known, tmp_path):
+    """Tuned, document 0 is wrong; the base is right on documents 0 and 1."""
+    table = compare(CompareConfig(str(known)))
+    assert f"A: the base in {known}" in table and f"B: the tuned model in {known}" in table
+    assert re.search(r"\| gqa \| 6 \| 33\.3 \| 83\.3 \| \+50\.0 \(.*\) \| 1 \| 4 \| 0\.38 \|", table)
+    [section] = re.findall("gqa: 5 of 6 documents on which they differ\n\n(.*?)\n\n", table, re.S)
+    listed = [line.split(" | ") for line in section.splitlines()[2:]]
+    samples = {name: [row for row in rows(known, name) if row["task"] == "gqa"] for name in ("tuned", "base")}
+    assert len(listed) == 5
+    for number, line in zip([0, 2, 3, 4, 5], listed, strict=True):
+        assert " ".join(samples["base"][number]["question"].split()) in line[0]
+        assert line[2:4] == [samples["base"][number]["predicted"], samples["tuned"][number]["predicted"]]
+    assert [line[-1] for line in listed] == ["A |"] + ["B |"] * 4
+
+    few = compare(CompareConfig(str(known), listed=2))
+    assert "gqa: 5 of 6 documents on which they differ, the first 2 (--listed 5 shows all)" in few
+    assert "on which they differ" not in compare(CompareConfig(str(known), listed=0))
+    with pytest.raises(FuraVLMError, match="listed is -1: give 0 or more"):
+        compare(CompareConfig(str(known), listed=-1))
+    write_samples(tmp_path / "samples-model.jsonl", [Sample(**row) for row in rows(known, "base")])
+    (tmp_path / "results.json").write_text(json.dumps({"scores": {"model": {}}}))
+    with pytest.raises(FuraVLMError, match="has no answers of a base to compare with: name a second folder"):
+        compare(CompareConfig(str(tmp_path)))
+
+
 def test_compare_reads_what_was_written(known, tmp_path):
     """An answer may have characters that Python takes for the end of a line; a file may have been cut off."""
     samples = rows(known, "tuned")
     write_samples(tmp_path / "samples-tuned.jsonl", [Sample(**row | {"predicted": "a\u2028\x85b"}) for row in samples])
     (tmp_path / "results.json").write_bytes((known / "results.json").read_bytes())
     table = compare(CompareConfig(str(known), str(tmp_path)))
-    assert table.count("| 6 |") == 4 and "differ" not in table
+    assert table.count("| 6 |") == 4 and "on which they differ" not in table
     (tmp_path / "samples-tuned.jsonl").unlink()
     with pytest.raises(FuraVLMError, match="no whole results"):
         compare(CompareConfig(str(known), str(tmp_path)))

@@ -20,7 +20,8 @@ from transformers import (
 
 from fura_vlm.fura import FuraConfig
 from fura_vlm.modelling.config import InspectConfig, MergeConfig
-from fura_vlm.modelling.load import ModelError, find_parts, inspect, load_any, load_base, load_family
+from fura_vlm.modelling.inspect import inspect
+from fura_vlm.modelling.load import ModelError, find_parts, load_any, load_base, load_family
 from fura_vlm.modelling.merge import merge
 
 BASE = "data/tiny-llava"
@@ -250,7 +251,10 @@ def test_inspect_shows_the_spectra_of_the_weights(tmp_path, capsys):
         w for name, w in weight.items() if name.endswith("layers.0.self_attn.q_proj.weight") and "lang" in name
     )
     values = torch.linalg.svdvals(torch.stack(weight.split(16, dim=1)))
-    row = next(line for line in capsys.readouterr().out.splitlines() if "layers.0.self_attn.q_proj" in line)
+    printed = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    worst = [float(cells[6]) for cells in printed[1:]]
+    assert len(worst) > 3 and worst[:-1] == sorted(worst[:-1], reverse=True) and worst[-1] == worst[0]  # that of all
+    row = next("|".join(cells) for cells in printed if "layers.0.self_attn.q_proj" in cells[1])
     blocks, largest, smallest = [cell.strip() for cell in row.split("|")][2:5]
     assert blocks == "16 x 16"
     assert float(largest) == pytest.approx(values.max().item(), rel=5e-3)

@@ -196,7 +196,7 @@ def test_out_of_memory(tmp_path):
 
 def test_out_of_memory_advises_what_is_accepted(tmp_path):
     compiled = TrainConfig(method="fura", compile_layers=True)
-    assert "--deepspeed scripts/zero3.json --compile_layers false" in out_of_memory(compiled, tmp_path)
+    assert "--deepspeed zero3 --compile_layers false" in out_of_memory(compiled, tmp_path)
     assert "zero3" not in out_of_memory(TrainConfig(method="qlora"), tmp_path)
     assert "qfura" not in out_of_memory(TrainConfig(method="fura", deepspeed="scripts/zero3.json"), tmp_path)
     assert "--per_device_train_batch_size 3 " in out_of_memory(TrainConfig(per_device_train_batch_size=9), tmp_path)

@@ -13,6 +13,7 @@ from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.plan.costs import GIB, USABLE, Gpu, Setting, best, memory, run_hours, step_seconds
 from fura_vlm.plan.page import PlanError, plan
 from fura_vlm.plan.shapes import NF4_BYTES, Counts
+from fura_vlm.shipped import ShippedError
 from fura_vlm.training.config import PlanConfig, TrainConfig
 from fura_vlm.training.methods import prepare
 
@@ -177,7 +178,7 @@ def test_page_is_what_the_command_prints(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(PlanError, match="There is no recipe at nowhere.yaml"):
+    with pytest.raises(ShippedError, match="There is no recipe at nowhere.yaml, .* llava-1.5-7b, .*tiny$"):
         plan(PlanConfig("nowhere.yaml"))
     (tmp_path / "a.yaml").write_text("learning_rat: 1")
     with pytest.raises(PlanError, match="a.yaml is not a recipe: .*learning_rat"):
@@ -185,7 +186,7 @@ def test_mistakes(tmp_path):
     (tmp_path / "b.yaml").write_text(f"model_name_or_path: {tmp_path}/none")
     with pytest.raises(PlanError, match="There is no model at .*/none.*name another one with --model"):
         plan(PlanConfig(str(tmp_path / "b.yaml")))
-    with pytest.raises(PlanError, match="no DeepSpeed configuration with a ZeRO stage at zero9.json"):
+    with pytest.raises(ShippedError, match="There is no DeepSpeed configuration at zero9.json, .* zero1, zero2"):
         (tmp_path / "c.yaml").write_text("deepspeed: zero9.json")
         plan(PlanConfig(str(tmp_path / "c.yaml")))
 

@@ -14,7 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 
-from fura_vlm.cli import parse
+from fura_vlm.commands import parse
 from fura_vlm.families.llava import Llava
 from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.config import TrainConfig
@@ -34,7 +34,7 @@ STAGE2 = {
     "group_by_modality_length": True,
     "bf16": True,
     "tf32": True,
-    "deepspeed": "scripts/zero1.json",
+    "deepspeed": "zero1",
     "conversation": None,  # the model's own
     "mm_projector": "adapter",
     "lora_r": 128,
