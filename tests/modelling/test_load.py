@@ -262,7 +262,7 @@ def test_inspect_shows_the_spectra_of_the_weights(tmp_path, capsys):
     assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ModelError, match="no FuRA adapter"):
         inspect(InspectConfig(model=BASE))
-    with pytest.raises(ModelError, match="x.doc is of no known format: let --output_path end in .png, .svg or .pdf"):
+    with pytest.raises(ModelError, match="x.doc has another format: --output_path must end in .png, .svg or .pdf"):
         inspect(InspectConfig(model=str(tmp_path), output_path="x.doc"))
     inspect(InspectConfig(model=str(tmp_path), output_path=str(tmp_path / "new/spectra.svg")))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["spectra.svg"]
