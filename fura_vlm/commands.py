@@ -13,7 +13,8 @@ from fura_vlm.chat.config import ChatConfig
 from fura_vlm.data.config import DownloadConfig, VerifyConfig
 from fura_vlm.embedded.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
-from fura_vlm.modelling.config import AssembleConfig, InspectConfig, MergeConfig
+from fura_vlm.extras import require
+from fura_vlm.modelling.config import AssembleConfig, InspectConfig, MergeConfig, SmolLM2Config
 from fura_vlm.shipped import MODEL, copy_model, find, named
 from fura_vlm.training.config import PlanConfig, TrainConfig
 
@@ -84,6 +85,7 @@ def build_parser() -> Parser:
     command(names, "data embedded", EmbeddedConfig)
     for mixture in ("llava-665k", "llava-558k"):
         command(names, f"data {mixture}", DownloadConfig).set_defaults(recipe=mixture)
+    command(names, "data smollm2", SmolLM2Config)
     command(names, "data verify", VerifyConfig, ("data_path",))
     return parser
 
@@ -145,6 +147,12 @@ def run(command: str, options: dict) -> None:
         print(f"The embedded mixture is in {options['output_dir']}" + (" (made before)" if not wrote else ""))
         if copied:
             print(f"The embedded model is in {MODEL}")
+    elif command == "data smollm2":
+        require("smollm2")
+        from fura_vlm.modelling.smollm2 import smollm2
+
+        made = smollm2(SmolLM2Config(**options))
+        print(f"SmolLM2-135M-Instruct is in {options['output_dir']}" + ("" if made else " (made before)"))
     elif command == "data verify":
         from fura_vlm.data.verify import verify
 

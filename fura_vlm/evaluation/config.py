@@ -8,17 +8,20 @@ from typing import Literal
 
 @dataclass
 class EvalConfig:
-    """Evaluate a model on GQA, ScienceQA, TextVQA and POPE through lmms-eval.
+    """Evaluate a model: on GQA, ScienceQA, TextVQA and POPE, on commonsense questions, or on tasks of lm-eval.
 
     Args:
-        model: a run folder, an adapter, or a LLaVA, merged or not (a folder or a name on the hub).
+        model: a run folder, an adapter, or a model, merged or not (a folder or a name on the hub).
         adapter: an adapter to put over ``model``; not needed for a run folder or an adapter's own folder.
-        tasks: names of tasks of lmms-eval or of eval/, as a list or with commas (pope,gqa); by default the four tasks
-            of the protocol.
+        suite: visual is the four benchmarks of pictures, or other tasks of lmms-eval; commonsense the eight sets of
+            LLM-Adapters; lm-eval any tasks of the EleutherAI harness for language models.
+        tasks: names of tasks, as a list or with commas (pope,gqa). Of visual, those of lmms-eval or of eval/, by
+            default the four of the protocol; of commonsense, sets, by default all eight; of lm-eval, its own.
         protocol: the four tasks as lmms-eval defines them, or as the LLaVA-1.5 paper scores them (eval/paper).
         data: where the benchmarks come from: embedded (made here), hub (or its cache), or a folder that holds GQA,
             ScienceQA, textvqa and POPE as they are on the hub; auto means embedded for models of the embedded size and
-            hub for all others.
+            hub for all others. Of commonsense, a folder with boolq/test.json or boolq-test.json, and so on, as
+            LLM-Adapters publishes them; of lm-eval, a folder with more tasks, and by default there are none.
         base: if there is an adapter, also evaluate the base model, and compare the two.
         output_dir: where results, report and answers go; by default eval or eval-embedded in the run folder, or
             runs/eval-NAME. An interrupted evaluation continues from the answers in it.
@@ -28,12 +31,18 @@ class EvalConfig:
             whose answers are a word or two.
         offline: use only local files and the hub's cache.
         dtype: bfloat16, float16 or float32; auto means bfloat16 on a GPU and float32 on a CPU.
+        score: of commonsense: answers reads what the model writes; likelihood takes the likeliest of the choices, by
+            the mean over the answer's tokens, as small models need.
+        num_beams: of commonsense: beams of the search for an answer; 1 is greedy, and the paper's release takes 4.
+        conversation: of commonsense: the form of a question; by default the one of the run, and alpaca for a model
+            that says none.
         num_workers: processes that prepare pictures for the model in advance; by default up to 8 with a GPU.
     """
 
     model: str
     adapter: str | None = None
     tasks: list[str] | str = field(default_factory=list)
+    suite: Literal["visual", "commonsense", "lm-eval"] = "visual"
     protocol: Literal["lmms-eval", "paper"] = "lmms-eval"
     data: str = "auto"
     base: bool = True
@@ -43,6 +52,9 @@ class EvalConfig:
     max_new_tokens: int | None = None
     offline: bool = False
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    score: Literal["answers", "likelihood"] = "answers"
+    num_beams: int = 1
+    conversation: str | None = None
     num_workers: int | None = None
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ class Answerer:
                     batch, group = group[:size], group[size:]
                     inputs = self._take(prepared, size)
                     try:
-                        texts = self._answer(inputs, questions[batch[0]].arguments)
+                        texts = self.in_parts(inputs, partial(self._generate, arguments=questions[batch[0]].arguments))
                     except Exception as error:
                         raise EvaluationError(f"{_names(questions, batch)}: {first_line(error)}") from error
                     yield dict(zip(batch, texts, strict=True))
@@ -154,13 +155,13 @@ class Answerer:
         self.waited += time.perf_counter() - start
         return inputs
 
-    def _answer(self, inputs: list[dict], arguments: dict) -> list[str]:
-        """The answers of a batch, in as many parts as memory asks for."""
-        texts: list[str] = []
-        while len(texts) < len(inputs):
-            part = inputs[len(texts) : len(texts) + self.batch_size]
+    def in_parts(self, inputs: list, compute: Callable[[list], list]) -> list:
+        """What ``compute`` makes of a batch, one for each of its inputs, in as many parts as memory asks for."""
+        made: list = []
+        while len(made) < len(inputs):
+            part = inputs[len(made) : len(made) + self.batch_size]
             try:
-                texts += self._generate(part, arguments)
+                made += compute(part)
             except RuntimeError as error:
                 if len(part) == 1 or not should_reduce_batch_size(error):
                     raise
@@ -170,7 +171,7 @@ class Answerer:
                 continue
             gc.collect()  # after the except clause, because its traceback holds the tensors of the failed batch
             torch.cuda.empty_cache()
-        return texts
+        return made
 
     @torch.inference_mode()
     def _generate(self, inputs: list[dict], arguments: dict) -> list[str]:

@@ -26,7 +26,6 @@ import fura_vlm.fura  # noqa: F401  registers FuRA with PEFT
 from fura_vlm.evaluation.answers import AnswerStore, request_key
 from fura_vlm.evaluation.generation import Answerer, EvaluationError, Question, batch_limit
 from fura_vlm.evaluation.source import find_model
-from fura_vlm.modelling.load import default_dtype
 
 MAX_NEW_TOKENS = 128
 """The limit if a task sets none: that of LLaVA's own evaluation scripts."""
@@ -73,22 +72,18 @@ class FuraVLM(lmms):
         batch_limit(batch_size, max_batch_size)  # before a large model is loaded
         source = find_model(str(pretrained), adapter)
         source = replace(source, processor=processor or source.processor)
-        cuda = torch.cuda.is_available()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            self.accelerator = Accelerator(cpu=not cuda)
+            self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
             device = device or str(self.accelerator.device)
-        self.device = torch.device(device or ("cuda" if cuda else "cpu"))
-        if dtype == "auto":
-            dtype = str(default_dtype() if self.device.type == "cuda" else torch.float32).removeprefix("torch.")
-        model, family = source.load(getattr(torch, dtype), attn_implementation)
-        self.answerer = Answerer(
-            model.to(self.device), family, getattr(torch, dtype), batch_size, max_batch_size, num_workers
-        )
+        model, family, used = source.place(dtype, device, attn_implementation)
+        self.device = model.device
+        self.answerer = Answerer(model, family, used, batch_size, max_batch_size, num_workers)
         self._store, self._identity = None, []
         if cache:
             self._store = AnswerStore(cache, self._rank)
-            self._identity = [source.fingerprint(), dtype, version("lmms-eval"), version("transformers")]
+            name = str(used).removeprefix("torch.")
+            self._identity = [source.fingerprint(), name, version("lmms-eval"), version("transformers")]
 
     @property
     def batch_size(self) -> int:

@@ -6,37 +6,17 @@ import base64
 import io
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean
 
 from jinja2 import Environment, PackageLoader
 from rich.console import Console
 
-from fura_vlm.evaluation.tasks import TASKS
 from fura_vlm.files import write_text
 from fura_vlm.tables import Table
 
-__all__ = ["PUBLISHED", "markdown", "page", "read_samples", "show", "write_samples"]
-
-BENCHMARKS = ("gqa", "scienceqa", "textvqa", "pope")
-"""The benchmarks of the published scores, in the order of ``TASKS``."""
-
-PUBLISHED = {
-    "full fine-tuning": {
-        "scores": {"gqa": 62.0, "scienceqa": 66.8, "textvqa": 58.2, "pope": 85.9},
-        "source": "LLaVA-1.5, arXiv 2310.03744",
-    },
-    "LoRA": {
-        "scores": {"gqa": 62.9, "scienceqa": 68.4, "textvqa": 58.2, "pope": 86.4},
-        "source": "DoRA, arXiv 2402.09353",
-    },
-    "DoRA": {
-        "scores": {"gqa": 62.9, "scienceqa": 69.9, "textvqa": 57.0, "pope": 87.2},
-        "source": "DoRA, arXiv 2402.09353",
-    },
-}
-"""Published results of LLaVA-1.5-7B on the real benchmarks, in percent, in the paper's protocol."""
+__all__ = ["markdown", "page", "read_samples", "show", "write_samples"]
 
 SAMPLES = 2000  # of each task on the page; all are in the JSONL files
 PICTURED = 20  # of each task and outcome that are shown with their pictures
@@ -90,13 +70,10 @@ def _scores(results: dict) -> tuple[list[str], list[list[str]]]:
     for task, score in tasks.items():
         n = str(score["n"]) if score["n"] == score["total"] else f"{score['n']} of {score['total']}"
         ours = [_with_interval(results["scores"][name][task]) for name in names]
-        theirs = (method["scores"].get(_benchmark(task)) for method in published.values())
+        theirs = (method["scores"].get(task) for method in published.values())
         rows.append([task, n, *ours, *(f"{figure:.1f}" if figure else "" for figure in theirs)])
     means = [_percent(results["average"][name]) for name in names]
-    if sorted(map(str, map(_benchmark, tasks))) == sorted(BENCHMARKS):
-        means += [f"{mean(method['scores'].values()):.1f}" for method in published.values()]
-    else:
-        means += [""] * len(published)
+    means += ["" if method["average"] is None else f"{method['average']:.1f}" for method in published.values()]
     return head, [*rows, ["average", "", *means]]
 
 
@@ -155,25 +132,16 @@ def notes(results: dict) -> list[str]:
     sources = sorted({method["source"] for method in results["published"].values()})
     lines = [
         f"Tasks: {results['protocol']}. Data: {results['data']}. Metrics: {metrics}.",
-        "Intervals: Wilson's, with documents taken as independent; that of POPE's F1 follows from Wilson's interval "
-        "of the share true yes / (true yes + false yes + false no).",
+        "Intervals: Wilson's, with documents taken as independent.",
+        *results["notes"],
     ]
-    if any(score["yes_no"] for score in scores.values()):
-        lines.append("In POPE, what a model says is what it answered, whatever the right answer is; lmms-eval's yes "
-                     "ratio counts the right answers.")  # fmt: skip
     if results["paired"]:
         lines.append(
             "Tuned against base: p is the chance of a difference at least this large if the two were equal (McNemar's "
-            "exact test for answers that are right or wrong, permutations for fractions). POPE's answers count as "
-            "right or wrong there."
+            "exact test for answers that are right or wrong, permutations for fractions)."
         )
     if results["published"]:
-        lines.append(f"Published: LLaVA-1.5-7B on the real benchmarks in the paper's protocol ({'; '.join(sources)}).")
-    if results["published"] and results["protocol"] != "paper":
-        lines.append(
-            "lmms-eval's tasks differ from that protocol in TextVQA (no OCR tokens), in POPE (one F1 over all "
-            "questions) and in how sentences are read: --protocol paper follows it."
-        )
+        lines.append(f"Sources of what is published: {'; '.join(sources)}.")
     if results["limit"]:
         lines.append(f"Only the first {results['limit']} documents of each task.")
     for task, score in scores.items():
@@ -187,18 +155,18 @@ def notes(results: dict) -> list[str]:
     return lines
 
 
-def page(results: dict, samples: dict[str, list], tasks: dict) -> str:
+def page(results: dict, samples: dict[str, list], pictures_of: Callable[[str, int], list]) -> str:
     """The page, HTML with everything in it: charts, tables, and samples with their pictures to search and filter.
 
     Args:
         results: what ``results.json`` holds.
         samples: the scored answers of each model.
-        tasks: the loaded tasks, for the pictures.
+        pictures_of: gives the pictures of a task's document.
     """
     names = list(results["scores"])
     charts = []
     for task, score in results["scores"][names[0]].items():
-        published = {name: each["scores"].get(_benchmark(task)) for name, each in results["published"].items()}
+        published = {name: each["scores"].get(task) for name, each in results["published"].items()}
         charts.append({
             "task": task, "metric": score["metric"],
             "rows": [(name, results["scores"][name][task]) for name in reversed(names)],
@@ -213,17 +181,18 @@ def page(results: dict, samples: dict[str, list], tasks: dict) -> str:
         tables=_tables(results),
         types=_types(results),
         notes=notes(results),
-        shown=_shown(samples, tasks),
+        shown=_shown(samples, pictures_of),
     )
 
 
-def _shown(samples: dict[str, list], tasks: dict) -> dict:
+def _shown(samples: dict[str, list], pictures_of: Callable[[str, int], list]) -> dict:
     """The samples of the page as JSON has them: first those that only one of two models answers right, task by turns.
 
     Pictures stand once each in ``pictures``; samples have their places. A full set has too many for one page: the first
     of each task and outcome have theirs.
     """
     names = list(samples)
+    tasks = list(dict.fromkeys(row.task for row in next(iter(samples.values()))))
     groups: dict[tuple[int, int, str], list] = {}
     for rows in zip(*samples.values(), strict=True):
         right = [row.score >= RIGHT for row in rows]
@@ -232,7 +201,7 @@ def _shown(samples: dict[str, list], tasks: dict) -> dict:
         )  # fmt: skip
         # 0: only one is right; 1: all are wrong; 2: all are right.
         rank = 0 if len(set(right)) > 1 else 1 + right[0]
-        groups.setdefault((rank, list(tasks).index(rows[0].task), outcome), []).append(rows)
+        groups.setdefault((rank, tasks.index(rows[0].task), outcome), []).append(rows)
     pictures: dict[str, int] = {}
     ordered, per_task, cards = [], Counter(), []
     for (rank, task, outcome), group in groups.items():
@@ -244,7 +213,7 @@ def _shown(samples: dict[str, list], tasks: dict) -> dict:
             continue
         places = []
         if turn < PICTURED:
-            for picture in tasks[one.task].pictures_of(one.document):
+            for picture in pictures_of(one.task, one.document):
                 places.append(pictures.setdefault(_data_url(picture), len(pictures)))
         cards.append({
             "task": one.task, "document": one.document, "question": one.question, "expected": one.expected,
@@ -265,10 +234,6 @@ def read_samples(path: Path) -> list[dict]:
     """What :func:`write_samples` wrote, as dictionaries."""
     with path.open(encoding="utf-8") as file:  # splitlines() would also cut at a U+2028 in an answer
         return [json.loads(line) for line in file]
-
-
-def _benchmark(task: str) -> str | None:
-    return next((BENCHMARKS[names.index(task)] for names in TASKS.values() if task in names), None)
 
 
 def _data_url(picture) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fura_vlm.evaluation.statistics import (
     Interval,
@@ -13,7 +14,9 @@ from fura_vlm.evaluation.statistics import (
     mean_of_intervals,
     paired_test,
 )
-from fura_vlm.evaluation.tasks import LoadedTask
+
+if TYPE_CHECKING:  # lmms-eval takes seconds to import, and not all suites need it
+    from fura_vlm.evaluation.tasks import LoadedTask
 
 
 @dataclass
@@ -67,7 +70,7 @@ class TaskScore(Figures):
     Args:
         metric: its name.
         total: documents there are; those not in ``n`` have a picture that does not decode.
-        metrics: everything lmms-eval measures in the task.
+        metrics: everything that is measured in the task.
         unreadable: the documents that are left out, with the reason.
         by_type: the figures of each type of question, by the ways the benchmark tells them apart.
     """
@@ -102,6 +105,17 @@ def score(loaded: LoadedTask, rows: list[dict], metrics: dict[str, float]) -> Ta
             for way, groups in by_type.items()
         },
     )
+
+
+def score_of_means(values: list[float], metric: str, metrics: dict[str, float], total: int) -> TaskScore:
+    """The score of one model in a task of words whose metric is the mean of ``values``, one for each document.
+
+    Args:
+        metrics: everything that was measured.
+        total: documents there are.
+    """
+    low, high = mean_interval(values) or (None, None)
+    return TaskScore(len(values), sum(values) / len(values), low, high, None, metric, total, metrics, [], {})
 
 
 def sample(name: str, loaded: LoadedTask, row: dict) -> Sample:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fura_vlm.families.base import Family
 from fura_vlm.modelling.load import (
     ModelError,
+    default_dtype,
     find_adapter,
     find_parts,
     load_adapter,
@@ -25,16 +28,20 @@ from fura_vlm.modelling.load import (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: ``base`` and ``processor`` are folders or hub names, ``adapter`` a folder."""
+    """Where a model comes from: ``base`` and ``processor`` are folders or hub names, ``adapter`` a folder.
+
+    ``conversation`` is the form of a conversation, as in the family's ``conversations``; by default its own.
+    """
 
     base: str
     adapter: str | None
     processor: str
+    conversation: str | None = None
 
     @property
     def without_adapter(self) -> Source:
         """The base alone, with the processor of the tuned model."""
-        return Source(self.base, None, self.processor)
+        return replace(self, adapter=None)
 
     def load(self, dtype: torch.dtype, attn_implementation: str = "sdpa") -> tuple[PreTrainedModel | PeftModel, Family]:
         """Model, on the CPU, and family.
@@ -42,9 +49,32 @@ class Source:
         Raises:
             ModelError: if a part is missing or damaged, or the adapter belongs to another base.
         """
-        family = load_family(self.processor, self.base)
+        family = load_family(self.processor, self.base, self.conversation)
         model = load_base(self.base, dtype, attn_implementation)
         return (load_adapter(model, self.adapter) if self.adapter else model).eval(), family
+
+    def place(
+        self, dtype: str = "auto", device: str | None = None, attn_implementation: str = "sdpa"
+    ) -> tuple[PreTrainedModel | PeftModel, Family, torch.dtype]:
+        """Model, where it is to run, family, and the model's dtype.
+
+        Args:
+            dtype: ``"auto"`` is bfloat16 on a GPU and float32 elsewhere; or the name of a torch dtype.
+            device: by default the GPU of this process, or the CPU.
+
+        Raises:
+            ModelError: as ``load``.
+        """
+        cuda = torch.cuda.is_available()
+        if device is None:
+            several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+            device = PartialState(cpu=not cuda).device if several else "cuda" if cuda else "cpu"
+        if dtype == "auto":
+            chosen = default_dtype() if torch.device(device).type == "cuda" else torch.float32
+        else:
+            chosen = getattr(torch, dtype)
+        model, family = self.load(chosen, attn_implementation)
+        return model.to(device), family, chosen
 
     def config(self) -> PretrainedConfig:
         """The configuration of the base.

@@ -1,4 +1,4 @@
-"""The evaluation suite: a model, and its base beside it, on the four benchmarks, to one table, a JSON and a page."""
+"""An evaluation: a model, and its base beside it, on a suite of tasks, to one table, a JSON and a page."""
 
 from __future__ import annotations
 
@@ -7,25 +7,18 @@ import json
 import os
 import shlex
 import sys
-from argparse import Namespace
 from dataclasses import MISSING, asdict, fields
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock
 from rich.console import Console
 
-from fura_vlm.errors import FuraVLMError
 from fura_vlm.evaluation.config import EvalConfig
 from fura_vlm.files import alone_in, write_text
 
-EMBEDDED = Path("data/benchmarks")
-RECIPE = "recipe.json"  # what write_benchmarks leaves beside the benchmarks
-
-
-class SuiteError(FuraVLMError):
-    """Settings that cannot be combined, or a folder that holds something else."""
+NUMBERS = {"limit": 1, "max_new_tokens": 1, "num_workers": 0, "num_beams": 1}
+"""The least that settings may be."""
 
 
 def evaluate(config: EvalConfig) -> Path | None:
@@ -36,17 +29,18 @@ def evaluate(config: EvalConfig) -> Path | None:
     """
     if config.offline:  # read by the libraries when they are imported
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    from fura_vlm.evaluation.base import SuiteError, is_main
     from fura_vlm.evaluation.source import find_model
     from fura_vlm.processes import agree
 
-    _quiet()
-    for name, least in (("limit", 1), ("max_new_tokens", 1), ("num_workers", 0)):
+    _no_bars()
+    for name, least in NUMBERS.items():
         value = getattr(config, name)
         if value is not None and value < least:
             raise SuiteError(f"{name} is {value}: give {least} or more, or leave it out")
-    source = find_model(config.model, config.adapter)
-    data = _data(config.data, source)
-    folder = Path(config.output_dir) if config.output_dir else _default_folder(config, embedded=_is_embedded(data))
+    suite = _suite(config, find_model(config.model, config.adapter))
+    source = suite.source
+    folder = Path(config.output_dir) if config.output_dir else _default_folder(config, suite.folder)
     identity = {
         "model": config.model,
         "adapter": source.adapter,
@@ -57,52 +51,78 @@ def evaluate(config: EvalConfig) -> Path | None:
     try:
         busy = f"Another evaluation is under way in {folder}: wait for its end, stop it, or choose another --output_dir"
         with alone_in(folder, agree, SuiteError(busy)):
-            return _evaluate(config, source, data, folder, identity)
+            return _evaluate(config, suite, folder, identity)
     except KeyboardInterrupt:
-        if _is_main():
+        if is_main():
             print(f"\nStopped. The same command continues from the answers in {folder}.", file=sys.stderr)
         raise
 
 
-def _evaluate(config: EvalConfig, source, data: str | None, folder: Path, identity: dict) -> Path | None:
-    from fura_vlm.evaluation import report, scores
-    from fura_vlm.evaluation.tasks import TASKS, load_tasks
-    from fura_vlm.processes import agree
+def _suite(config: EvalConfig, source):
+    """The suite that ``config`` names.
 
-    if data == str(EMBEDDED):
-        agree(_make_embedded)
-    max_new_tokens = config.max_new_tokens or (16 if _is_embedded(data) else None)
-    tasks = load_tasks(config.tasks or list(TASKS[config.protocol]), data, config.limit, max_new_tokens)
+    Raises:
+        SuiteError: a setting of another suite is given.
+    """
+    from fura_vlm.evaluation.base import SuiteError
+    from fura_vlm.evaluation.commonsense import Commonsense
+    from fura_vlm.evaluation.harness import Harness
+    from fura_vlm.evaluation.visual import Visual
+
+    suites = {"visual": Visual, "commonsense": Commonsense, "lm-eval": Harness}
+    chosen = suites[config.suite]
+    for name in _given(config):
+        places = [suite for suite, each in suites.items() if name in each.settings]
+        if places and config.suite not in places:
+            raise SuiteError(f"{name} is no setting of the suite {config.suite} but of {' and '.join(places)}: leave "
+                             "it out")  # fmt: skip
+    return chosen(config, source)
+
+
+def _evaluate(config: EvalConfig, suite, folder: Path, identity: dict) -> Path | None:
+    from fura_vlm.evaluation import report, scores
+    from fura_vlm.evaluation.base import is_main
+
+    suite.load()
+    source = suite.source
     sources = {"tuned" if source.adapter else "model": source}
     if source.adapter and config.base:
         sources["base"] = source.without_adapter
     reached, samples = {}, {}
     for name, each in sources.items():
-        outcome = _run(each, tasks, config, folder)
-        if _is_main():
+        gc.collect()  # the model before is in reference cycles: two at once may not fit
+        if is_main():
+            print(
+                f"{'Base model' if each.adapter is None else 'With adapter'}: {each.adapter or each.base}", flush=True
+            )
+        outcome = suite.run(each, folder)
+        if is_main():
             reached[name], samples[name] = outcome
-    if not _is_main():
+    if not is_main():
         return None
 
     paired = scores.paired(samples["base"], samples["tuned"]) if "base" in samples else {}
+    published = suite.published(next(iter(reached.values())))
+    packages = ("fura-vlm", *suite.packages, "transformers", "peft", "torch")
     results = identity | {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": _command(config),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "protocol": "own choice" if config.tasks else config.protocol,
-        "data": data or "hub",
+        "protocol": suite.protocol,
+        "data": suite.data,
         "limit": config.limit,
-        "max_new_tokens": max_new_tokens,
-        "versions": {name: version(name) for name in ("fura-vlm", "lmms-eval", "transformers", "peft", "torch")},
+        "max_new_tokens": suite.max_new_tokens,
+        "versions": {name: version(name) for name in packages},
         "scores": {name: {task: asdict(score) for task, score in each.items()} for name, each in reached.items()},
         "average": {name: sum(s.score for s in each.values()) / len(each) for name, each in reached.items()},
         "paired": {task: test._asdict() for task, test in paired.items()},
-        "published": {} if _is_embedded(data) else report.PUBLISHED,
+        "published": published,
+        "notes": suite.notes(reached, bool(published)),
     }
     for name, rows in samples.items():
         report.write_samples(folder / f"samples-{name}.jsonl", rows)
     write_text(folder / "results.md", report.markdown(results))
-    write_text(folder / "index.html", report.page(results, samples, tasks))
+    write_text(folder / "index.html", report.page(results, samples, suite.pictures))
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")  # last: it says all is there
     console = Console()
     report.show(results, console)
@@ -111,70 +131,7 @@ def _evaluate(config: EvalConfig, source, data: str | None, folder: Path, identi
     return folder
 
 
-def _run(source, tasks: dict, config: EvalConfig, folder: Path):
-    """Scores and samples of one model by task; lmms-eval does the work."""
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
-
-    from fura_vlm.evaluation import scores
-    from fura_vlm.evaluation.lmms_model import FuraVLM
-
-    gc.collect()  # the model before is in reference cycles: two at once may not fit
-    model = FuraVLM(
-        pretrained=source.base,
-        adapter=source.adapter,
-        processor=source.processor,
-        batch_size=config.batch_size,
-        dtype=config.dtype,
-        num_workers=config.num_workers,
-        cache=str(folder / "answers"),
-    )
-    print(f"{'Base model' if source.adapter is None else 'With adapter'}: {source.adapter or source.base}", flush=True)
-    outcome = simple_evaluate(
-        model=model,
-        tasks=[loaded.task for loaded in tasks.values()],
-        task_manager=TaskManager(include_defaults=False),
-        limit=config.limit,
-        bootstrap_iters=0,
-        log_samples=True,
-        # Scoring needs no pictures, and lmms-eval then decodes none; TextVQA writes a file for its server.
-        cli_args=Namespace(output_path=str(folder), process_with_media=False),
-    )
-    if outcome is None:
-        return None
-    reached, samples = {}, []
-    for name, loaded in tasks.items():
-        rows = sorted(outcome["samples"][name], key=lambda row: row["doc_id"])
-        metrics = {
-            key.removesuffix(",none"): value
-            for key, value in outcome["results"][name].items()
-            if key.endswith(",none") and "stderr" not in key and isinstance(value, (int, float))
-        }
-        reached[name] = scores.score(loaded, rows, metrics)
-        samples += [scores.sample(name, loaded, row) for row in rows]
-    return reached, samples
-
-
-def _data(data: str, source) -> str | None:
-    """The folder with the data, or ``None`` for the hub."""
-    if data == "hub":
-        return None
-    if data == "auto":
-        from fura_vlm.embedded.tiny import is_embedded
-
-        return str(EMBEDDED) if is_embedded(source.config()) else None
-    return str(EMBEDDED) if data == "embedded" else data
-
-
-def _is_embedded(data: str | None) -> bool:
-    """Whether these are the project's own benchmarks, wherever they are and made already or not."""
-    return data is not None and (data == str(EMBEDDED) or (Path(data) / RECIPE).is_file())
-
-
-def _default_folder(config: EvalConfig, embedded: bool) -> Path:
-    name = "eval-embedded" if embedded else "eval"
-    if config.protocol == "paper":
-        name += "-paper"
+def _default_folder(config: EvalConfig, name: str) -> Path:
     folder = Path(config.adapter or config.model)
     if (folder / "adapter").is_dir() or (folder / "model").is_dir():
         return folder / name
@@ -182,6 +139,8 @@ def _default_folder(config: EvalConfig, embedded: bool) -> Path:
 
 
 def _check_folder(folder: Path, identity: dict) -> None:
+    from fura_vlm.evaluation.base import SuiteError
+
     results = folder / "results.json"
     if not results.is_file():
         return
@@ -193,38 +152,29 @@ def _check_folder(folder: Path, identity: dict) -> None:
         raise SuiteError(f"{folder} holds the results of another model ({there[1]}): choose another --output_dir")
 
 
-def _command(config: EvalConfig) -> str:
-    """What to type for this evaluation: the settings that are not the defaults."""
-    words = ["fura-vlm", "eval", config.model]
+def _given(config: EvalConfig) -> dict:
+    """The settings that are not the defaults, but for the model."""
+    given = {}
     for each in fields(config)[1:]:
         value = getattr(config, each.name)
-        default = each.default if each.default is not MISSING else each.default_factory()
-        if value != default:
-            shown = ",".join(value) if isinstance(value, list) else value
-            words += [f"--{each.name}", str(shown).lower() if isinstance(value, bool) else str(shown)]
+        if value != (each.default if each.default is not MISSING else each.default_factory()):
+            given[each.name] = value
+    return given
+
+
+def _command(config: EvalConfig) -> str:
+    """What to type for this evaluation."""
+    words = ["fura-vlm", "eval", config.model]
+    for name, value in _given(config).items():
+        shown = ",".join(value) if isinstance(value, list) else value
+        words += [f"--{name}", str(shown).lower() if isinstance(value, bool) else str(shown)]
     return shlex.join(words)
 
 
-def _make_embedded() -> None:
-    from fura_vlm.embedded.benchmarks import write_benchmarks
-
-    with FileLock(EMBEDDED.with_name(f"{EMBEDDED.name}.lock.tmp")):  # an evaluation in another folder makes them too
-        if write_benchmarks(EMBEDDED):
-            print(f"The embedded benchmarks are in {EMBEDDED}")
-
-
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def _quiet() -> None:
-    """Hides lmms-eval's log lines below a warning, and the libraries' progress bars about loading."""
+def _no_bars() -> None:
+    """Hides the libraries' progress bars about loading."""
     import datasets
-    import lmms_eval.models  # noqa: F401  sets up its own log when it is imported
-    from loguru import logger
     from transformers.utils import logging
 
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING", format="{level}: {message}")
     datasets.disable_progress_bars()
     logging.disable_progress_bar()

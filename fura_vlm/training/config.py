@@ -94,6 +94,8 @@ class TrainConfig:
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
     weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     model_max_length: int = 2048
     group_by_modality_length: bool = True

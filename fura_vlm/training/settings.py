@@ -26,6 +26,8 @@ AT_LEAST = {
     "vision_tower_lr": 0,
     "warmup_steps": 0,
     "weight_decay": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
     "seed": 0,
     "dataloader_num_workers": 0,
     "model_max_length": 1,
@@ -41,6 +43,9 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise TrainingError(f"{name} is {value} and has to be at least {least}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(config, name) >= 1:
+            raise TrainingError(f"{name} is {getattr(config, name)} and has to be below 1")
     stage = zero(config).get("stage")
     if stage == 3 and config.compile_layers:
         raise TrainingError(
