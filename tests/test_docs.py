@@ -116,7 +116,7 @@ SETTINGS = {
     "data": ("VerifyConfig", "DownloadConfig"),
     "evaluation": ("EvalConfig", "CompareConfig"),
     "chat": ("ChatConfig",),
-    "modelling": ("AssembleConfig", "MergeConfig", "InspectConfig"),
+    "modelling": ("AssembleConfig", "MergeConfig", "InspectConfig", "SmolLM2Config"),
 }
 OF_OTHERS = {
     "config", "help", "version",  # of every command
@@ -130,7 +130,11 @@ def test_options_on_the_pages_exist():
     for part, names in SETTINGS.items():
         module = importlib.import_module(f"fura_vlm.{part}.config")
         known |= {field.name for name in names for field in dataclasses.fields(getattr(module, name))}
-    for page in (ROOT / "README.md", TROUBLES, *(ROOT / "docs" / f"{name}.md" for name in ("families", "machines"))):
+    for page in (
+        ROOT / "README.md",
+        TROUBLES,
+        *(ROOT / "docs" / f"{name}.md" for name in ("families", "machines", "tracks")),
+    ):
         used = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text("utf-8")))
         assert not used - known, page.name
 

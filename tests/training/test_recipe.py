@@ -18,8 +18,9 @@ from fura_vlm.commands import parse
 from fura_vlm.families.llava import Llava
 from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.training.config import TrainConfig
+from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.methods import learning_rate, prepare
-from fura_vlm.training.settings import training_arguments
+from fura_vlm.training.settings import check, training_arguments
 
 ROOT = Path(__file__).parents[2]
 STAGE2 = {
@@ -41,6 +42,22 @@ STAGE2 = {
     "lora_alpha": 256,
     "lora_dropout": 0.05,
 }
+COMMONSENSE = {  # of the paper's release, but for the learning rate of full fine-tuning (the recipe says why)
+    "conversation": "alpaca",
+    "learning_rate": None,  # the method's
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.03,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.0,
+    "num_train_epochs": 3,
+    "train_batch_size": 16,
+    "model_max_length": 2048,
+    "lora_r": 64,
+    "lora_alpha": 128,
+    "seed": 43,
+    "bf16": True,
+}
 STAGE1 = STAGE2 | {
     "train_batch_size": 256,
     "mm_projector_lr": None,
@@ -55,7 +72,13 @@ def recipe(name: str, **changes) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"), [("llava-1.5-7b.yaml", STAGE2), ("llava-1.5-7b-pretrain.yaml", STAGE1)], ids=["2", "1"]
+    ("name", "wanted"),
+    [
+        ("llava-1.5-7b.yaml", STAGE2),
+        ("llava-1.5-7b-pretrain.yaml", STAGE1),
+        ("commonsense-llama-3-8b.yaml", COMMONSENSE),
+    ],
+    ids=["2", "1", "commonsense"],
 )
 def test_values(name, wanted):
     settings = dataclasses.asdict(recipe(name))
@@ -74,6 +97,24 @@ def test_what_reaches_the_trainer(tmp_path, monkeypatch):
     assert arguments.get_warmup_steps(5198) == 156  # 3 % of an epoch of 665,298 records, 128 a step
     assert arguments.gradient_accumulation_steps == 8 and arguments.gradient_checkpointing
     AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = training_arguments(recipe("commonsense-llama-3-8b.yaml", bf16=False), tmp_path, 4, universal=False)
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.lr_scheduler_type) == (0.9, 0.95, "linear")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("name", ["adam_beta1", "adam_beta2"])
+def test_betas_out_of_range(name):
+    with pytest.raises(TrainingError, match=f"{name} is 1.0 and has to be below 1"):
+        check(recipe("tiny.yaml", **{name: 1.0}))
+    with pytest.raises(TrainingError, match=f"{name} is -0.1 and has to be at least 0"):
+        check(recipe("tiny.yaml", **{name: -0.1}))
+
+
+def test_recipes_of_commonsense_go_by_name():
+    for name in ("commonsense-llama-3-8b", "commonsense-smollm2"):
+        command, options = parse(["train", "--config", name, "--method", "qlora"])
+        assert command == "train" and options["conversation"] == "alpaca" and options["method"] == "qlora"
+        assert options["output_dir"] == f"runs/{name}-{{method}}"
 
 
 def test_rates_by_method():
