@@ -160,18 +160,18 @@ class Commonsense(Suite):
         return request_key(model=identity, question=item.text, choices=item.choices)
 
     def _sample(self, name: str, number: int, item: Item, kept: str) -> Sample:
-        said, chosen = kept, first_choice(kept, CHOICES[name])
         if self.config.score == "likelihood":
             values = json.loads(kept)
-            said = chosen = item.choices[values.index(max(values))]
-        types = {"read": "no choice in the answer"} if chosen is None else {}
-        return Sample(name, number, item.text, item.answer, said, float(chosen == item.answer), types)
+            kept = item.choices[values.index(max(values))]
+        chosen = first_choice(kept, CHOICES[name])
+        return Sample(name, number, item.text, item.answer, kept, float(chosen == item.answer))
 
     def _score(self, name: str, samples: list[Sample]) -> TaskScore:
         values = [each.score for each in samples]
         metrics = {"accuracy": sum(values) / len(values)}
         if self.config.score == "answers":
-            metrics["unread"] = sum(bool(each.types) for each in samples) / len(samples)
+            read = [first_choice(each.predicted, CHOICES[name]) for each in samples]
+            metrics["unread"] = read.count(None) / len(read)
         return score_of_means(values, "accuracy", metrics, len(values))
 
     def published(self, scores: dict[str, TaskScore]) -> dict[str, dict]:

@@ -28,7 +28,7 @@ class EvalConfig:
         batch_size: questions answered at once; auto takes as many as fit. It is made smaller when memory runs out.
         limit: use only this many documents of each task, the first ones; for a quick try.
         max_new_tokens: the most tokens of an answer; by default the task's limit, and 16 on the embedded benchmarks,
-            whose answers are a word or two.
+            whose answers are a word or two; 32 for commonsense.
         offline: use only local files and the hub's cache.
         dtype: bfloat16, float16 or float32; auto means bfloat16 on a GPU and float32 on a CPU.
         score: of commonsense: answers reads what the model writes; likelihood takes the likeliest of the choices, by

@@ -51,10 +51,11 @@ class Harness(Suite):
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        model, family, _ = source.place(self.config.dtype)
+        model, family, dtype = source.place(self.config.dtype)
         if family.sees:
             raise SuiteError(f"{source.base} takes pictures, and lm-eval's tasks are for language models: use --suite "
                              "visual")  # fmt: skip
+        kept = "-".join(["lm_eval", version("lm_eval"), source.fingerprint(), str(dtype).removeprefix("torch.")])
         held = HFLM(pretrained=model, tokenizer=family.tokenizer, batch_size=self.config.batch_size)
         try:
             outcome = simple_evaluate(
@@ -64,6 +65,7 @@ class Harness(Suite):
                 limit=self.config.limit,
                 bootstrap_iters=0,
                 log_samples=True,
+                use_cache=str(folder / "answers" / kept),  # a file of SQLite with each greedy answer
             )
         except Exception as error:  # whatever libraries and the tasks' own code raise
             raise SuiteError(
