@@ -188,7 +188,7 @@ class Commonsense(Suite):
             unread = {name: round(score.metrics.get("unread", 0) * score.n) for name, score in each.items()}
             listed = ", ".join(f"{name} {count} of {each[name].n}" for name, count in unread.items() if count)
             if listed:
-                lines.append(f"Answers of the {model} model that name no choice count as wrong: {listed}.")
+                lines.append(f"{model}: answers that name no choice count as wrong: {listed}.")
         if self.config.score == "likelihood":
             lines.append("A choice's likelihood is the mean over the tokens of 'the correct answer is CHOICE'.")
         if published:

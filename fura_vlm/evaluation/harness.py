@@ -18,6 +18,10 @@ METRICS = ("acc_norm", "acc", "exact_match", "em", "f1")
 """What stands in the table, the first of these that a task has, or else its first mean over documents."""
 
 
+CPU_BATCH = 8
+"""In place of auto on a CPU: HFLM finds its batches by filling the memory with the longest input there is."""
+
+
 class Harness(Suite):
     folder = "eval-lm-eval"
     packages = ("lm_eval",)
@@ -56,7 +60,10 @@ class Harness(Suite):
             raise SuiteError(f"{source.base} takes pictures, and lm-eval's tasks are for language models: use --suite "
                              "visual")  # fmt: skip
         kept = "-".join(["lm_eval", version("lm_eval"), source.fingerprint(), str(dtype).removeprefix("torch.")])
-        held = HFLM(pretrained=model, tokenizer=family.tokenizer, batch_size=self.config.batch_size)
+        size = self.config.batch_size
+        if size == "auto" and model.device.type == "cpu":
+            size = CPU_BATCH
+        held = HFLM(pretrained=model, tokenizer=family.tokenizer, batch_size=size)
         try:
             outcome = simple_evaluate(
                 model=held,

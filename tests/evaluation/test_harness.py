@@ -104,7 +104,7 @@ def test_kept_answers_are_not_asked_again(evaluated, settings, tmp_path):
         assert len(written) == 3 and len(kept) == 3 + 9
         for key in written:
             kept[key] = "it is a cat"
-    evaluate(EvalConfig(**settings, output_dir=str(tmp_path / "eval")))
+    evaluate(EvalConfig(**settings | {"batch_size": "auto", "output_dir": str(tmp_path / "eval")}))
     rows = [json.loads(line) for line in (tmp_path / "eval" / "samples-model.jsonl").read_text().splitlines()]
     assert [row["predicted"] for row in rows[3:]] == ["it is a cat"] * 3
 
