@@ -40,7 +40,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fura_vlm.data.media import unused_mark, unused_media
+from fura_vlm.data.media import is_inline, unused_mark, unused_media
 from fura_vlm.data.messages import IMAGE
 from fura_vlm.families.messages import Message, Part, Picture, Role, Text
 
@@ -318,14 +318,19 @@ def image_path(image: str, folder: str | os.PathLike) -> str:
         InvalidRecord: if it leads out of the image folder, is an address, or has half of a surrogate pair.
     """
     path = image.removeprefix("file://")
-    if path.startswith("data:"):
+    if is_inline(path):
         raise InvalidRecord(f"the image {_short(image)} is written into the record: save it to a file, and name that")
     if "://" in path:
         raise InvalidRecord(f"the image {_short(image)} is an address: fetch it, and name the file")
     if "\\" in path and not os.path.isfile(os.path.join(folder, path)):
         path = path.replace("\\", "/")  # as Windows writes it
-    if re.match("[A-Za-z]:/", path):
-        raise InvalidRecord(f"the image path {image!r} begins at a drive of Windows: write it from the image folder on")
+    network = image.startswith("\\\\") and path.startswith("//")
+    if network or re.match("/?[A-Za-z]:/", path):
+        what = "in a network folder" if network else "at a drive"
+        raise InvalidRecord(
+            f"the image path {image!r} begins {what} of Windows: write it from the image folder on, with that folder "
+            "as --image_folder"
+        )
     joined = os.path.normpath(os.path.join(folder, path))
     # By name only: links within the image folder may lead elsewhere, as COCO often does.
     root = os.path.abspath(folder).rstrip(os.sep) + os.sep
