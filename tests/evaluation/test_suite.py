@@ -212,6 +212,8 @@ def test_compare_reads_what_was_written(known, tmp_path):
         ("pope,gqa", ["pope", "gqa"]),
         ("[pope, gqa]", ["pope", "gqa"]),
         (" pope, gqa,", ["pope", "gqa"]),
+        ("pope gqa", ["pope", "gqa"]),
+        ("[pope, 5]", ["pope", "5"]),
         ("", []),
     ],
 )

@@ -187,7 +187,12 @@ def test_out_of_memory(tmp_path):
     config = TrainConfig(method="fura", per_device_train_batch_size=16)
     line = out_of_memory(config, tmp_path)
     assert "16 records of up to 2048 tokens with fura" in line
-    for advice in ("--per_device_train_batch_size 8", "--gradient_checkpointing true", "--deepspeed zero3 ", "--method qfura"):
+    for advice in (
+        "--per_device_train_batch_size 8",
+        "--gradient_checkpointing true",
+        "--deepspeed zero3 ",
+        "--method qfura",
+    ):
         assert advice in line
     assert "output_dir" not in line
     with pytest.raises(RuntimeError, match="shapes"), advice_on_memory(config, tmp_path):  # others are left alone
