@@ -89,8 +89,8 @@ def guess_encoding(text: bytes) -> tuple[str, str]:
     """The likeliest encoding of a text that is not UTF-8, as iconv names it, and its language.
 
     This is a guess: a text that decodes with an East Asian encoding into characters of its language is taken for that.
-    Otherwise several bytes beyond ASCII in a row mean Russian, in the encoding in which most letters are small, and single
-    ones Latin-1.
+    Otherwise several bytes beyond ASCII in a row mean Russian, in the encoding in which most letters are small, and
+    single ones Latin-1.
     """
     for name, language, codec, share, least in _GUESSES:
         decoded = codecs.getincrementaldecoder(codec)()

@@ -327,11 +327,13 @@ def image_path(image: str, folder: str | os.PathLike) -> str:
     if "\\" in path and not os.path.isfile(os.path.join(folder, path)):
         path = path.replace("\\", "/")  # as Windows writes it
     network = image.startswith("\\\\") and path.startswith("//")
-    if network or re.match("/?[A-Za-z]:/", path):
-        what = "in a Windows network folder" if network else "with a Windows drive"
+    if network:
         raise InvalidRecord(
-            f"the image path {image!r} starts {what}: write it relative to the image folder, and give that folder as "
-            "--image_folder"
+            f"the image path {image!r} starts with a Windows network folder: write it relative to the image folder"
+        )
+    if re.match("/?[A-Za-z]:/", path):
+        raise InvalidRecord(
+            f"the image path {image!r} starts with a Windows drive: write it relative to the image folder"
         )
     joined = os.path.normpath(os.path.join(folder, path))
     # By name only: links within the image folder may lead elsewhere, as COCO often does.

@@ -14,8 +14,8 @@ class EvalConfig:
     Args:
         model: a run folder, an adapter, or a LLaVA, merged or not (a folder or a name on the hub).
         adapter: an adapter to put over ``model``; not needed for a run folder or an adapter's own folder.
-        tasks: names of tasks of lmms-eval or of eval/, as a list or with commas (pope,gqa) or spaces; by default the four
-            tasks of the protocol.
+        tasks: names of tasks of lmms-eval or of eval/, as a list or with commas (pope,gqa) or spaces; by default the
+            four tasks of the protocol.
         protocol: the four tasks as lmms-eval defines them, or as the LLaVA-1.5 paper scores them (eval/paper).
         data: where the benchmarks come from: embedded (made here), hub (or its cache), or a folder that holds GQA,
             ScienceQA, textvqa and POPE as they are on the hub; auto means embedded for models of the embedded size and

@@ -261,7 +261,10 @@ def test_places_for_media_of_other_programs(mixture, mark, form):
 @pytest.mark.parametrize("mark", ["<img>a.png</img>", "<video>films/a b.mp4</video>", "<audio>a.FLAC</audio>"])
 def test_files_of_media_within_the_text(mixture, mark):
     question = {"from": "human", "value": f"Picture 1: {mark}\nWhat is this?"}
-    assert f"{mark} in question 1 is no" in one_problem(mixture([{"conversations": [question, GPT]}, TEXT])).reason
+    assert (
+        f"{mark} in question 1 does not mark a picture here"
+        in one_problem(mixture([{"conversations": [question, GPT]}, TEXT])).reason
+    )
 
 
 def test_a_key_that_is_no_character(mixture, tmp_path, capsys):
@@ -304,7 +307,7 @@ def test_code_in_questions_is_no_place_for_media(mixture, question, answer):
         ("C:\\data\\a.jpg", "starts with a Windows drive: write it relative to the image folder"),
         ("D:/data/a.jpg", "starts with a Windows drive"),
         ("file:///D:/data/a.jpg", "starts with a Windows drive"),
-        ("\\\\server\\data\\a.jpg", "starts in a Windows network folder"),
+        ("\\\\server\\data\\a.jpg", "starts with a Windows network folder"),
         ("iVBORw0KGgo" + "AAAA" * 40, "is written into the record: save it as a file"),
         ("..\\a.jpg", "leads out of the image folder"),
         ("file:///etc/a.jpg", "leads out of the image folder"),
