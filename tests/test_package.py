@@ -80,7 +80,8 @@ class Environment:
         """What a command of the environment prints, run in a folder that is no checkout."""
         environment = {name: value for name, value in os.environ.items() if name not in OWN}
         environment |= {"PATH": f"{self.folder}/bin:{environment['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
-        environment.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")  # compiled already
+        # In the tests' own folder everybody would compile anew after this: paths are part of what is compiled.
+        environment["TORCH_EXTENSIONS_DIR"] = f"{self.folder}/torch_extensions"
         done = subprocess.run(
             [self.folder / "bin" / command[0], *command[1:]],
             cwd=where,

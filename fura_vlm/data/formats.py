@@ -40,7 +40,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fura_vlm.data.media import unused_mark, unused_media
+from fura_vlm.data.media import is_inline, unused_mark, unused_media
 from fura_vlm.data.messages import IMAGE
 from fura_vlm.families.messages import Message, Part, Picture, Role, Text
 
@@ -318,7 +318,7 @@ def image_path(image: str, folder: str | os.PathLike) -> str:
         InvalidRecord: if it leads out of the image folder, is an address, or has half of a surrogate pair.
     """
     path = image.removeprefix("file://")
-    if path.startswith("data:"):
+    if is_inline(path):
         raise InvalidRecord(
             f"the image {_short(image)} is written into the record: save it as a file, and give its path"
         )
@@ -326,7 +326,12 @@ def image_path(image: str, folder: str | os.PathLike) -> str:
         raise InvalidRecord(f"the image {_short(image)} is an address: download it, and give the path of the file")
     if "\\" in path and not os.path.isfile(os.path.join(folder, path)):
         path = path.replace("\\", "/")  # as Windows writes it
-    if re.match("[A-Za-z]:/", path):
+    network = image.startswith("\\\\") and path.startswith("//")
+    if network:
+        raise InvalidRecord(
+            f"the image path {image!r} starts with a Windows network folder: write it relative to the image folder"
+        )
+    if re.match("/?[A-Za-z]:/", path):
         raise InvalidRecord(
             f"the image path {image!r} starts with a Windows drive: write it relative to the image folder"
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fura_vlm.data.encodings import guess_encoding, wide_encoding
+from fura_vlm.data.encodings import guess_encoding, is_damaged_utf8, packed, wide_encoding
 from fura_vlm.data.messages import DataError
 
 
@@ -56,15 +56,21 @@ def _chunks(path: Path, progress: bool) -> Iterator[str]:
             while data := counted.read(_CHUNK):
                 if done == 0 and (encoding := wide_encoding(data)):
                     raise DataError(f"{path} is {encoding}, not UTF-8: convert it, {_iconv(path, encoding)}")
+                if done == 0 and (found := packed(data)):
+                    raise DataError(f"{path} is {found[0]}, not JSON: {found[1]}")
                 last = data
                 held = len(decoder.getstate()[0])  # the start of a character that the last chunk has cut
                 text = decoder.decode(data)
-                yield text.removeprefix("\ufeff") if done == 0 else text
+                yield text.lstrip("\ufeff") if done == 0 else text
                 done += len(data)
             held = len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         at = done - held + error.start
+        if error.reason == "unexpected end of data":
+            raise DataError(f"{path} is cut off within a character, at byte {at}: fetch or write it again") from error
+        if is_damaged_utf8(last):
+            raise DataError(f"{path} is damaged at byte {at}, which is not UTF-8: fetch or write it again") from error
         encoding, language = guess_encoding(last)
         raise DataError(
             f"{path} is not UTF-8 at byte {at}; it looks like {encoding} ({language}): convert it, "
@@ -167,7 +173,7 @@ def _line_items(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, Any]]:
 
 def _parse_line(line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.lstrip("\ufeff"))  # where files with byte order marks were joined
     except json.JSONDecodeError as error:
         return error
     except RecursionError:

@@ -25,14 +25,17 @@ from fura_vlm.families.messages import Picture
 _PICTURES = (
     "image images img imgs picture pictures pic pics photo photos screenshot screenshots thumbnail pixel pixels".split()
 )
-_PICTURES += "jpg jpeg png gif webp bmp tif tiff heic avif".split()
-_FILMS = "video videos vid vids movie movies audio audios mp4 webm mkv mov avi m4v mp3 wav flac ogg m4a".split()
+_PICTURES += "gifs jpg jpeg png gif webp bmp tif tiff heic avif jfif svg".split()
+_FILMS = """video videos vid vids movie movies clip clips film films frame frames audio audios sound sounds mp4 webm mkv
+    mov avi m4v mp3 wav flac ogg m4a""".split()
 _POINTERS = """path paths file files filename filenames filepath filepaths name names url urls uri uris link links src
     id ids key keys data bytes base64 b64 list ref refs location locations dir folder token tokens values feature
     features embedding embeddings""".split()
 
 _WORD = re.compile(r"mp[34]|m4[av]|[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_FILE = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|avif|mp4|webm|mkv|mov|avi|m4v|mp3|wav|flac|ogg|m4a)$", re.I)
+_ENDING = r"""\.(?:jpe?g|jfif|png|gif|webp|bmp|tiff?|hei[cf]|avif|jxl|jp2|svg|p[pgbn]m|dcm|nii(?:\.gz)?|mp4|webm|mkv
+    |mov|avi|m4v|mpe?g|wmv|flv|3gp|ogv|mp3|wav|flac|ogg|opus|aac|m4a)""".replace("\n    ", "")
+_FILE = re.compile(_ENDING + r"\s*$", re.I)
 _INLINE = re.compile(r"data:(?:image|video|audio)/|(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[\w+/=]{80}")
 _TYPES = re.compile(r"(?:input_)?(?:image|image_url|img|picture|video|video_url|audio|audio_url|input_audio)", re.I)
 
@@ -50,6 +53,8 @@ _TOKEN = re.compile(
 _TAG = re.compile(
     r"(?<![A-Za-z0-9_?\"'`])<(?P<name>image|img|picture|photo|video|audio|sound|speech|frame)s?[ _-]?\d*>", re.I
 )
+# <img>a.png</img>, as Qwen-VL's first data have it; HTML has nothing between the two
+_ENCLOSED = re.compile(rf"<(img|image|video|audio)>[^<>\n]{{1,400}}{_ENDING}\s*</\1>", re.I)
 _BRACKETS = re.compile(r"\[(?:image|picture|photo|video|audio)s?[ _-]?\d*\]", re.I)
 _CODE = re.compile(r"</?[a-z]\w*[ >/]|/>|```|\b\w+=[\"']|\b(?:x?html5?|xml|svg|css|jsx|dom)\b", re.I)
 _ABOUT_CODE = re.compile(r"</|/>|```|\b\w+=[\"']|\b(?:x?html5?|xml|svg|css|jsx|dom|markup|tags?|elements?)\b", re.I)
@@ -69,8 +74,14 @@ def unused_media(rest: Any, pictures: Sequence[str] = ()) -> str | None:
     for keys, value in _leaves(rest):
         named = next((kind for kind in map(_kind_of, reversed(keys)) if kind), None)
         if _is_media(keys[-1] if keys else "", value, named, stems):
-            return f"{'.'.join(keys) or 'it'} holds {_short(value)}"
+            where = ".".join(keys).encode(errors="backslashreplace").decode()  # JSON can write half characters
+            return f"{where or 'it'} holds {_short(value)}"
     return None
+
+
+def is_inline(text: str) -> bool:
+    """Whether a text is itself a picture, video or sound: a ``data:`` address, or base64 of such a file."""
+    return _INLINE.match(text) is not None
 
 
 def unused_mark(question: str, answer: str = "") -> str | None:
@@ -83,6 +94,8 @@ def unused_mark(question: str, answer: str = "") -> str | None:
     question = question.replace("<image>", "")
     if "<" not in question and "[" not in question:
         return None
+    if enclosed := _ENCLOSED.search(question):
+        return enclosed[0]
     lower = question.lower()
     for token in _TOKEN.finditer(question):
         if token[0][:4] != "[IMG" or "[/img]" not in lower:  # forums close what they open
@@ -118,14 +131,14 @@ def _is_media(key: str, value: Any, named: str | None, stems: set[str]) -> bool:
     if isinstance(value, (bytes, bytearray, Picture)):
         return True
     if isinstance(value, str):
-        if _INLINE.match(value):
+        if is_inline(value):
             return True
         if (
             _FILE.search(value.partition("?")[0] if "://" in value else value)
             and "\n" not in value
-            and (named or _points(key) or " " not in value)
+            and (named or _points(key) or " " not in value.strip())
         ):
-            return not stems or _stem(value) not in stems and "://" not in value
+            return not stems or _stem(value.strip()) not in stems and "://" not in value
         if key == "type":
             return not stems and _TYPES.fullmatch(value) is not None
     # The rest is media by its name alone: an id, a name without ending, a number, true.
@@ -135,10 +148,10 @@ def _is_media(key: str, value: Any, named: str | None, stems: set[str]) -> bool:
 def _kind_of(key: str) -> str | None:
     """``"picture"`` or ``"film"`` (videos and sound) if the key names such, at its end or before path, url, id, ..."""
     words = [word.lower() for word in _WORD.findall(key)]
-    if words in (["media"], ["visual"], ["visuals"], ["attachment"], ["attachments"]):
-        return "picture"
     while words and words[-1] in _POINTERS:
         words.pop()
+    if words in (["media"], ["visual"], ["visuals"], ["attachment"], ["attachments"]):
+        return "picture"
     if not words:
         return None
     return "picture" if words[-1] in _PICTURES else "film" if words[-1] in _FILMS else None

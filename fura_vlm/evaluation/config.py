@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,8 +16,8 @@ class EvalConfig:
         adapter: an adapter to put over ``model``; not needed for a run folder or an adapter's own folder.
         suite: visual is the four benchmarks of pictures, or other tasks of lmms-eval; commonsense the eight sets of
             LLM-Adapters; lm-eval any tasks of the EleutherAI harness for language models.
-        tasks: names of tasks, as a list or with commas (pope,gqa). Of visual, those of lmms-eval or of eval/, by
-            default the four of the protocol; of commonsense, sets, by default all eight; of lm-eval, its own.
+        tasks: names of tasks, as a list or with commas (pope,gqa) or spaces. Of visual, those of lmms-eval or of
+            eval/, by default the four of the protocol; of commonsense, sets, by default all eight; of lm-eval, its own.
         protocol: the four tasks as lmms-eval defines them, or as the LLaVA-1.5 paper scores them (eval/paper).
         data: where the benchmarks come from: embedded (made here), hub (or its cache), or a folder that holds GQA,
             ScienceQA, textvqa and POPE as they are on the hub; auto means embedded for models of the embedded size and
@@ -59,7 +60,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str):
-            self.tasks = [name.strip() for name in self.tasks.split(",") if name.strip()]
+            # With commas, spaces, or as a list that the command line has not parsed, such as [pope, gqa].
+            self.tasks = [name for name in re.split(r"[\s,\[\]'\"]+", self.tasks) if name]
 
 
 @dataclass

@@ -71,6 +71,10 @@ def read_config(path: str) -> PretrainedConfig:
         what = "usable model" if isinstance(error, StrictDataclassError) else "model"
         where = path if Path(path).is_dir() else f"{path} (not a folder here, so it was looked up on the hub)"
         raise ModelError(f"No {what} at {where}: {_first_line(error)}") from error
+    except (AttributeError, TypeError) as error:  # a dtype that PyTorch has not, text in the place of an object, ...
+        raise ModelError(
+            f"{path}/config.json cannot be used ({_first_line(error)}): correct it, or download it again"
+        ) from error
 
 
 def _refuse_code(path: str, error: Exception) -> None:
@@ -131,7 +135,8 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
         kwargs: for ``from_pretrained``.
 
     Raises:
-        ModelError: if files are missing or damaged, or do not hold all of the weights in the shapes of ``config.json``.
+        ModelError: if files are missing or damaged, do not hold all of the weights in the shapes of ``config.json``, or
+            hold quantised ones of which it says nothing.
         MissingExtra: if a base in 4 bits is asked for and bitsandbytes is not installed.
     """
     try:
@@ -144,7 +149,9 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
             ) from error
         require("quant")
         raise ModelError(f"{path} cannot be loaded in 4 bits: {error}") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (
+        OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError
+    ) as error:  # fmt: skip
         WeightFiles(path, what)  # names the file that is missing, cut off or damaged, if there is one
         raise ModelError(f"No usable {what} at {path}: {_first_line(error)}") from error
     if info["mismatched_keys"]:
@@ -156,6 +163,9 @@ def load_pretrained(cls: type[PreTrainedModel], path: str, what: str, **kwargs) 
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{path} is not a complete {what}: {len(missing)} weights are missing, first {missing[0]}")
+    # Those that config.json describes, transformers reads with their scales.
+    if not (hasattr(read_config(path), "quantization_config") and getattr(model, "hf_quantizer", None)):
+        WeightFiles(path, what).refuse_quantised()
     return model
 
 

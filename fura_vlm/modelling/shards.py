@@ -59,12 +59,34 @@ class WeightFiles:
         opened = self._open[self._file_of[name]]
         return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
 
+    def refuse_quantised(self) -> None:
+        """Refuses 8-bit and 4-bit weights, which are numbers without their scales.
+
+        Raises:
+            ModelError: there are such.
+        """
+        for name, stored in self.tensors.items():
+            if name.endswith("weight") or stored.is_floating_point():
+                self.check_unquantised(name)
+
+    def check_unquantised(self, name: str) -> None:
+        """Refuses one weight if it is quantised: ``refuse_quantised``."""
+        stored = self.tensors[name]
+        if stored.itemsize < 2 or not stored.is_floating_point():
+            dtype = str(stored.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{self.path} is quantised: {name} is {dtype} there, which means nothing without its scales: name the "
+                "model it was made from"
+            )
+
     def _files(self) -> list[str]:
         for single in SINGLE:
             index = self._find(single + INDEX)
             if index is not None:
                 try:
                     names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+                    if not names or not all(isinstance(name, str) for name in names):
+                        raise ValueError("no names of files")
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ModelError(f"{index} is damaged: download it again") from error
                 files = {name: self._find(name) for name in names}
@@ -129,14 +151,9 @@ def parameter_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str
             f"{files.path} is not a complete {files.what}: {len(missing)} weights are missing, first {missing[0]}"
         )
     for parameter, tensor in ((parameter, wanted[parameter]) for parameter in wanted if parameter in found):
-        stored = files.tensors[found[parameter]]
-        if tensor.is_floating_point() and (stored.itemsize < 2 or not stored.is_floating_point()):
-            dtype = str(stored.dtype).removeprefix("torch.")
-            raise ModelError(
-                f"{files.path} is quantised: {found[parameter]} is {dtype} there, which cannot be read without its "
-                "scales: name the model it was made from"
-            )
-        shape = stored.shape
+        if tensor.is_floating_point():
+            files.check_unquantised(found[parameter])
+        shape = files.tensors[found[parameter]].shape
         if shape != tensor.shape:
             raise ModelError(
                 f"{files.path} does not fit its config.json: {found[parameter]} is {tuple(shape)} and has to be "

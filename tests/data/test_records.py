@@ -1,3 +1,4 @@
+import gzip
 import json
 import subprocess
 import sys
@@ -192,6 +193,8 @@ MEDIA = [
     {"body": "/9j/" + "4AAQSkZJRg" * 20},
     {"meta": {"deep": [{"inside": ["x.mp4"]}]}},
     {"type": "image_url"},
+    *({key: ["0001"]} for key in ("frames", "video_frames", "clip", "media_files", "visual_tokens", "sound_path")),
+    *({"drawn": f"a.{ending} "} for ending in ("jfif", "svg", "PPM", "dcm", "nii.gz", "mpeg", "opus", "png")),
 ]
 
 
@@ -255,6 +258,22 @@ def test_places_for_media_of_other_programs(mixture, mark, form):
     assert mark in one_problem(mixture([{"image": "a.png", "conversations": [question, GPT]}, TEXT])).reason
 
 
+@pytest.mark.parametrize("mark", ["<img>a.png</img>", "<video>films/a b.mp4</video>", "<audio>a.FLAC</audio>"])
+def test_files_of_media_within_the_text(mixture, mark):
+    question = {"from": "human", "value": f"Picture 1: {mark}\nWhat is this?"}
+    assert (
+        f"{mark} in question 1 does not mark a picture here"
+        in one_problem(mixture([{"conversations": [question, GPT]}, TEXT])).reason
+    )
+
+
+def test_a_key_that_is_no_character(mixture, tmp_path, capsys):
+    problem = one_problem(mixture([{"conversations": [HUMAN, GPT], "\ud800": "a.png"}, TEXT]))
+    print(problem.reason)
+    report_problems([problem], 1, tmp_path / "problems.jsonl")
+    assert "\\ud800 holds 'a.png'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "question, answer",
     [
@@ -287,6 +306,9 @@ def test_code_in_questions_is_no_place_for_media(mixture, question, answer):
         ("data:image/png;base64,iVBORw0KGgo", "is written into the record: save it as a file"),
         ("C:\\data\\a.jpg", "starts with a Windows drive: write it relative to the image folder"),
         ("D:/data/a.jpg", "starts with a Windows drive"),
+        ("file:///D:/data/a.jpg", "starts with a Windows drive"),
+        ("\\\\server\\data\\a.jpg", "starts with a Windows network folder"),
+        ("iVBORw0KGgo" + "AAAA" * 40, "is written into the record: save it as a file"),
         ("..\\a.jpg", "leads out of the image folder"),
         ("file:///etc/a.jpg", "leads out of the image folder"),
     ],
@@ -338,6 +360,11 @@ def test_a_bad_line(mixture):
             '{"id": "图片里有一只猫"}'.encode("gbk"),
             r"at byte 12; it looks like GBK \(Chinese\).* iconv -f GBK -t UTF-8",
         ),
+        (('{"id": "' + 30 * "图").encode() + b'\xff\x80"}', "is damaged at byte 98, which is not UTF-8"),
+        ('{"id": "图片"}'.encode()[:-3], "is cut off within a character, at byte 11"),
+        (gzip.compress(b"[]"), "is gzip, not JSON: unpack it"),
+        (b"PAR1\x15", "is Parquet, not JSON: let its name end in .parquet"),
+        ("version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS, not JSON: fetch it"),
         ("", "is empty"),
         ("[]", "holds no records"),
         ("id,image\n1,2\n", "neither a JSON list nor JSONL"),
@@ -400,8 +427,16 @@ def test_a_list_cut_anywhere_is_an_error(mixture, small_chunks, kept):
 
 
 def test_half_a_character_at_the_end(mixture):
-    with pytest.raises(DataError, match="is not UTF-8 at byte 11"):
+    with pytest.raises(DataError, match="is cut off within a character, at byte 11"):
         list(iter_items(mixture(b'{"id": "a"}\xc3')))
+
+
+def test_files_with_byte_order_marks_that_were_joined(mixture):
+    path = mixture(2 * (json.dumps(TEXT) + "\n").encode("utf-8-sig"))
+    records, problems = read_records(path)
+    assert len(records) == 2 and not problems
+    path = mixture("\ufeff\ufeff" + json.dumps([TEXT]))
+    assert len(read_records(path)[0]) == 1
 
 
 def test_no_file(tmp_path):

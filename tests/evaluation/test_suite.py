@@ -139,7 +139,7 @@ def test_compare(known, tmp_path):
     folder = tmp_path / "run" / "eval"
     write_samples(folder / "samples-model.jsonl", [Sample(**row) for row in reversed(changed)])
     (folder / "results.json").write_text(json.dumps({"scores": {"model": {}}}))
-    table = compare(CompareConfig(str(known), str(tmp_path / "run"), str(tmp_path / "compared.md")))
+    table = compare(CompareConfig(str(known), str(tmp_path / "run"), output_path=str(tmp_path / "compared.md")))
     assert (tmp_path / "compared.md").read_text() == table
     # Tuned: 0 1 1 ..., base: 1 1 0 ...
     interval = r" \(-\d\d\.\d to \+\d\d\.\d\)"
@@ -212,6 +212,8 @@ def test_compare_reads_what_was_written(known, tmp_path):
         ("pope,gqa", ["pope", "gqa"]),
         ("[pope, gqa]", ["pope", "gqa"]),
         (" pope, gqa,", ["pope", "gqa"]),
+        ("pope gqa", ["pope", "gqa"]),
+        ("[pope, 5]", ["pope", "5"]),
         ("", []),
     ],
 )

@@ -266,3 +266,30 @@ def test_inspect_shows_the_spectra_of_the_weights(tmp_path, capsys):
         inspect(InspectConfig(model=str(tmp_path), output_path="x.doc"))
     inspect(InspectConfig(model=str(tmp_path), output_path=str(tmp_path / "new/spectra.svg")))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["spectra.svg"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_without_their_scales_are_not_loaded(dtype, tmp_path):
+    folder = shutil.copytree(BASE, tmp_path / "model")
+    shard = folder / "model-00002-of-00002.safetensors"
+    weights = load_file(shard)
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    save_file(weights | {name: weights[name].to(dtype)}, shard, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"is quantised: {name} is {str(dtype)[6:]} there"):
+        load_base(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {"a": 5}}', '{"weight_map": {}}', "[]", "{}", "{"])
+def test_an_index_that_names_no_files(index, tmp_path):
+    folder = shutil.copytree(BASE, tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match="index.json is damaged: download it again"):
+        load_base(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "torch.float16"}, {"dtype": "auto"}, {"quantization_config": "fp8"}])
+def test_a_config_that_means_nothing(wrong, tmp_path):
+    config = json.loads(Path(BASE, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises(ModelError, match="config.json cannot be used .*: correct it, or download it again"):
+        load_family(str(tmp_path))
