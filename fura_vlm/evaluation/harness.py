@@ -1,4 +1,7 @@
-"""The suite lm-eval: any tasks of the EleutherAI harness, with its own HFLM over the models of this project."""
+"""The suite lm-eval: any tasks of the EleutherAI harness, with its own HFLM over the models of this project.
+
+Answers are not kept for a second start: the harness would keep them as pickles, which run code when they are read.
+"""
 
 from __future__ import annotations
 
@@ -55,11 +58,10 @@ class Harness(Suite):
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        model, family, dtype = source.place(self.config.dtype)
+        model, family, _ = source.place(self.config.dtype)
         if family.sees:
             raise SuiteError(f"{source.base} takes pictures, and lm-eval's tasks are for language models: use --suite "
                              "visual")  # fmt: skip
-        kept = "-".join(["lm_eval", version("lm_eval"), source.fingerprint(), str(dtype).removeprefix("torch.")])
         size = self.config.batch_size
         if size == "auto" and model.device.type == "cpu":
             size = CPU_BATCH
@@ -72,7 +74,6 @@ class Harness(Suite):
                 limit=self.config.limit,
                 bootstrap_iters=0,
                 log_samples=True,
-                use_cache=str(folder / "answers" / kept),  # a file of SQLite with each greedy answer
             )
         except Exception as error:  # whatever libraries and the tasks' own code raise
             raise SuiteError(

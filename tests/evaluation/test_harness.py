@@ -93,22 +93,6 @@ def test_scores_are_those_of_the_model_alone(evaluated, settings):
     assert [row["question"] for row in rows[:3]] == [document["question"] for document in DOCUMENTS]
 
 
-def test_kept_answers_are_not_asked_again(evaluated, settings, tmp_path):
-    """One that was changed on disk comes back as it stands there."""
-    from sqlitedict import SqliteDict
-
-    shutil.copytree(evaluated, tmp_path / "eval")
-    [file] = (tmp_path / "eval" / "answers").iterdir()
-    with SqliteDict(str(file), autocommit=True) as kept:
-        written = [key for key, value in kept.items() if isinstance(value, str)]
-        assert len(written) == 3 and len(kept) == 3 + 9
-        for key in written:
-            kept[key] = "it is a cat"
-    evaluate(EvalConfig(**settings | {"batch_size": "auto", "output_dir": str(tmp_path / "eval")}))
-    rows = [json.loads(line) for line in (tmp_path / "eval" / "samples-model.jsonl").read_text().splitlines()]
-    assert [row["predicted"] for row in rows[3:]] == ["it is a cat"] * 3
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
