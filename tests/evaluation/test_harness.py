@@ -1,7 +1,6 @@
 """Tasks of lm-eval over this project's models: a task of one's own, from a local file, and what is said of others."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
