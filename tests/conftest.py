@@ -16,11 +16,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaTokenizer, LlavaCon
 from fura_vlm.families.llava import Llava, make_processor
 from fura_vlm.families.vicuna import SYSTEM_PROMPT
 
-# PyTorch's compiler keeps code for one set of instructions and takes it for another, with wrong results: where the set is
-# chosen by ATEN_CPU_CAPABILITY, each has a folder of its own.
-os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR",
-    os.path.join(tempfile.gettempdir(), f"fura-vlm-inductor-{torch.backends.cpu.get_cpu_capability()}"),
+# PyTorch's compiler keeps code made for one set of instructions and takes it for another, with wrong results. Where the
+# set is chosen by ATEN_CPU_CAPABILITY, each has a folder of its own. An import above has set the variable already.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
+    tempfile.gettempdir(), f"fura-vlm-inductor-{torch.backends.cpu.get_cpu_capability()}"
 )
 sys.path.append(str(Path(__file__).with_name("families")))  # where the models are made, and what is said to them
 
