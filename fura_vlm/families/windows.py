@@ -33,7 +33,7 @@ def within_windows(
 
     Returns: (1, patches, heads, size of a head), and None.
     """
-    if varlen_attn is not None and query.is_cuda and query.dtype.itemsize == 2:
+    if _takes_all_at_once(query):
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
         if scaling is not None and scaling != q.shape[-1] ** -0.5:
             q = q * (scaling * q.shape[-1] ** 0.5)
@@ -43,6 +43,17 @@ def within_windows(
     windows = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     out = [scaled_dot_product_attention(*window, scale=scaling) for window in windows]
     return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def _takes_all_at_once(query: torch.Tensor) -> bool:
+    """Whether ``varlen_attn`` computes this: FlashAttention is for 16 bits, and for NVIDIA's GPUs from Ampere on."""
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype.itemsize == 2
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def use_windows(tower: torch.nn.Module) -> None:
