@@ -187,21 +187,16 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
             session.turns.clear()
             return [], [], "", ""
 
+        def beside(session, other):
+            return gr.Chatbot(session.messages(other), label=other, visible=other != NOTHING)
+
         async def restore(session, key):
             """After a reload: the conversation that this browser had, with the models that were asked last."""
             chat.restore(session, key)
             if not session.turns:
                 return session.key, *[gr.skip()] * 4
-            last, beside = [*session.turns[-1].models, NOTHING][:2]
-            left = gr.Chatbot(session.messages(), label=last)
-            right = gr.Chatbot(session.messages(beside), label=beside, visible=beside != NOTHING)
-            return session.key, left, right, last, beside
-
-        def compare(session, model, other):
-            return (
-                gr.Chatbot(label=model),
-                gr.Chatbot(session.messages(other), label=other, visible=other != NOTHING),
-            )
+            last, other = [*session.turns[-1].models, NOTHING][:2]
+            return session.key, gr.Chatbot(session.messages(), label=last), beside(session, other), last, other
 
         async def look(session):
             image = next((turn.image for turn in reversed(session.turns) if turn.image), None)
@@ -252,15 +247,11 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         ]
         box.stop(stop, session, None, **quick)
         page.load(restore, [session, kept], [kept, left, right, model, other], **quick)
-        # One after the other: answers to two changes may come in any order.
-        gr.on(
-            [model.change, other.change],
-            compare,
-            [session, model, other],
-            [left, right],
-            trigger_mode="always_last",
-            **quick,
-        )
+        # Replies to two requests may come in any order, so each of the two settings changes a conversation of its own.
+        # What ``restore`` sets is no input of a user's, and starts no request that could undo what was restored.
+        last = quick | {"trigger_mode": "always_last"}
+        model.input(lambda model: gr.Chatbot(label=model), model, left, **last)
+        other.input(beside, [session, other], right, **last)
         # Also when it is opened: a closed accordion does not keep the picture that it was sent.
         for then in [inside.expand, *(event.then for event in asking)]:
             then(look, session, [seen, padding], **quick)

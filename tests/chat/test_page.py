@@ -312,9 +312,15 @@ def test_a_reload_keeps_the_conversation(page, reference, scenes):
     expect(bot(page, "right")).to_have_count(1)  # the button alone is as before until the answers begin
     idle(page)
     seen = [page.locator(f"#{side} [role=log]").inner_text() for side in ("left", "right")]
+    requests = []
+    page.on("request", lambda request: requests.append(request.post_data) if "/run/predict" in request.url else None)
     for _ in range(2):
+        requests.clear()
         page.reload()
         expect(bot(page, "right")).to_have_count(1)
+        page.wait_for_timeout(500)
+        # What was restored asks for nothing more, so no reply that comes late can change what is shown.
+        assert len(requests) == 1, requests
         assert [page.locator(f"#{side} [role=log]").inner_text() for side in ("left", "right")] == seen
         expect(page.locator("#left .user img")).to_have_count(1)
         expect(page.locator("#left label").first).to_have_text("base")
