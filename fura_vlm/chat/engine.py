@@ -16,14 +16,13 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fura_vlm.chat.threads import thread_tuner
+from fura_vlm.decoding.rows import Alone, Decoder, Rows, can_join
 from fura_vlm.errors import FuraVLMError, first_line
 from fura_vlm.families.base import Family
 
@@ -91,9 +90,10 @@ class Engine:
         model: as it is or within a PEFT model, in evaluation mode. From now on nothing else may call it.
         family: that of the model.
         max_rows: answers written at the same time; more wait, first come, first served.
+        graphs: steps as CUDA graphs, where the model is on one GPU and allows it.
     """
 
-    def __init__(self, model, family: Family, max_rows: int = 24):
+    def __init__(self, model, family: Family, max_rows: int = 24, graphs: bool = False):
         self.model, self._family = model, family
         self._peft = model.base_model if isinstance(model, PeftModel) else None
         self._switches = [] if self._peft is None else [m for m in model.modules() if isinstance(m, SWITCHED)]
@@ -103,11 +103,8 @@ class Engine:
         self._ends = set(ends) if isinstance(ends, list) else {ends}
         penalty = getattr(settings, "repetition_penalty", None) or 1.0
         self._penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1.0 else None
-        # Rows can be joined where all that is kept of a token are its keys and values. Layers with a window keep all of
-        # them, too: what is out of sight is masked.
-        kinds = {type(layer) for layer in DynamicCache(config=text_config).layers}
-        self._joins = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-        self._text_config = text_config
+        self._joins, self._text_config = can_join(text_config), text_config
+        self._decoder = Decoder(self._plain, family, graphs)
         takes = inspect.signature(self._plain.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._max_rows = max_rows
@@ -116,7 +113,8 @@ class Engine:
         self._enable(False)
         self._waiting: deque[Generation] = deque()
         self._writing: list[Generation] = []
-        self._batches: dict[tuple, _Batch] = {}
+        self._batches: dict[tuple, Rows | Alone] = {}
+        self._kept: dict[tuple, Rows] = {}  # which nothing is written to, with their graphs
         self._wake = threading.Condition()
         self._closed = False
         self._threads = thread_tuner(self._plain.device)  # one: a change between prompts and tokens takes time itself
@@ -169,6 +167,8 @@ class Engine:
                 self._guarded(batch.rows, self._advance, batch)
                 if not batch.rows:
                     del self._batches[key]
+                    if batch.keeps:
+                        self._kept[key] = batch
         for generation in [*self._waiting, *self._writing]:
             if not generation.done:
                 self._finish(generation)
@@ -197,6 +197,7 @@ class Engine:
         for batch in self._batches.values():
             if any(row in concerned for row in batch.rows):
                 batch.clear()
+        self._kept.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -220,22 +221,25 @@ class Engine:
         token = self._write([generation], output.logits[:, -1])
         if not generation.done:
             key = (generation.adapter, None if self._joins else id(generation))
-            batch = self._batches.setdefault(key, _Batch(self._plain, self._family))
+            if key not in self._batches:
+                kept = self._kept.pop(key, None)
+                self._batches[key] = kept or (Rows if self._joins else Alone)(self._decoder)
+            batch = self._batches[key]
             offset = self._family.position_offset(self._plain, inputs)
             self._guarded([generation, *batch.rows], batch.add, generation, cache, token, offset)
 
-    def _advance(self, batch: _Batch) -> None:
+    def _advance(self, batch: Rows | Alone) -> None:
         """Writes the next token of each row."""
         for row in batch.rows:
             if row.cancelled:
                 self._finish(row)
-        batch.drop_done()
+        _drop_done(batch)
         if batch.rows:
             self._use(batch.rows[0].adapter)
             with self._threads.step(("tokens", batch.rows[0].adapter, len(batch.rows))):
                 logits = batch.step()
             batch.last = self._write(batch.rows, logits)
-            batch.drop_done()
+            _drop_done(batch)
 
     def _use(self, adapter: str | None) -> None:
         if adapter == self._adapter:
@@ -286,90 +290,9 @@ class Engine:
         generation.done = True  # last: a reader who sees it finds all the rest in place
 
 
-class _Batch:
-    """Answers decoded together: rows of one key-value cache, padded on the left to the longest.
-
-    What a step needs stays on the device, and the decoder is called without the model around it: a step of a few rows
-    takes as long as it takes to launch its kernels, so that whatever else is done delays every token.
-
-    Attributes:
-        lengths: tokens of each row in the cache, padding not counted.
-        last: each row's last token, (rows) int64, which is not in the cache yet.
-        places: the same lengths, (rows) int64.
-        offsets: how far the positions of a row's next tokens are from their places, (rows) int64.
-    """
-
-    def __init__(self, model, family: Family):
-        self._model, self._parts = model, family.parts(model) if family.bare_head else None
-        self.clear()
-
-    def clear(self) -> None:
-        self.rows: list[Generation] = []
-        self.lengths: list[int] = []
-        self.cache: DynamicCache | None = None
-        self.last: torch.Tensor | None = None
-        self.places: torch.Tensor | None = None
-        self.offsets: torch.Tensor | None = None
-
-    def add(self, row: Generation, cache: DynamicCache, last: torch.Tensor, offset: int) -> None:
-        """Adds a row whose prompt is in a cache of its own; ``last`` (1) follows it."""
-        length = cache.get_seq_length()
-        place, offsets = torch.full_like(last, length), torch.full_like(last, offset)
-        if not self.rows:
-            self.cache, self.last, self.places, self.offsets = cache, last, place, offsets
-        else:
-            width = max(*self.lengths, length)
-            for layer, new in zip(self.cache.layers, cache.layers, strict=True):
-                layer.keys = torch.cat([_widen(layer.keys, width), _widen(new.keys, width)])
-                layer.values = torch.cat([_widen(layer.values, width), _widen(new.values, width)])
-            self.last, self.places = torch.cat([self.last, last]), torch.cat([self.places, place])
-            self.offsets = torch.cat([self.offsets, offsets])
-        self.rows.append(row)
-        self.lengths.append(length)
-
-    def step(self) -> torch.Tensor:
-        """Gives each row's last token to the model; returns what comes next, (rows, vocabulary)."""
-        mask, longest = None, max(self.lengths)
-        if min(self.lengths) < longest:  # without padding attention needs no mask, and is faster
-            columns = torch.arange(longest + 1, device=self.places.device)
-            mask = (columns >= longest - self.places[:, None]).long()
-        inputs = {
-            "input_ids": self.last[:, None],
-            "attention_mask": mask,
-            "position_ids": (self.places + self.offsets)[:, None],
-            "past_key_values": self.cache,
-            "use_cache": True,
-        }
-        if self._parts is None:
-            logits = self._model(**inputs).logits[:, -1]
-        else:
-            logits = self._parts.head(self._parts.decoder(**inputs).last_hidden_state[:, -1])
-        self.lengths = [length + 1 for length in self.lengths]
-        self.places = self.places + 1
-        return logits
-
-    def drop_done(self) -> None:
-        """Takes out the rows that are complete, and the padding that only they needed."""
-        kept = [index for index, row in enumerate(self.rows) if not row.done]
-        if len(kept) == len(self.rows):
-            return
-        if not kept:
-            self.clear()
-            return
-        width = max(self.lengths)
-        self.rows = [self.rows[index] for index in kept]
-        self.lengths = [self.lengths[index] for index in kept]
-        padded = width - max(self.lengths)
-        indices = torch.tensor(kept, device=self.places.device)
-        self.last, self.places, self.offsets = self.last[indices], self.places[indices], self.offsets[indices]
-        for layer in self.cache.layers:
-            layer.keys = layer.keys[indices, :, padded:]
-            layer.values = layer.values[indices, :, padded:]
-
-
-def _widen(states: torch.Tensor, width: int) -> torch.Tensor:
-    """Keys or values (rows, heads, length, size), padded on the left to ``width``."""
-    return F.pad(states, (0, 0, width - states.shape[2], 0))
+def _drop_done(batch: Rows | Alone) -> None:
+    """Takes out the rows that are complete."""
+    batch.keep([index for index, row in enumerate(batch.rows) if not row.done])
 
 
 def _draw(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -1,0 +1,153 @@
+"""The key-value cache of answers that are written together: each has a slot, and grows in it by itself.
+
+transformers' own caches give all rows one length, so that shorter ones are padded on the left, and a row that comes or
+goes moves all the others. Here a row begins at the first column of its slot, whatever the lengths of the others are:
+a token is written in place, a newcomer takes the next slot, and the last slot moves where one becomes free. Nothing
+else is copied, and the buffers stay where they are, as a CUDA graph needs it.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+ROOM = 256
+"""Columns that a newcomer gets beyond its prompt, at the least; more are made when they are needed."""
+
+
+class Slots(Cache):
+    """Keys and values of up to ``capacity`` rows, of which the first ``count`` are in use.
+
+    Attributes:
+        lengths: tokens in each slot in use, as numbers on the host.
+        places: the same for all slots, (capacity,) int64: the column that a row's next token is written to. Slots that
+            are not in use have 0.
+        columns: of the buffers.
+        width: columns that a step hands to attention; ``None``: no more than the longest row needs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.clear()
+
+    def clear(self) -> None:
+        """Lets go of the buffers, too."""
+        self.layers.clear()
+        self.lengths: list[int] = []
+        self.places: torch.Tensor | None = None
+        self.columns, self.width = 0, None
+
+    @property
+    def count(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.places is None else len(self.places)
+
+    def add(self, prompt: Cache, rows: int = 1) -> bool:
+        """Takes in a row whose prompt is in a cache of its own, transformers' usual one, of batch 1.
+
+        Args:
+            rows: the capacity that is wanted at the least.
+
+        Returns: whether the buffers are other ones than before.
+        """
+        length = prompt.get_seq_length()
+        grew = self._grow(prompt, max(rows, self.count + 1), length + ROOM)
+        for layer, new in zip(self.layers, prompt.layers, strict=True):
+            layer.keys[self.count, :, :length] = new.keys[0]
+            layer.values[self.count, :, :length] = new.values[0]
+        self.places[self.count] = length
+        self.lengths.append(length)
+        return grew
+
+    def make_room(self) -> bool:
+        """Sees to it that each row can take one token more. Returns whether the buffers are other ones than before."""
+        return max(self.lengths) >= self.columns and self._grow(self, self.capacity, self.columns + 1)
+
+    def advance(self) -> None:
+        """After a step: each row in use has one token more."""
+        self.places[: self.count] += 1
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def keep(self, kept: list[int]) -> list[int]:
+        """Frees all slots but these; returns the rows that are in the slots in use now, by their old numbers."""
+        order = list(range(self.count))
+        gone = sorted(set(order) - set(kept))
+        for slot in gone:
+            while order and order[-1] in gone:
+                order.pop()
+            if slot >= len(order):
+                break
+            self._move(order[-1], slot)
+            order[slot] = order.pop()
+        self.places[len(order) :] = 0
+        self.lengths = [self.lengths[row] for row in order]
+        return order
+
+    def _move(self, source: int, target: int) -> None:
+        length = self.lengths[source]
+        for layer in self.layers:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
+        self.places[target] = self.places[source]
+
+    def _grow(self, like: Cache, capacity: int, columns: int) -> bool:
+        """Makes larger buffers if these do not do, each side at least doubled, with what is in use in them."""
+        if capacity <= self.capacity and columns <= self.columns:
+            return False
+        rows = self.capacity if capacity <= self.capacity else max(capacity, 2 * self.capacity)
+        columns = self.columns if columns <= self.columns else max(columns, 2 * self.columns)
+        columns = -(-columns // 64) * 64
+        longest = max(self.lengths, default=0)
+        if not self.layers:
+            self.layers = [SlotLayer(self) for _ in like.layers]
+        for layer, old in zip(self.layers, like.layers, strict=True):
+            # One layer after the other, so that hardly more memory is taken than the new buffers need.
+            for name in ("keys", "values"):
+                states, before = getattr(old, name), getattr(layer, name)
+                buffer = states.new_zeros(rows, states.shape[1], columns, states.shape[3])
+                if self.count:
+                    buffer[: self.count, :, :longest] = before[: self.count, :, :longest]
+                setattr(layer, name, buffer)
+        places = torch.zeros(rows, dtype=torch.long, device=buffer.device)
+        if self.count:
+            places[: self.count] = self.places[: self.count]
+        self.places, self.columns = places, columns
+        self.numbers = torch.arange(rows, device=buffer.device)
+        return True
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values (capacity, heads, columns, size) of one layer."""
+
+    is_sliding = False  # layers with a window keep all tokens, too: what is out of sight is masked
+    is_compileable = True
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__()
+        self._slots = slots
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: ``Slots`` makes the buffers."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Writes one token, (rows, heads, 1, size), for each of the first rows; returns (rows, heads, width, size)."""
+        slots, rows = self._slots, len(key_states)
+        at = slots.numbers[:rows], slots.places[:rows]
+        self.keys.transpose(1, 2)[at] = key_states[:, :, 0]
+        self.values.transpose(1, 2)[at] = value_states[:, :, 0]
+        width = slots.width or self.get_seq_length() + 1
+        return self.keys[:rows, :, :width], self.values[:rows, :, :width]
+
+    def get_seq_length(self) -> int:
+        return max(self._slots.lengths, default=0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._slots.width or self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self._slots.columns

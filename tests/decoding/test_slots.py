@@ -1,0 +1,82 @@
+"""The cache with a slot for each row against rows that are kept apart."""
+
+import random
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from fura_vlm.decoding.slots import ROOM, Slots
+
+LAYERS, HEADS, SIZE = 2, 3, 4
+
+
+def prompt(length: int) -> DynamicCache:
+    cache = DynamicCache()
+    for layer in range(LAYERS):
+        cache.update(torch.randn(1, HEADS, length, SIZE), torch.randn(1, HEADS, length, SIZE), layer)
+    return cache
+
+
+class Apart:
+    """Each row's keys and values of each layer as tensors of its own, (heads, tokens, size)."""
+
+    def __init__(self):
+        self.rows = []
+
+    def add(self, cache):
+        self.rows.append([[layer.keys[0], layer.values[0]] for layer in cache.layers])
+
+    def write(self, states):
+        for row, kept in enumerate(self.rows):
+            for layer, pair in enumerate(kept):
+                for part in range(2):
+                    pair[part] = torch.cat([pair[part], states[layer][part][row]], dim=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_come_write_and_go(seed):
+    rng, slots, apart = random.Random(seed), Slots(), Apart()
+    torch.manual_seed(seed)
+    for _ in range(40):
+        what = rng.random()
+        if not apart.rows or what < 0.2 and len(apart.rows) < 9:
+            new = prompt(rng.choice([1, 5, 70]))
+            slots.add(new)
+            apart.add(new)
+        elif what < 0.35:
+            kept = sorted(rng.sample(range(len(apart.rows)), rng.randint(0, len(apart.rows))))
+            order = slots.keep(kept)
+            assert sorted(order) == kept
+            apart.rows = [apart.rows[row] for row in order]
+        else:
+            slots.make_room()
+            states = [
+                [torch.randn(len(apart.rows), HEADS, 1, SIZE) for _ in range(2)] for _ in range(LAYERS)
+            ]  # fmt: skip
+            apart.write(states)
+            for layer, (keys, values) in enumerate(states):
+                found = slots.update(keys, values, layer)
+                assert found[0].shape[2] == max(kept[0][0].shape[1] for kept in apart.rows)
+                for row, kept in enumerate(apart.rows):
+                    for part in range(2):
+                        expected = kept[layer][part]
+                        assert torch.equal(found[part][row, :, : expected.shape[1]], expected)
+            slots.advance()
+        assert slots.lengths == [kept[0][0].shape[1] for kept in apart.rows]
+        assert slots.places.tolist() == slots.lengths + [0] * (slots.capacity - slots.count)
+
+
+def test_buffers_stay_where_they_are_until_they_are_full():
+    slots = Slots()
+    assert slots.add(prompt(10))
+    memory = slots.layers[0].keys.data_ptr()
+    for _ in range(slots.columns - 10):
+        assert not slots.make_room()
+        for layer in range(LAYERS):
+            slots.update(torch.randn(1, HEADS, 1, SIZE), torch.randn(1, HEADS, 1, SIZE), layer)
+        slots.advance()
+    assert slots.layers[0].keys.data_ptr() == memory and slots.lengths == [slots.columns] and slots.columns > ROOM
+    before = slots.layers[1].values[0].clone()
+    assert slots.make_room()
+    assert torch.equal(slots.layers[1].values[0, :, : before.shape[1]], before)
