@@ -1,9 +1,11 @@
-"""Tokens per second of the chat's engine against a bare ``generate`` with a streamer, on LLaVA-1.5-7B's shapes.
+"""Tokens per second of the chat's engine, without and with CUDA graphs, against a bare ``generate`` with a streamer, on
+LLaVA-1.5-7B's shapes.
 
-    python benchmarks/chat.py [--tokens 128] [--pairs 5] > benchmarks/results/chat.md
+    python benchmarks/chat.py [--tokens 128] [--pairs 3] > benchmarks/results/chat.md
 
-One GPU; random weights, so nothing is downloaded. Prints a table in Markdown. The two take turns, with a FuRA adapter
-on; each rate is from the question to the last token, and the ratio is the median over the pairs.
+One GPU; random weights, so nothing is downloaded. Prints a table in Markdown. They take turns, with a FuRA adapter on
+unless it says otherwise. Rates of the chat are those after the first token, as it is there that graphs help; the time
+of the first is given beside them. The limit is how often the weights could be read from the GPU's memory.
 """
 
 import argparse
@@ -28,11 +30,12 @@ from fura_vlm.chat.engine import Engine, Generation, Sampling
 from fura_vlm.families.llava import Llava, named_config
 
 IMAGE_TOKENS, IMAGE_TOKEN, TEXT_TOKENS = 576, 32000, 64
+ENGINES = {"launched one by one": False, "CUDA graphs": True}
 READ_SECONDS = 0.1  # how often the page looks at what has been written
 
 parser = argparse.ArgumentParser(description="Tokens per second of the chat's engine.")
 parser.add_argument("--tokens", type=int, default=128)
-parser.add_argument("--pairs", type=int, default=5)
+parser.add_argument("--pairs", type=int, default=3)
 parser.add_argument("--together", type=int, default=8, help="answers written at once in the second part")
 parser.add_argument("--tiny", action="store_true", help="many small layers, to try the script without a GPU")
 options = parser.parse_args()
@@ -94,13 +97,15 @@ def bare(length: int) -> tuple[float, list[int]]:
     return length / (ended - started), [int(token) for token in read[1:]]  # the first are the prompt's
 
 
-def chat(length: int, adapters: list[str | None]) -> tuple[float, list[int]]:
-    """Tokens per second of as many answers at once, all together, and the tokens of the first."""
+def chat(engine: Engine, length: int, adapters: list[str | None]) -> tuple[float, float, list[int]]:
+    """Of as many answers at once: tokens per second after the first, all together; seconds until the first one's first
+    token; and its tokens."""
     generations = [engine.submit(inputs, adapter, Sampling(max_new_tokens=length)) for adapter in adapters]
     wait(generations)
     wait([engine.submit(inputs, "default", Sampling(max_new_tokens=1))])  # leaves the adapter on, for ``generate``
-    seconds = max(generation.ended for generation in generations) - min(g.asked for g in generations)
-    return len(adapters) * length / seconds, generations[0].tokens
+    seconds = max(generation.ended for generation in generations) - max(generation.began for generation in generations)
+    first = generations[0]
+    return len(adapters) * (length - 1) / seconds, first.began - first.asked, first.tokens
 
 
 def wait(generations: list[Generation]) -> None:
@@ -111,25 +116,52 @@ def wait(generations: list[Generation]) -> None:
     assert all(len(generation.tokens) == generation.sampling.max_new_tokens for generation in generations)
 
 
+def limit() -> float | None:
+    """Tokens per second of one answer if reading the decoder's weights and the head once took all of the time."""
+    known = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second, from NVIDIA's data sheets of the SXM forms
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    bandwidth = next((rate for card, rate in known.items() if card in name), None)
+    parts = family.parts(llava)
+    # A token reads one row of the embeddings, and adapters are no part of the limit.
+    read = [p for name, p in parts.decoder.named_parameters() if "embed_tokens" not in name and "fura" not in name]
+    size = sum(p.numel() * p.element_size() for p in [*read, *parts.head.parameters()])
+    return bandwidth and bandwidth / size
+
+
 cases = {
+    "one answer, the base": [None],
     "one answer": ["default"],
     f"{options.together} answers together": ["default"] * options.together,
     "side by side: adapter and base": ["default", None],
 }
-engine = Engine(model, family, max_rows=options.together)
-rows, same = [], True
+most, rows, same = limit(), [], True
+engines = {name: Engine(model, family, max_rows=options.together, graphs=graphs) for name, graphs in ENGINES.items()}
+for engine in engines.values():  # each knows what adapter it has turned on itself; from here on all know the same
+    wait([engine.submit(inputs, "default", Sampling(max_new_tokens=1))])
 for name, adapters in cases.items():
-    chat(8, adapters), bare(8)  # to warm up
-    pairs = []
-    for _ in range(options.pairs if len(adapters) == 1 else max(1, options.pairs // 4)):
-        (alone, expected), (ours, written) = bare(options.tokens), chat(options.tokens, adapters)
-        print(f"{name}: {alone:.1f}, {ours:.1f} tokens/s", file=sys.stderr, flush=True)
-        pairs.append((alone, ours, ours / alone))
-        same = same and (len(adapters) > 1 or written == expected)
-    alone, ours, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratios = [ratio for *_, ratio in pairs]
-    rows.append(f"| {name} | {alone:.1f} | {ours:.1f} | {ratio:.1%} | {min(ratios):.1%} to {max(ratios):.1%} |")
-engine.close()
+    for engine in engines.values():
+        chat(engine, 8, adapters), chat(engine, 8, adapters)  # to warm up, and to record
+    found = {engine: [] for engine in engines}
+    alone = []
+    for _ in range(options.pairs):
+        (rate, expected) = bare(options.tokens)
+        alone.append(rate)
+        for label, engine in engines.items():
+            torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
+            rate, first, written = chat(engine, options.tokens, adapters)
+            memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+            found[label].append((rate, first, memory))
+            same = same and (adapters != ["default"] or written == expected)
+            print(f"{name}, {label}: {rate:.1f} tokens/s", file=sys.stderr, flush=True)
+    for label, measured in found.items():
+        rate, first, memory = (statistics.median(column) for column in zip(*measured, strict=True))
+        share = f"{rate / most:.0%}" if most and len(adapters) == 1 else ""
+        rows.append(
+            f"| {name} | {label} | {rate:.1f} | {share} | {1000 * first:.0f} | {memory:.2f} | "
+            f"{statistics.median(alone):.1f} |"
+        )
+for engine in engines.values():
+    engine.close()
 
 hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
 versions = f"torch {torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}"
@@ -137,9 +169,11 @@ shapes = "small layers, not the 7B's" if options.tiny else "LLaVA-1.5-7B's shape
 print("# The chat against a bare `generate`\n")
 print(f"{datetime.date.today()}, {hardware}, {dtype}, {versions}.")
 print(f"{shapes}, a FuRA adapter on, a prompt of {ids.shape[1]} tokens, {options.tokens} new ones.")
-print("The rates are medians, from the question to the last token; the ratio is that of pairs one after the other.")
+print("The rates are medians of turns one after the other.")
 print("Every answer alone is that of `generate`.\n" if same else "An answer alone differs from that of `generate`.\n")
 print(f"    python {' '.join(sys.argv)}\n")
-print("| the chat | `generate` with a streamer, tokens/s | the chat, tokens/s in all | ratio | of the pairs |")
-print("|---|---:|---:|---:|---:|")
+print(
+    "| the chat | steps | tokens/s after the first, in all | of the limit | first token, ms | GiB | `generate`, tokens/s |"
+)
+print("|---|---|---:|---:|---:|---:|---:|")
 print("\n".join(rows))
