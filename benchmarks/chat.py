@@ -172,8 +172,6 @@ print(f"{shapes}, a FuRA adapter on, a prompt of {ids.shape[1]} tokens, {options
 print("The rates are medians of turns one after the other.")
 print("Every answer alone is that of `generate`.\n" if same else "An answer alone differs from that of `generate`.\n")
 print(f"    python {' '.join(sys.argv)}\n")
-print(
-    "| the chat | steps | tokens/s after the first, in all | of the limit | first token, ms | GiB | `generate`, tokens/s |"
-)
+print("| the chat | steps | tokens/s in all, after the first | of the limit | first, ms | GiB | `generate` |")
 print("|---|---|---:|---:|---:|---:|---:|")
 print("\n".join(rows))
