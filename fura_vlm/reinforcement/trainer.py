@@ -1,0 +1,79 @@
+"""TRL's GRPOTrainer over the models and run folders of this project."""
+
+from __future__ import annotations
+
+from transformers import ProgressCallback
+from trl import GRPOTrainer
+
+from fura_vlm.families.messages import Message, Text
+from fura_vlm.reinforcement.config import GrpoConfig
+from fura_vlm.reinforcement.memory import fewer_rollouts
+from fura_vlm.reinforcement.sampler import PromptSampler
+from fura_vlm.training.trainer import RunTrainer
+
+
+class GrpoTrainer(RunTrainer, GRPOTrainer):
+    """GRPO as TRL has it. What is different: questions are put in the family's form and read in an order that a
+    resumed run keeps; answers are written in evaluation mode, and with advice if memory runs out."""
+
+    def __init__(self, *args, config: GrpoConfig, **kwargs):
+        self.config = config
+        super().__init__(*args, **kwargs)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(RewardProgress)
+
+    def _get_train_sampler(self, dataset=None) -> PromptSampler:
+        return PromptSampler(
+            len(self.train_dataset),
+            self.config.prompts_per_step,
+            self.args.generation_batch_size // self.num_generations,
+            self.num_generations,
+            self.args.steps_per_generation,
+            self.args.seed,
+        )
+
+    def _tokenize_prompts(self, prompts):
+        """As the model is trained and asked everywhere here; TRL would take the tokenizer's own template. With
+        pictures, it takes the processor's, which is the family's."""
+        if self.family.sees:
+            return super()._tokenize_prompts(prompts)
+        asked = [[Message(turn["role"], (Text(turn["content"]),)) for turn in prompt] for prompt in prompts]
+        return [self.family.inputs(messages, [])["input_ids"][0].tolist() for messages in asked], None, {}
+
+    def _generate_single_turn(self, *args, **kwargs):
+        # In evaluation mode FuRA keeps its blocks from token to token, and nothing is dropped out.
+        self.model.eval()
+        try:
+            with fewer_rollouts(self.config):
+                return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self.model.train()
+
+    def _save(self, output_dir=None, state_dict=None):
+        kept, self.processing_class = self.processing_class, None  # it is in the run folder
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.processing_class = kept
+
+    def create_model_card(self, *args, **kwargs):
+        """None: the adapter has its own."""
+
+    def _send_telemetry(self):
+        """Nothing is reported to anybody."""
+
+
+class RewardProgress(ProgressCallback):
+    """transformers' progress bar, with what matters of the logged figures on a readable line."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or "reward" not in (logs or {}):
+            return
+        parts = [f"step {state.global_step}/{state.max_steps}", f"reward {logs['reward']:.3f}"]
+        parts.append(f"groups of one reward {100 * logs['frac_reward_zero_std']:.0f} %")
+        parts.append(f"unread {100 * logs['unread']:.0f} %")
+        parts.append(f"{logs['completions/mean_length']:.0f} tokens")
+        parts.append(f"cut off {100 * logs['completions/clipped_ratio']:.0f} %")
+        parts.append(f"lr {logs['learning_rate']:.2e}")
+        parts.append(f"{logs['step_time']:.1f} s")
+        self.training_bar.write("  ".join(parts))
