@@ -9,6 +9,7 @@ from fura_vlm.families.messages import Message, Text
 from fura_vlm.reinforcement.config import GrpoConfig
 from fura_vlm.reinforcement.memory import fewer_rollouts
 from fura_vlm.reinforcement.sampler import PromptSampler
+from fura_vlm.training.methods import method_of
 from fura_vlm.training.trainer import RunTrainer
 
 
@@ -41,8 +42,10 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         return [self.family.inputs(messages, [])["input_ids"][0].tolist() for messages in asked], None, {}
 
     def _generate_single_turn(self, *args, **kwargs):
-        # In evaluation mode FuRA keeps its blocks from token to token, and nothing is dropped out.
-        self.model.eval()
+        # In evaluation mode FuRA keeps its blocks from token to token, and nothing is dropped out. On a CPU bitsandbytes
+        # would pack a base in 4 bits then, for good, in a form that no gradient goes through.
+        if not (method_of(self.config).four_bits and self.args.device.type == "cpu"):
+            self.model.eval()
         try:
             with fewer_rollouts(self.config):
                 return super()._generate_single_turn(*args, **kwargs)
