@@ -26,7 +26,7 @@ from fura_vlm.reinforcement.memory import smaller_batches
 from fura_vlm.reinforcement.report import write_report
 from fura_vlm.reinforcement.rewards import JUDGES, Reward
 from fura_vlm.reinforcement.settings import check, grpo_arguments
-from fura_vlm.reinforcement.trainer import GrpoTrainer
+from fura_vlm.reinforcement.trainer import GrpoTrainer, check_tokens
 from fura_vlm.reinforcement.vllm import choose_vllm
 from fura_vlm.training.callbacks import MetricsFile, SaveOnSignal
 from fura_vlm.training.checkpoint import WrittenBy, make_universal
@@ -68,6 +68,8 @@ def _grpo(config: GrpoConfig, run: Path, state: PartialState) -> None:
     checkpoint = agree(lambda: get_last_checkpoint(str(run)))
     universal = checkpoint is not None and WrittenBy.of(checkpoint).processes != state.num_processes
     questions, said = agree(lambda: _load_data(config, family, run))
+    if family.sees:
+        check_tokens(family, questions[0])
     console = Console(quiet=not state.is_main_process)
     vllm, about_vllm = choose_vllm(config, family)
     for line in filter(None, (said, about_vllm)):

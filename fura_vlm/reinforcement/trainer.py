@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from transformers import ProgressCallback
 from trl import GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
 
-from fura_vlm.families.messages import Message, Text
+from fura_vlm.data.images import load_image
+from fura_vlm.errors import ModelError
+from fura_vlm.families.base import Family
+from fura_vlm.families.messages import Message, Text, pictures
 from fura_vlm.reinforcement.config import GrpoConfig
+from fura_vlm.reinforcement.data import Asked, rows
 from fura_vlm.reinforcement.memory import fewer_rollouts
 from fura_vlm.reinforcement.sampler import PromptSampler
 from fura_vlm.training.methods import method_of
@@ -64,6 +69,26 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
 
     def _send_telemetry(self):
         """Nothing is reported to anybody."""
+
+
+def check_tokens(family: Family, question: Asked) -> None:
+    """Compares what TRL makes of a question with pictures with what the family makes of it.
+
+    Raises:
+        ModelError: the model would be trained on other tokens than it is asked with.
+    """
+    images = [load_image(path) for path in pictures(question.messages)]
+    [row] = rows([question])
+    prompt = prepare_multimodal_messages(row["prompt"], images=images)
+    made = family.processor.apply_chat_template(
+        conversation=[prompt], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    if list(made["input_ids"][0]) != family.inputs(question.messages, images)["input_ids"][0].tolist():
+        raise ModelError(
+            f"A model of the type {family.config.model_type} in the form {family.conversation} cannot be trained by "
+            "reward on pictures: TRL puts its questions into other tokens than those it is asked with here; leave "
+            "--conversation out, or take a model of another family"
+        )
 
 
 class RewardProgress(ProgressCallback):
