@@ -91,5 +91,7 @@ def test_adapter_is_trained_in_decoder_and_projector(finished):
         for name, module in model.named_modules()
         if isinstance(module, FuraLayer) and module.fura_dR["default"].abs().max() > 0
     }
-    assert any("language_model" in name for name in trained) and any("multi_modal_projector" in name for name in trained)
+    assert any("language_model" in name for name in trained) and any(
+        "multi_modal_projector" in name for name in trained
+    )
     assert not any("vision_tower" in name for name in trained)
