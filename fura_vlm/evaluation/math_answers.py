@@ -12,7 +12,6 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 SECONDS = 5
 """For reading an answer, and for comparing it: simplifying an expression may take for ever."""
 
-# An answer in a box counts before all else, wherever it stands. Without one, the last that looks like an answer does.
 _FORMS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -23,12 +22,15 @@ for _name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
 def read_answer(text: str) -> list:
     """What math-verify reads in the words of a model: an expression and its text, or nothing.
 
-    What a model thinks between ``<think>`` and ``</think>`` is no answer.
+    The last box counts, as in MATH; without one, the last that looks like an answer. What a model thinks between
+    ``<think>`` and ``</think>`` is no answer.
     """
     thought, end, said = text.rpartition("</think>")
     if not end:
         said = text.partition("<think>")[0]
-    return parse(said, _FORMS, parsing_timeout=_seconds())
+    boxed = last_boxed(said)
+    # math-verify by itself would take several boxes within 70 letters for one answer of several parts.
+    return parse(said if boxed is None else rf"\boxed{{{boxed}}}", _FORMS, parsing_timeout=_seconds())
 
 
 def read_expected(answer: str) -> list:

@@ -1,8 +1,8 @@
 """Sets of mathematical questions, each with its answer, as they are published.
 
 MATH and competition_math have ``problem`` and a worked ``solution`` that ends in a boxed answer; MATH-500 and AIME
-``problem`` (or ``question``) and ``answer``; GSM8K ``question`` and an ``answer`` that ends in ``#### 18``; LLM-Adapters'
-sets of word problems ``instruction`` and ``answer``.
+``problem`` (or ``question``) and ``answer``; GSM8K ``question`` and an ``answer`` that ends in ``#### 18``; the word
+problems of LLM-Adapters ``instruction`` and ``answer``.
 """
 
 from __future__ import annotations

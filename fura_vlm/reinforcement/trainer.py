@@ -47,8 +47,8 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         return [self.family.inputs(messages, [])["input_ids"][0].tolist() for messages in asked], None, {}
 
     def _generate_single_turn(self, *args, **kwargs):
-        # In evaluation mode FuRA keeps its blocks from token to token, and nothing is dropped out. On a CPU bitsandbytes
-        # would pack a base in 4 bits then, for good, in a form that no gradient goes through.
+        # In evaluation mode FuRA keeps its blocks from token to token, and nothing is dropped out. But on a CPU
+        # bitsandbytes packs a base in 4 bits then, for good, in a form that no gradient goes through.
         if not (method_of(self.config).four_bits and self.args.device.type == "cpu"):
             self.model.eval()
         try:

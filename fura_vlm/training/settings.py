@@ -92,7 +92,7 @@ def training_arguments(
     kind: type[TrainingArguments] = TrainingArguments,
     **more,
 ) -> TrainingArguments:
-    """What the Trainer gets: of each setting of ``config`` that ``kind`` knows by the same name its value, and ``more``.
+    """What the Trainer gets: the settings of ``config`` that ``kind`` knows by the same names, and ``more``.
 
     Raises:
         TrainingError: the DeepSpeed configuration contradicts the recipe.

@@ -24,8 +24,8 @@ CASES = [
     (r"\frac{1}{3}", r"\boxed{0.33}", False),
     ("7", r"\boxed{7} because 3 + 4 = 8 - 1", True),  # a box counts before what comes later
     ("7", r"First \boxed{6}. But that was a mistake, as we see below: the sum is \boxed{7}.", True),
-    ("7", r"\boxed{6} and \boxed{7}", False),  # boxes side by side are one answer
-    ("6,7", r"\boxed{6} and \boxed{7}", True),
+    ("7", r"\boxed{6} and \boxed{7}", True),  # the last box counts, as in MATH; math-verify would take both for one
+    ("6,7", r"\boxed{6, 7}", True),
     ("7", "7 is wrong, so 8", False),
     (r"x = 3", r"\boxed{3}", True),
     ("2k", r"\boxed{k + k}", True),

@@ -27,7 +27,7 @@ from fura_vlm.reinforcement.vllm import choose_vllm, fitting
         ({"temperature": 0.0}, "answers to one question have to differ"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"only": "("}, "which is no regular expression"),
-        ({"per_device_train_batch_size": 24}, "A step has 256 answers (32 questions, 8 answers each), no multiple of the 24"),
+        ({"per_device_train_batch_size": 24}, "A step has 256 answers (32 questions, 8 answers each), no mult"),
         ({"rollout_batch_size": 20}, "20 answers written at once are no multiple of 8"),
         ({"rollout_batch_size": 24}, "24 answers written at once are no multiple of 16"),
         ({"rollout_batch_size": 96}, "the 256 answers of a step are no multiple of it: take a divisor"),
