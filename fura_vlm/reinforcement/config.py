@@ -17,7 +17,7 @@ class GrpoConfig:
             boxed answer; for the reward exact a mixture as for ``fura-vlm train``, of which one question of each record
             is asked, the first that fits ``only``, with the record's pictures before it.
         only: a regular expression; questions in which it is not found are left out.
-        limit: use only this many questions, the first ones that can be used.
+        limit: look at this many records only, the first ones: what comes after may be a set's test part.
         image_folder: where image paths start; by default the folder of ``data_path``.
         output_dir: the run folder; ``{method}`` in it stands for the method's name. If it holds an interrupted run,
             that run is resumed; if it holds a finished one, the new folder's name gets a number.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from datasets import Dataset
 from fura_vlm.data.image_checks import check_paths
 from fura_vlm.data.images import image_size, load_image
 from fura_vlm.data.messages import Problem, Record
-from fura_vlm.data.records import read_records
+from fura_vlm.data.records import iter_records
 from fura_vlm.evaluation.problems import BOXED, iter_questions
 from fura_vlm.families.base import EncodingError, Family
 from fura_vlm.families.messages import Message, Picture, Text, pictures
@@ -75,20 +76,22 @@ def load_questions(config: GrpoConfig, family: Family) -> tuple[list[Asked], lis
 def _of_math(config: GrpoConfig) -> tuple[list[Asked], list[Problem]]:
     found, problems = [], []
     after = BOXED if config.instruction is None else config.instruction
-    for question, problem in iter_questions(config.data_path):
+    for question, problem in itertools.islice(iter_questions(config.data_path), config.limit):
         if problem is not None:
             problems.append(problem)
         elif config.only is None or re.search(config.only, question.text):
             messages = (Message("user", (Text(question.text + after),)),)
             found.append(Asked(messages, question.answer, tuple(question.expected), question.file, question.place))
-        if len(found) == config.limit:  # reading an answer takes some milliseconds
-            break
     return found, problems
 
 
 def _of_records(config: GrpoConfig) -> tuple[list[Asked], list[Problem]]:
-    records, problems = read_records(config.data_path, config.image_folder)
-    found = [one for record in records if (one := _question(record, config)) is not None][: config.limit]
+    pairs = itertools.islice(iter_records(config.data_path, config.image_folder), config.limit)
+    records, problems = [], []
+    for record, problem in pairs:
+        records += [record] if record is not None else []
+        problems += [problem] if problem is not None else []
+    found = [one for record in records if (one := _question(record, config)) is not None]
     if any(pictures(one.messages) for one in found):  # TRL's batches need a picture in each row
         problems += [one.problem("it has no picture, and others have") for one in found if not pictures(one.messages)]
         found = [one for one in found if pictures(one.messages)]

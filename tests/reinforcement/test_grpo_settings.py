@@ -76,6 +76,15 @@ def test_questions_that_cannot_be_used_are_listed(small_model, tmp_path):
     assert "it has no text in problem" in reasons["record 4"]
 
 
+def test_records_beyond_the_limit_are_not_looked_at(small_model, tmp_path):
+    """Not even in the place of one that cannot be used."""
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps([{"question": f"What is {n} ?", "answer": "" if n == 1 else n} for n in range(4)]))
+    config = GrpoConfig(data_path=str(path), prompts_per_step=1, limit=2, instruction="")
+    questions, problems = load_questions(config, load_family(str(small_model)))
+    assert [one.messages[0].text for one in questions] == ["What is 0 ?"] and len(problems) == 1
+
+
 def test_a_run_with_an_adapter_is_no_base(grpo, small_model, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
