@@ -10,7 +10,7 @@ from fura_vlm.reinforcement.rewards import Reward
 from fura_vlm.training.callbacks import MetricsFile
 
 PATIENCE = 5
-"""Steps in a row without any difference of rewards, after which it is said."""
+"""Logged steps in a row without any difference of rewards, after which it is said."""
 
 
 class SolutionsFile(MetricsFile):
@@ -81,6 +81,6 @@ def nothing_to_learn(rows: list[dict]) -> str:
             )
         cause = "take " + ", or ".join(ways)
     return (
-        f"In the last {len(rows)} steps the answers to each question all had the same reward ({mean('reward'):.2f} on "
+        f"In the last {len(rows)} logged steps the answers to each question all had the same reward ({mean('reward'):.2f} on "
         f"average), so nothing is learned: {cause}, or more answers to each question with --num_generations"
     )

@@ -113,6 +113,7 @@ def grpo_arguments(config: GrpoConfig, run: Path, universal: bool, vllm: bool) -
         # bounds that epsilon sets are never met.
         num_iterations=1,
         use_vllm=vllm,
+        vllm_max_model_length=config.max_prompt_length + config.max_completion_length,
         # vLLM samples from merged weights, rounded to 16 bits. Each token is weighed by how much likelier the model
         # that is trained finds it, at most three times; TRL's default would drop whole answers.
         vllm_importance_sampling_mode="token_truncate",

@@ -162,6 +162,6 @@ def test_reward_that_says_nothing_is_said(grpo, tmp_path):
     job = grpo("constant", data_path=str(path), max_steps=2)
     assert job.status == 0, job.output
     said = " ".join(job.output.split())
-    assert "In the last 2 steps the answers to each question all had the same reward (0.00 on average)" in said
+    assert "In the last 2 logged steps the answers to each question all had the same reward (0.00 on average)" in said
     assert "take easier questions" in said and "are cut off" in said
     assert "so nothing is learned" in (job.run / "report.md").read_text()
