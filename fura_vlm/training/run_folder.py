@@ -106,7 +106,9 @@ def describe(config, run, family, model, dataset, checkpoint, console, libraries
     if isinstance(model, PeftModel):
         trained, total = model.get_nb_trainable_parameters()
     else:
-        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        # Under ZeRO-3 a process holds no part of a weight before it is used, and only ``ds_numel`` says its size.
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
     console.print(
         f"{config.method} trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of "
         f"{config.model_name_or_path} on {len(dataset):,} records; the run folder is {run}",

@@ -134,6 +134,16 @@ def test_gradient_is_that_of_the_formula(grpo, small_model):
     assert min(abs(norm / logged - 1) for norm in norms) < 1e-4, (norms, logged)
 
 
+def test_full_under_zero3(grpo, small_model):
+    """Where a process holds parts of the weights alone; the count is that of the whole ones."""
+    job = grpo("partitioned", method="full", deepspeed="zero3", max_steps=1)
+    assert job.status == 0, job.output
+    count = AutoModelForCausalLM.from_pretrained(small_model).num_parameters()
+    assert f"full trains {count:,} of {count:,} parameters (100.00 %)" in " ".join(job.output.split())
+    trained, before = (load_file(folder / "model.safetensors") for folder in (job.run / "model", small_model))
+    assert trained.keys() == before.keys() and any(not torch.equal(trained[name], before[name]) for name in trained)
+
+
 def test_reference_is_the_base(grpo):
     """With beta the divergence is measured from the model with the adapter off: none before the first update."""
     job = grpo("divergence", beta=0.1, max_steps=2)
