@@ -108,7 +108,7 @@ def plot_reward(rows: list[dict], path: Path) -> None:
     axis.set(xlabel="step", ylabel="mean reward of the answers", title="Training by reward")
     axis.set_ylim(0, max([*rewards, 0.01]) * 1.1)
     axis.grid(alpha=0.25)
-    axis.legend(loc="upper left", frameon=False)
+    axis.legend(loc="lower right", frameon=False)
     length = axis.twinx()
     tokens = [row["completions/mean_length"] for row in rows]
     length.plot(steps, tokens, color="#f58214", linewidth=1, linestyle="--")
