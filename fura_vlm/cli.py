@@ -11,6 +11,7 @@ from fura_vlm.extras import require
 
 EXTRAS = {
     "train": ["train"],
+    "grpo": ["rl"],
     "plan": ["cli"],
     "eval": ["eval"],
     "compare": ["eval"],

@@ -15,6 +15,7 @@ from fura_vlm.embedded.embedded import EmbeddedConfig, write_embedded
 from fura_vlm.evaluation.config import CompareConfig, EvalConfig
 from fura_vlm.extras import require
 from fura_vlm.modelling.config import AssembleConfig, InspectConfig, MergeConfig, SmolLM2Config
+from fura_vlm.reinforcement.config import GrpoConfig
 from fura_vlm.shipped import MODEL, copy_model, find, named
 from fura_vlm.training.config import PlanConfig, TrainConfig
 
@@ -53,7 +54,7 @@ def build_parser() -> Parser:
         title = (config.__doc__ or "").split("\n")[0]
         words = " ".join([word.upper() for word in positional] + [f"[{word.upper()}]" for word in optional])
         usage = f"fura-vlm {name} {words}{' ' if words else ''}[--config FILE.yaml] [--KEY VALUE ...]"
-        recipes = f", or the name of a recipe: {', '.join(named('recipe'))}" if name == "train" else ""
+        recipes = f", or the name of a recipe: {', '.join(named('recipe'))}" if name in ("train", "grpo") else ""
         sub = Parser(description=title, usage=usage)
         sub.add_argument(
             "--config", action=ActionConfigFile, help="a YAML file with any of the settings below" + recipes
@@ -68,6 +69,7 @@ def build_parser() -> Parser:
         return sub
 
     command(commands, "train", TrainConfig)
+    command(commands, "grpo", GrpoConfig)
     command(commands, "plan", PlanConfig, ("recipe",))
     command(commands, "eval", EvalConfig, ("model",))
     second = {"second": "another one, on the same benchmarks; without it base and tuned model of FIRST are compared"}
@@ -108,6 +110,10 @@ def run(command: str, options: dict) -> None:
         from fura_vlm.training.train import train
 
         train(TrainConfig(**options))
+    elif command == "grpo":
+        from fura_vlm.reinforcement.train import grpo
+
+        grpo(GrpoConfig(**options))
     elif command == "plan":
         from fura_vlm.plan.page import plan
 
@@ -167,7 +173,7 @@ def parse(arguments: list[str]) -> tuple[str, dict]:
     """The command, of one word or two, and its settings. What is typed overrides ``--config``, wherever that stands.
 
     Raises:
-        ShippedError: ``train --config`` names a recipe that is not there.
+        ShippedError: ``train --config`` or ``grpo --config`` names a recipe that is not there.
     """
     words, rest, files = arguments[:1], arguments[1:], []
     if words == ["data"]:
@@ -176,7 +182,7 @@ def parse(arguments: list[str]) -> tuple[str, dict]:
         if rest[at] == "--config" or rest[at].startswith("--config="):
             size = 2 if rest[at] == "--config" else 1
             given = rest[at : at + size]
-            if words == ["train"] and given != ["--config"]:
+            if words in (["train"], ["grpo"]) and given != ["--config"]:
                 given = [f"--config={find('recipe', given[-1].removeprefix('--config='))}"]
             files = given + files
             del rest[at : at + size]

@@ -4,6 +4,7 @@
 #   bash scripts/eval.sh [MODEL] [--KEY VALUE ...]    MODEL: a run folder, an adapter, a model; default: runs/tiny-fura
 #   --suite visual                                    GQA, ScienceQA, TextVQA and POPE, through lmms-eval (the default)
 #   --suite commonsense --data FOLDER                 the eight sets of LLM-Adapters
+#   --suite math --data FOLDER                        MATH-500, AIME, MultiArith, AddSub, SingleEq, SVAMP
 #   --suite lm-eval --tasks NAMES                     any tasks of the EleutherAI harness; in one process
 #
 #   NUM_PROCESSES   processes on this machine, each with a copy of the model; default: one for every GPU, else one

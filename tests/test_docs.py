@@ -113,6 +113,7 @@ def test_other_words_are_found(message, sentences):
 
 SETTINGS = {
     "training": ("TrainConfig", "PlanConfig"),
+    "reinforcement": ("GrpoConfig",),
     "data": ("VerifyConfig", "DownloadConfig"),
     "evaluation": ("EvalConfig", "CompareConfig"),
     "chat": ("ChatConfig",),

@@ -159,7 +159,7 @@ def test_the_method_needs_four_packages(declared):
 def test_all_is_all(declared):
     extras = {"cli", "data", "plots", "train", "quant", "eval", "demo"}
     named = {extra for line in declared for extra in re.findall(r'extra == "([\w-]+)"', line)}
-    assert named == extras | {"all", "dev", "lm-eval", "smollm2"}  # the last two are for some tasks and one model
+    assert named == extras | {"all", "dev", "lm-eval", "smollm2", "rl"}  # some tasks, one model, one way to train
     assert closure("fura-vlm", declared, {"all"}) == closure("fura-vlm", declared, extras)
 
 
@@ -207,6 +207,7 @@ def test_the_method_alone(core, nowhere):
     [
         ([], "cli"),
         (["train", "--config", "tiny"], "train"),
+        (["grpo", "--config", "grpo-tiny"], "rl"),
         (["plan", "llava-1.5-7b"], "cli"),
         (["eval", "runs/tiny-fura"], "eval"),
         (["compare", "a", "b"], "eval"),

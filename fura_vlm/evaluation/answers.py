@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from accelerate import PartialState
 from loguru import logger
 
 from fura_vlm.files import write_text
@@ -60,6 +63,30 @@ class AnswerStore:
         self._answers |= answers
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(_line(key, text) for key, text in answers.items()))
+
+
+def answer_all(
+    folder: Path, keys: list[str], answers: Callable[[list[int]], Iterator[dict[int, str]]]
+) -> list[str] | None:
+    """The answers to all questions. Those that ``folder`` holds are not asked for again; of the others, each process
+    asks its share.
+
+    Args:
+        folder: the results' folder; answers are kept in ``answers`` in it.
+        keys: :func:`request_key` of each question.
+        answers: asks the questions of these numbers; yields batches of answers by their places among them.
+
+    Returns: an answer for each key, or ``None`` on all processes but the main one.
+    """
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    store = AnswerStore(folder / "answers", rank)
+    mine = [place for place in range(rank, len(keys), processes) if store.get(keys[place]) is None]
+    for batch in answers(mine):
+        store.add({keys[mine[number]]: said for number, said in batch.items()})
+    if processes > 1:
+        PartialState().wait_for_everyone()
+        store = AnswerStore(folder / "answers", rank)  # with what the others have written
+    return [store.get(key) for key in keys] if rank == 0 else None
 
 
 def _line(key: str, answer: str) -> str:

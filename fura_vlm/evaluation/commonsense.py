@@ -8,18 +8,15 @@ LLM-Adapters' script reads it, or the likeliest of the question's own.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from accelerate import PartialState
-
 from fura_vlm.data.json_items import iter_items
 from fura_vlm.errors import FuraVLMError
-from fura_vlm.evaluation.answers import AnswerStore, request_key
+from fura_vlm.evaluation.answers import answer_all, request_key
 from fura_vlm.evaluation.base import Suite, SuiteError, is_main
 from fura_vlm.evaluation.config import EvalConfig
 from fura_vlm.evaluation.generation import Answerer, Question
@@ -106,24 +103,16 @@ class Commonsense(Suite):
             self.sets[name] = read_set(self.data, name)[: self.config.limit]
 
     def run(self, source: Source, folder: Path) -> tuple[dict[str, TaskScore], list[Sample]] | None:
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         model, family, dtype = source.place(self.config.dtype)
         answerer = Answerer(model, family, dtype, self.config.batch_size, num_workers=0)
-        store = AnswerStore(folder / "answers", rank)
         asked = [(name, number, item) for name, items in self.sets.items() for number, item in enumerate(items)]
         identity = [source.fingerprint(), str(dtype), family.conversation, version("transformers")]
         keys = [self._key(identity, item) for _, _, item in asked]
-        mine = [place for place in range(rank, len(asked), processes) if store.get(keys[place]) is None]
-        for batch in self._answers(answerer, [asked[place] for place in mine]):
-            store.add({keys[mine[number]]: said for number, said in batch.items()})
-        if processes > 1:
-            PartialState().wait_for_everyone()
-            store = AnswerStore(folder / "answers", rank)  # with what the others have written
-        if not is_main():
+        kept = answer_all(folder, keys, lambda places: self._answers(answerer, [asked[place] for place in places]))
+        if kept is None:
             return None
         samples = [
-            self._sample(name, number, item, store.get(key))
-            for (name, number, item), key in zip(asked, keys, strict=True)
+            self._sample(name, number, item, said) for (name, number, item), said in zip(asked, kept, strict=True)
         ]
         return {name: self._score(name, [each for each in samples if each.task == name]) for name in self.sets}, samples
 

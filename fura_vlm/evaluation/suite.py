@@ -67,9 +67,10 @@ def _suite(config: EvalConfig, source):
     from fura_vlm.evaluation.base import SuiteError
     from fura_vlm.evaluation.commonsense import Commonsense
     from fura_vlm.evaluation.harness import Harness
+    from fura_vlm.evaluation.mathematics import Mathematics
     from fura_vlm.evaluation.visual import Visual
 
-    suites = {"visual": Visual, "commonsense": Commonsense, "lm-eval": Harness}
+    suites = {"visual": Visual, "commonsense": Commonsense, "math": Mathematics, "lm-eval": Harness}
     chosen = suites[config.suite]
     for name in _given(config):
         places = [suite for suite, each in suites.items() if name in each.settings]

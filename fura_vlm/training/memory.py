@@ -13,6 +13,19 @@ from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.methods import method_of
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory has run out, on a GPU or without one."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
+
+
+def whose_memory() -> str:
+    """The GPU and its size, or the machine, for a sentence."""
+    if not torch.cuda.is_available():
+        return "this machine"
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+    return f"a GPU of {total:.0f} GiB"
+
+
 @contextmanager
 def advice_on_memory(config: TrainConfig, run: Path):
     """If memory runs out inside, raises a TrainingError that says what to change; each change is possible for this
@@ -20,8 +33,7 @@ def advice_on_memory(config: TrainConfig, run: Path):
     try:
         yield
     except RuntimeError as error:
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        if not any(word in str(error) for word in words):
+        if not is_out_of_memory(error):
             raise
         batch, method = config.per_device_train_batch_size, method_of(config)
         advice = []
@@ -49,12 +61,7 @@ def advice_on_memory(config: TrainConfig, run: Path):
                 "no other setting saves memory, so take a larger GPU or a smaller model (fura-vlm plan says what "
                 "fits), or shorten the records with --model_max_length in another --output_dir"
             )
-        if torch.cuda.is_available():
-            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-            where = f"a GPU of {total:.0f} GiB"
-        else:
-            where = "this machine"
         raise TrainingError(
-            f"The memory of {where} is too small for {config.per_device_train_batch_size} records of up to "
+            f"The memory of {whose_memory()} is too small for {config.per_device_train_batch_size} records of up to "
             f"{config.model_max_length} tokens with {config.method}: {tried}"
         ) from error

@@ -41,11 +41,12 @@ CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe"
 
 
 @contextmanager
-def together():
+def together(command: str = "train"):
     """Connects to the other processes, and disconnects at the end. Yields accelerate's ``PartialState``.
 
     If one process raises inside, all of them end within a few seconds with exit status 1. Each machine prints the
-    message once, with the rank of the process unless all have the same message. A single process just raises.
+    message once, with the rank of the process unless all have the same message, under the name of the ``command``. A
+    single process just raises.
     SystemExit and KeyboardInterrupt are not failures: all processes have to raise them.
 
     Raises:
@@ -54,7 +55,7 @@ def together():
     cuda = torch.cuda.is_available()
     set_environment(cuda)
     store, rank, size = _meet()
-    watch = Watch(store, rank, size) if size > 1 else None
+    watch = Watch(store, rank, size, command) if size > 1 else None
     if watch:
         watch.start()
     try:
@@ -179,10 +180,10 @@ class Watch(threading.Thread):
     ``host``; ``failures``, how many there are; ``speaker/HOST``, the rank that tells people on this machine.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int):
+    def __init__(self, store: dist.Store, rank: int, size: int, command: str = "train"):
         super().__init__(name="watch", daemon=True)
         self.store, self.rank, self.size = store.clone(), rank, size  # its own connection: a wait blocks the other one
-        self.host = socket.gethostname()
+        self.host, self.command = socket.gethostname(), command
         self._parted = threading.Event()
         self._ending = threading.Lock()
 
@@ -233,7 +234,7 @@ class Watch(threading.Thread):
             time.sleep(0.1)
             reasons |= self._reasons()
         if self._speaks():
-            print(f"fura-vlm train: {explain(reasons, self.size)}", file=sys.stderr)
+            print(f"fura-vlm {self.command}: {explain(reasons, self.size)}", file=sys.stderr)
         if self.rank == 0:
             time.sleep(GRACE)  # the store goes with it, and others may still want to read
         for child in active_children():

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +43,7 @@ BATCH = ("train_batch_size", "per_device_train_batch_size", "gradient_accumulati
 MAY_CHANGE = (
     *BATCH,
     "gradient_checkpointing",
+    "rollout_batch_size",
     "compile_layers",
     "activation_memory_budget",
     "dataloader_num_workers",
@@ -79,7 +81,7 @@ def begin(config: TrainConfig, run: Path) -> None:
     if saved.is_file():
         previous = yaml.safe_load(saved.read_text())
         # A setting that the run did not know yet had the value that is its default now.
-        before = dataclasses.asdict(TrainConfig()) | previous
+        before = dataclasses.asdict(type(config)()) | previous
         changed = sorted(key for key in settings if before[key] != settings[key] and key not in MAY_CHANGE)
         if changed and get_last_checkpoint(str(run)):
             key = changed[0]
@@ -92,15 +94,21 @@ def begin(config: TrainConfig, run: Path) -> None:
     write_text(saved, yaml.safe_dump(settings, sort_keys=False))
 
 
-def describe(config, run, family, model, dataset, checkpoint, console) -> None:
-    """Writes and prints what the run is before it starts."""
+def describe(config, run, family, model, dataset, checkpoint, console, libraries: Sequence[str] = ()) -> None:
+    """Writes and prints what the run is before it starts.
+
+    Args:
+        libraries: those whose versions are noted beside the usual ones.
+    """
     family.processor.save_pretrained(run / "processor")
-    versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+    versions = {name: version(name) for name in (*LIBRARIES, *libraries)} | {"python": platform.python_version()}
     write_text(run / "versions.json", json.dumps(versions, indent=1))
     if isinstance(model, PeftModel):
         trained, total = model.get_nb_trainable_parameters()
     else:
-        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        # Under ZeRO-3 a process holds no part of a weight before it is used, and only ``ds_numel`` says its size.
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
     console.print(
         f"{config.method} trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) of "
         f"{config.model_name_or_path} on {len(dataset):,} records; the run folder is {run}",

@@ -84,12 +84,25 @@ def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
     return records // at_once
 
 
-def training_arguments(config: TrainConfig, run: Path, accumulation: int, universal: bool) -> TrainingArguments:
+def training_arguments(
+    config: TrainConfig,
+    run: Path,
+    accumulation: int,
+    universal: bool,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more,
+) -> TrainingArguments:
+    """What the Trainer gets: the settings of ``config`` that ``kind`` knows by the same names, and ``more``.
+
+    Raises:
+        TrainingError: the DeepSpeed configuration contradicts the recipe.
+        ValueError: the Trainer refuses the settings.
+    """
     cuda = torch.cuda.is_available()
     bf16 = config.bf16 if config.bf16 is not None else cuda and torch.cuda.is_bf16_supported()
     deepspeed_config = deepspeed_settings(config)
     deepspeed_config["checkpoint"] = deepspeed_config.get("checkpoint", {}) | {"load_universal": universal}
-    same_name = {field.name for field in dataclasses.fields(TrainingArguments)}
+    same_name = {field.name for field in dataclasses.fields(kind)}
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k in same_name}
     shared |= {
         "gradient_accumulation_steps": accumulation,
@@ -99,11 +112,11 @@ def training_arguments(config: TrainConfig, run: Path, accumulation: int, univer
         "bf16": bf16,
         "tf32": config.tf32 if cuda else None,
     }
-    if not config.gradient_checkpointing:
+    if not config.gradient_checkpointing and kind is TrainingArguments:  # others may have another default
         del shared["gradient_checkpointing"]  # newer versions of transformers warn of its coming new name
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
-    arguments = TrainingArguments(
-        **shared,
+    arguments = kind(
+        **shared | more,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         use_cpu=not cuda,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,

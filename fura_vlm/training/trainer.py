@@ -1,4 +1,4 @@
-"""transformers' Trainer, adapted to instruction tuning."""
+"""transformers' Trainer, adapted to runs of this project and to instruction tuning."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ from fura_vlm.training.loss import positions, train_on_labels_only
 from fura_vlm.training.throughput import Meter, Progress
 
 
-class FuraTrainer(Trainer):
-    """transformers' Trainer with LLaVA's batches, a loss on the labels only, separate learning rates for projector and
-    tower, complete checkpoints, and figures of its speed."""
+class RunTrainer(Trainer):
+    """What all runs share, whatever their loss: separate learning rates for projector and tower, complete checkpoints,
+    the order of the records after an interruption.
+
+    Args:
+        family: that of the model.
+        mm_projector_lr, vision_tower_lr: by default the learning rate of all.
+        universal: the checkpoint to go on from was written by another number of processes.
+    """
 
     def __init__(
         self,
@@ -35,70 +41,20 @@ class FuraTrainer(Trainer):
         family: Family,
         mm_projector_lr: float | None = None,
         vision_tower_lr: float | None = None,
-        group_by_modality_length: bool = True,
         universal: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.family = family
         self.args.logging_nan_inf_filter = False  # it waits for the device after every batch, and hides a NaN
-        self.universal = universal  # the checkpoint to go on from was written by another number of processes
+        self.universal = universal
         self.rates = {"projector": mm_projector_lr, "tower": vision_tower_lr}
-        self.group_by_modality_length = group_by_modality_length
         self._staging = False
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        train_on_labels_only(model, family)
-        # Some model classes say that their loss cannot be divided by the labels of all batches and processes. This one
-        # can.
-        self.model_accepts_loss_kwargs = True
-        self.meter = Meter(self.model, family, self.args.device)
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(Progress)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         if self.is_deepspeed_enabled:  # accelerate would take it from DeepSpeed's configuration, and warn of the 1 here
             self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
-
-    def get_batch_samples(self, *args, **kwargs):
-        self.meter.start(self.state.global_step)
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        for batch in batches:
-            self.meter.add(batch)
-            # Waits for the device once a step, instead of in every batch while the device computes the one before.
-            batch |= positions(batch, self.family.run_id)
-        return batches, items
-
-    def floating_point_ops(self, inputs):
-        """Returns nothing: the Trainer's estimate would count all parameters in every batch, and ``Meter`` counts
-        better."""
-        return 0
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs:  # not the summary at the end
-            logs |= self.meter.read(self.state.global_step, self.state.max_steps)
-        logs.pop("total_flos", None)
-        super().log(logs, *args, **kwargs)
-
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper reads from it
-        if inner.num_workers:
-            inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
-            atexit.register(_end_workers)
-        return loader
-
-    def _get_train_sampler(self, train_dataset=None):
-        if not self.group_by_modality_length:
-            return super()._get_train_sampler(train_dataset)
-        return ModalityLengthSampler(
-            lengths=self.train_dataset.lengths,
-            has_image=self.train_dataset.has_image,
-            batch_size=self.args.per_device_train_batch_size,
-            world_size=self.args.world_size,
-            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            seed=self.args.seed,
-        )
 
     def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # or the Trainer takes one step more
@@ -175,6 +131,62 @@ class FuraTrainer(Trainer):
             shutil.rmtree(run / "saving")
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
         PartialState().wait_for_everyone()
+
+
+class FuraTrainer(RunTrainer):
+    """transformers' Trainer with LLaVA's batches, a loss on the labels only, and figures of its speed."""
+
+    def __init__(self, *args, group_by_modality_length: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.group_by_modality_length = group_by_modality_length
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        train_on_labels_only(model, self.family)
+        # Some model classes say that their loss cannot be divided by the labels of all batches and processes. This one
+        # can.
+        self.model_accepts_loss_kwargs = True
+        self.meter = Meter(self.model, self.family, self.args.device)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Progress)
+
+    def get_batch_samples(self, *args, **kwargs):
+        self.meter.start(self.state.global_step)
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            self.meter.add(batch)
+            # Waits for the device once a step, instead of in every batch while the device computes the one before.
+            batch |= positions(batch, self.family.run_id)
+        return batches, items
+
+    def floating_point_ops(self, inputs):
+        """Returns nothing: the Trainer's estimate would count all parameters in every batch, and ``Meter`` counts
+        better."""
+        return 0
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:  # not the summary at the end
+            logs |= self.meter.read(self.state.global_step, self.state.max_steps)
+        logs.pop("total_flos", None)
+        super().log(logs, *args, **kwargs)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper reads from it
+        if inner.num_workers:
+            inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
+            atexit.register(_end_workers)
+        return loader
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.group_by_modality_length:
+            return super()._get_train_sampler(train_dataset)
+        return ModalityLengthSampler(
+            lengths=self.train_dataset.lengths,
+            has_image=self.train_dataset.has_image,
+            batch_size=self.args.per_device_train_batch_size,
+            world_size=self.args.world_size,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+        )
 
 
 def let_the_norm_decide(engine) -> None:

@@ -1,4 +1,5 @@
-"""Run by conftest.py: python prefork.py. Trains in copies of this process, which has imported everything already.
+"""Run by conftest.py: python prefork.py [MODULE ...]. Trains in copies of this process, which has imported everything
+already, the modules with it.
 
 A copy is what a launcher starts: a process of its own, with its rank in its environment, that runs the command and
 ends. Only the seconds in which it would import PyTorch, transformers and DeepSpeed are saved.
@@ -9,6 +10,7 @@ is a line with the exit status of each, None where it had to be killed.
 """
 
 import atexit
+import importlib
 import json
 import os
 import signal
@@ -27,6 +29,9 @@ import torch  # noqa: E402
 
 import fura_vlm.training.train  # noqa: E402, F401
 from fura_vlm.cli import main  # noqa: E402
+
+for module in sys.argv[1:]:
+    importlib.import_module(module)
 
 
 def serve() -> list[str]:

@@ -1,0 +1,1 @@
+"""Training by reward: GRPO by TRL, over the models, methods and run folders of this project."""
