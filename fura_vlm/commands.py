@@ -122,6 +122,8 @@ def run(command: str, options: dict) -> None:
         compare(CompareConfig(**options))
     elif command == "chat":
         config = ChatConfig(**options)
+        if config.server is not None:
+            require("server")
         if config.web:
             from fura_vlm.chat.server import serve
 
