@@ -115,7 +115,10 @@ def run(command: str, options: dict) -> None:
     elif command == "eval":
         from fura_vlm.evaluation.suite import evaluate
 
-        evaluate(EvalConfig(**options))
+        config = EvalConfig(**options)
+        if config.server is not None:
+            require("server")
+        evaluate(config)
     elif command == "compare":
         from fura_vlm.evaluation.compare import compare
 
