@@ -27,7 +27,7 @@ def chat(config: ChatConfig) -> None:
         raise ChatError("max_new_tokens must be at least 1")
     if config.image is not None:
         load_image(config.image)  # a bad one is said before the model is loaded
-    if config.server is None:
+    if config.server is None and config.server_key is None:
         _check_picture(config)
     partner = find_partner(replace(config, adapters=[]) if config.server is None else config)
     writer = partner.writer(max_rows=1)

@@ -201,8 +201,8 @@ class Server:
             return ServerError(f"No server can be reached at {self.url}: start it, or give its address with --server")
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):  # it may repeat the key
             return ServerError(
-                f"{where} refuses the key: export the right one as an environment variable, and name that with "
-                "--server_key"
+                f"{where} {'refuses the' if self._key else 'asks for a'} key: export the right one as an environment "
+                "variable, and name that with --server_key"
             )
         if not isinstance(error, openai.APIError):
             return ServerError(f"What answers at {self.url} does not speak OpenAI's interface: check --server")
