@@ -169,17 +169,21 @@ class Server:
         Raises:
             ServerError: the question without a picture has no answer: the server is not there, or has no such model.
         """
-        alone = await self._length(model, message("user", "Hello"))
+        alone = await self.prompt_length(model, message("user", "Hello"))
         try:
-            beside = await self._length(model, message("user", "Hello", [Image.new("RGB", (64, 64), "gray")]))
+            beside = await self.prompt_length(model, message("user", "Hello", [Image.new("RGB", (64, 64), "gray")]))
         except ServerError as error:
             if isinstance(error.__cause__, (openai.BadRequestError, openai.UnprocessableEntityError)):
                 return False
             raise
         return alone is None or beside is None or beside > alone + 1
 
-    async def _length(self, model: str, asked: dict) -> int | None:
-        """Tokens of the prompt that one message makes, or ``None`` if the server does not say."""
+    async def prompt_length(self, model: str, asked: dict) -> int | None:
+        """Tokens of the prompt that one message makes, or ``None`` if the server does not say.
+
+        Raises:
+            ServerError: there is no answer.
+        """
         try:
             made = await self._client.chat.completions.create(
                 model=model, messages=[asked], max_tokens=1, temperature=0
