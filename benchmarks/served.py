@@ -61,9 +61,8 @@ def main() -> None:
     print(f"the same answers: {same} of {len(shown)}")
     for number in sorted(said[0]):
         if said[0][number] != said[1][number]:
-            print(
-                f"  scene {number}, {shown[number].size}\n    here   {said[0][number]!r}\n    there  {said[1][number]!r}"
-            )
+            print(f"  scene {number}, {shown[number].size}")
+            print(f"    here   {said[0][number]!r}\n    there  {said[1][number]!r}")
     sys.exit(equal < len(shown))
 
 

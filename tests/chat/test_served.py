@@ -2,10 +2,12 @@
 
 import asyncio
 import io
+import re
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,14 @@ from fura_vlm.chat.partner import ChatError, Sampling
 from fura_vlm.chat.served import Served, find_served
 from fura_vlm.chat.session import Chat, Session
 from fura_vlm.chat.terminal import chat
+from fura_vlm.families.messages import Message, Picture, Text
 from fura_vlm.families.vicuna import SYSTEM_PROMPT
+from fura_vlm.modelling.load import load_family
 from fura_vlm.remote.server import Server, ServerError, message
 
 SAMPLING = Sampling(max_new_tokens=16)
 QUESTION = "What is this?"
+CLIP_DEVIATION = 0.26862954, 0.26130258, 0.27577711
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,12 @@ def reference(merged):
     return answer
 
 
+def in_a_loop(work) -> None:
+    """The driver of the browser, where other tests have started it, has a loop of its own in this thread."""
+    with ThreadPoolExecutor() as pool:
+        pool.submit(asyncio.run, work).result()
+
+
 def talk(
     chat: Chat, *turns: tuple[str, str | None], models: list[str] | None = None
 ) -> tuple[Session, list[list[str]]]:
@@ -56,7 +67,7 @@ def talk(
             async for _ in chat.ask(session, question, picture, sides, SAMPLING):
                 seen.append(list(session.turns[-1].answers))
 
-    asyncio.run(ask())
+    in_a_loop(ask())
     return session, seen
 
 
@@ -104,6 +115,41 @@ def test_as_the_model_answers_in_this_process(served, merged, scenes):
     assert [turn.answers[0] for turn in talk(served, *turns)[0].turns] == [turn.answers[0] for turn in here.turns]
     with pytest.raises(ChatError, match="There is no question"):
         talk(served, ("<image>", None))
+
+
+@pytest.mark.parametrize("shown", ["parts", "text"])
+def test_the_template_for_engines_that_add_no_first_token(merged, shown):
+    """That of docs/serving.md: a text with the token in it, tokenized as it is, has the ids of training."""
+    processor, family = AutoProcessor.from_pretrained(merged), load_family(merged, merged)
+    page = (ROOT / "docs/serving.md").read_text("utf-8")
+    [before] = re.findall(r'printf "(\{\{.*\}\})"; cat models/mine/chat_template.jinja', page)
+    template = before + (Path(merged) / "chat_template.jinja").read_text("utf-8")
+    parts = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    first = {"role": "user", "content": parts if shown == "parts" else f"<image>\n{QUESTION}"}
+    turns = [first, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "And that?"}]
+    text = processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True)
+    messages = [
+        Message("user", (Picture(""), Text(QUESTION))),
+        Message("assistant", (Text("A cat."),)),
+        Message("user", (Text("And that?"),)),
+    ]
+    ids = family.inputs(messages, [Image.new("RGB", (50, 80))])["input_ids"][0]
+    text = text.replace("<image>", "<image>" * family.image_tokens)
+    assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == ids.tolist()
+
+
+def test_servers_scale_pictures_a_step_apart(merged, scenes):
+    """With torchvision, and not at all apart where nothing is scaled."""
+    apart = []
+    for size in ((112, 90), (400, 230)):
+        picture = Image.open(scenes[0]).convert("RGB").resize(size)
+        theirs, ours = (
+            AutoProcessor.from_pretrained(merged, backend=backend).image_processor(picture, return_tensors="pt")
+            for backend in ("torchvision", "pil")
+        )
+        deviation = torch.tensor(CLIP_DEVIATION)[:, None, None]
+        apart.append(float(((theirs["pixel_values"] - ours["pixel_values"]).abs() * deviation).max() * 255))
+    assert apart[0] < 1e-3 and 0.5 < apart[1] < 1.01
 
 
 def test_nothing_of_a_model_is_loaded(model_server, merged, scenes, reference):
@@ -266,7 +312,7 @@ def test_stopping_ends_the_servers_work(odd, way):
             if running and (way == "silent" or "more" in (session.turns[-1].answers[0] or "")):
                 session.stop()
 
-    asyncio.run(asyncio.wait_for(ask_and_stop(), 30))
+    in_a_loop(asyncio.wait_for(ask_and_stop(), 30))
     assert session.turns[0].answers[0].startswith("One two three more" if way == "endless" else "")
     assert not session.busy and chat.engine.load == (0, 0)
     assert way == "silent" or Odd.left.wait(30)
