@@ -1,6 +1,6 @@
 """What a FuRA adapter loses as a LoRA, rank by rank: the error of its update, and the answers that change.
 
-    python benchmarks/lora.py runs/tiny-fura [--ranks 4 16 64 128 256] [--questions 400] [--output FILE.md]
+    python benchmarks/lora.py runs/tiny-fura [--ranks 4 16 64 128] [--questions 400] [--output FILE.md]
 
 Any run will do whose base is at hand; the questions are a file of records, by default the embedded mixture's held-out
 ones. PEFT's ``convert_to_lora`` makes the LoRA, which is the nearest update of its rank. Rows are written as they come;
@@ -35,7 +35,7 @@ def changed(answers: list[Answer], before: list[Answer]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64, 128, 256])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64, 128])
     parser.add_argument("--data", default="data/embedded/eval.json")
     parser.add_argument("--questions", type=int, default=400)
     parser.add_argument("--output", type=Path, default=Path("runs/lora.md"))

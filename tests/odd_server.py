@@ -63,6 +63,7 @@ class Odd(BaseHTTPRequestHandler):
             "failing": (500, {"error": {"message": "CUDA is lost (device 0)\nTraceback"}}),
             "gateway": (502, "<html>Bad Gateway</html>"),
             "full": (429, {"detail": "queue full"}),
+            "long": (400, {"error": {"message": "The maximum context length is 9 tokens, and 12 were given"}}),
             "large": (413, "Request Entity Too Large"),
             "strict": (400, {"object": "error", "message": f"This model reads 5 tokens; key {KEY}"}),
         }

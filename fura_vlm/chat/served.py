@@ -12,12 +12,15 @@ from PIL import Image
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.partner import LOOK, ChatError, Generation, Partner, Sampling, Writer, short_name
+from fura_vlm.chat.pictures import MAX_PIXELS
 from fura_vlm.chat.prompt import Exchange, check_kept, check_length, picture_size, plain, read_image
 from fura_vlm.data.messages import IMAGE
 from fura_vlm.errors import FuraVLMError
 from fura_vlm.remote.server import Server, ServerError, message
 
 LONGEST = 1024
+MOST_PIXELS = 2 * MAX_PIXELS
+"""Of the pictures of a conversation together: each question brings all of them to the server again."""
 
 
 def find_served(config: ChatConfig) -> Served:
@@ -68,9 +71,14 @@ class Served(Partner):
         """Messages as the server takes them. Nothing is left out: the server knows what its model can read."""
         check_length(exchanges)
         check_kept([exchange.image for exchange in exchanges if exchange.image])
-        messages = []
+        messages, pixels = [], 0
         for exchange in exchanges:
             shown = [read_image(exchange.image)] if exchange.image else []
+            pixels += sum(picture.width * picture.height for picture in shown)
+            if pixels > MOST_PIXELS:
+                raise ChatError(
+                    f"The pictures of this conversation have more than {MOST_PIXELS:,} pixels together: start a new one"
+                )
             # A mark of a picture that is typed would be counted as one.
             messages.append(message("user", plain(exchange.question, {IMAGE}), shown))
             if exchange.answer is not None:
@@ -153,7 +161,7 @@ class ServedWriter(Writer):
         self._closed = True
         for generation in list(self._writing):
             generation.cancel()
-        self._server.close()
+        self._server.close(seconds)
 
     async def _write(self, generation: _Asked) -> None:
         messages, model, sampling = generation.inputs, generation.adapter, generation.sampling

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import re
 import threading
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -91,16 +93,20 @@ class Server:
         finally:
             future.cancel()
 
-    def close(self) -> None:
-        """Ends all that is under way."""
+    def close(self, seconds: float | None = None) -> None:
+        """Ends all that is under way, or stops waiting for its end after so long."""
+        if self._loop.is_running():
+            with contextlib.suppress(FutureTimeout):
+                asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(seconds or CONNECT_SECONDS)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(seconds or CONNECT_SECONDS)
 
-        def end() -> None:
-            for task in asyncio.all_tasks(self._loop):
-                task.cancel()
-            self._loop.call_soon(self._loop.stop)
-
-        self._loop.call_soon_threadsafe(end)
-        self._thread.join(CONNECT_SECONDS)
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.close()
 
     async def models(self) -> dict[str, int | None]:
         """The names of its models with the tokens that each reads at most, or ``None`` where the server does not say;
@@ -218,6 +224,9 @@ class Server:
             return ServerError(f"{where} takes no question of this size ({words}): send a smaller picture")
         if status == 429:
             return ServerError(f"{where} has too much to do ({words}): ask again later")
+        if status == 400 and re.search(r"context|too long|too many tokens", words, re.IGNORECASE):
+            return ServerError(f"{where} cannot read so much ({words}): start a new conversation, or ask for a shorter "
+                               "answer")  # fmt: skip
         if status is not None and status < 500:
             return ServerError(f"{where} refuses the question ({words}): ask another one, or name another model")
         return ServerError(f"{where} has failed ({words}): see its log")

@@ -236,6 +236,7 @@ def test_a_model_that_takes_no_pictures(odd, scenes, way):
         ("gateway", r"has failed \(.+\): see its log"),
         ("full", r"has too much to do \(queue full\): ask again later"),
         ("large", r"takes no question of this size \(.+\): send a smaller picture"),
+        ("long", r"cannot read so much \(The maximum context length is 9 .+\): start a new conversation"),
         ("strict", r"refuses the question \(This model reads 5 tokens; key \.\.\.\): ask another one"),
         ("breaking", "has broken off its answer: see its log, and ask again"),
         ("erring", "does not speak OpenAI's interface: check --server"),
@@ -298,6 +299,16 @@ def test_no_server_and_no_such_interface(odd):
         find_served(ChatConfig(server=f"{odd}/html/v1", model="model"))
     with pytest.raises(ChatError, match="--adapters are for a model in this process"):
         find_served(ChatConfig(server=odd, adapters=["runs/one"]))
+
+
+def test_pictures_that_are_too_large_together(odd, scenes, monkeypatch):
+    monkeypatch.setattr("fura_vlm.chat.served.MOST_PIXELS", 30_000)  # of two scenes and not of three
+    chat = Chat(find_served(ChatConfig(server=f"{odd}/named/v1")), max_users=1)
+    turns = [(QUESTION, scene) for scene in scenes[:3]]
+    assert talk(chat, *turns[:2])[0].turns[1].answers[0] == "One two three"
+    with pytest.raises(ChatError, match="more than 30,000 pixels together: start a new one"):
+        talk(chat, *turns)
+    chat.engine.close()
 
 
 @pytest.mark.parametrize("way", ["endless", "silent"])
