@@ -38,7 +38,7 @@ def find_served(config: ChatConfig) -> Served:
         if config.model is None and not listed:
             raise ServerError(f"The server at {server.url} lists no models: name the one that it serves with --model")
         first = config.model or next(iter(listed))
-        return Served(server, first, listed, server.wait(server.sees(first)))
+        return Served(server, first, listed, server.wait(server.sees(first)), public=config.web)
     except BaseException:
         server.close()
         raise
@@ -52,10 +52,11 @@ class Served(Partner):
         first: the name of the default one.
         listed: names of all, as ``Server.models`` finds them.
         sees: whether the first takes pictures.
+        public: whether users are not to see the server's address.
     """
 
-    def __init__(self, server: Server, first: str, listed: dict[str, int | None], sees: bool):
-        self.path, self.sees, self._server = first, sees, server
+    def __init__(self, server: Server, first: str, listed: dict[str, int | None], sees: bool, public: bool = False):
+        self.path, self.sees, self._server, self._public = first, sees, server, public
         self.adapters: dict[str, str | None] = {}
         for name in dict.fromkeys([first, *listed]):
             self.adapters[short_name(name, self.adapters)] = name
@@ -65,7 +66,7 @@ class Served(Partner):
 
     def writer(self, max_rows: int) -> ServedWriter:
         """The server itself decides how many answers it writes at the same time."""
-        return ServedWriter(self._server, self._seeing)
+        return ServedWriter(self._server, self._seeing, self._public)
 
     def read(self, exchanges: Sequence[Exchange], sampling: Sampling) -> tuple[list[dict], str | None]:
         """Messages as the server takes them. Nothing is left out: the server knows what its model can read."""
@@ -102,7 +103,8 @@ class Served(Partner):
 
     def describe(self) -> str:
         reads = f", a context of {self._context:,} tokens" if self._context else ""
-        lines = [f"**Server** `{self._server.url}`{reads}. Questions and pictures go there.", ""]
+        where = "" if self._public else f" `{self._server.url}`"
+        lines = [f"**A server's models**{where}{reads}. Questions and pictures go to the server.", ""]
         return "\n".join([*lines, *(f"- {name}" for name in self.adapters)])
 
     def examples(self, folder: Path) -> list[tuple[str, str]]:
@@ -137,10 +139,11 @@ class ServedWriter(Writer):
     Args:
         server: which is closed with this.
         seeing: whether a model takes pictures, of those of which it is known.
+        public: whether errors leave out where the server is.
     """
 
-    def __init__(self, server: Server, seeing: dict[str, bool]):
-        self._server, self._seeing = server, seeing
+    def __init__(self, server: Server, seeing: dict[str, bool], public: bool = False):
+        self._server, self._seeing, self._public = server, seeing, public
         self._writing: set[_Asked] = set()
         self._closed = False
 
@@ -183,6 +186,7 @@ class ServedWriter(Writer):
         error = None if work.cancelled() else work.exception()
         if error is not None:
             known = isinstance(error, FuraVLMError)
-            generation.error = str(error) if known else f"The question failed ({type(error).__name__}): ask again"
+            said = str(error) if known else f"The question failed ({type(error).__name__}): ask again"
+            generation.error = said.replace(f" at {self._server.url}", "") if self._public else said
         generation.ended = time.monotonic()
         generation.done = True  # last: a reader who sees it finds all the rest in place

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from chat_server import ROOT, serving
@@ -176,6 +177,7 @@ def test_the_page(model_server, merged, scenes, reference):
         with pytest.raises(AppError, match=r"text\.png is not an image"):
             user.predict({"text": QUESTION, "files": [handle_file(Path(scenes[0]).parent / "text.png")]}, **settings)
         assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+        assert model_server not in httpx.get(f"{address}/config").text  # where the server is, users need not know
 
 
 # ---------------------------------------------------------------------------------------------- servers that fail
@@ -251,6 +253,16 @@ def test_each_failure_is_one_sentence(odd, way, said, monkeypatch):
     with pytest.raises(ChatError, match=f"{odd}/{way}/v1 {said}") as caught:
         talk(chat, (QUESTION, None))
     assert "\n" not in str(caught.value) and KEY not in str(caught.value)
+    chat.engine.close()
+
+
+def test_users_of_the_page_are_not_told_where_the_server_is(odd):
+    server = Server(f"{odd}/failing/v1")
+    partner = Served(server, "model", {"model": None}, sees=True, public=True)
+    chat = Chat(partner, max_users=1)
+    with pytest.raises(ChatError, match=r"^The server has failed \(CUDA is lost \[device 0\]\): see its log$"):
+        talk(chat, (QUESTION, None))
+    assert odd not in partner.describe()
     chat.engine.close()
 
 
