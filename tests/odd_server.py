@@ -9,7 +9,8 @@ KEY = "sk-the-right-key"
 
 
 class Odd(BaseHTTPRequestHandler):
-    """Attributes of the class are for the tests: ``left`` is set when a client leaves while it is answered."""
+    """What the class holds is that of the one server there is at a time: ``left`` is set when a client leaves while it
+    is answered, and ``closing`` ends what waits."""
 
     protocol_version = "HTTP/1.1"
     left = threading.Event()
@@ -115,6 +116,7 @@ def odd_server():
     """Yields its address; the way in which it is wrong is to follow, as in ``ADDRESS/silent/v1``."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
     server.daemon_threads = True
+    Odd.closing.clear()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
