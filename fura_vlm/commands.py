@@ -121,13 +121,18 @@ def run(command: str, options: dict) -> None:
     elif command == "eval":
         from fura_vlm.evaluation.suite import evaluate
 
-        evaluate(EvalConfig(**options))
+        config = EvalConfig(**options)
+        if config.server is not None:
+            require("server")
+        evaluate(config)
     elif command == "compare":
         from fura_vlm.evaluation.compare import compare
 
         compare(CompareConfig(**options))
     elif command == "chat":
         config = ChatConfig(**options)
+        if config.server is not None:
+            require("server")
         if config.web:
             from fura_vlm.chat.server import serve
 

@@ -3,7 +3,9 @@
 #
 #   bash scripts/demo.sh [RUN or MODEL] [--KEY VALUE ...]     see fura-vlm chat --help
 set -euo pipefail
-source "$(dirname "$0")/env.sh" demo
+extras=demo
+case " $* " in *" --server"*) extras="demo server" ;; esac
+source "$(dirname "$0")/env.sh" $extras
 cd "$ROOT"
 case "${1:-}" in
     "" | --*) ;;

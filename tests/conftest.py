@@ -4,8 +4,12 @@ LLaVA-1.5's family for pictures of 28 x 28 pixels, which take 4 tokens."""
 import json
 import os
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -97,6 +101,59 @@ def folder_of(tmp_path_factory):
         return made / name
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory) -> str:
+    """The embedded model, in float32, merged with an adapter of random weights, so that it answers otherwise."""
+    from peft import get_peft_model
+
+    from fura_vlm import FuraConfig
+    from fura_vlm.modelling.config import MergeConfig
+    from fura_vlm.modelling.load import load_base
+    from fura_vlm.modelling.merge import merge
+
+    folder, base = tmp_path_factory.mktemp("served"), Path(__file__).parents[1] / "data" / "tiny-llava"
+    torch.manual_seed(0)
+    config = FuraConfig(target_modules=r".*language_model.*_proj", init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(str(base), torch.float32), config)
+    for name, parameter in model.named_parameters():
+        if "fura_" in name:
+            parameter.data *= 3
+    model.save_pretrained(folder / "run" / "adapter")
+    merge(MergeConfig(str(folder / "run"), str(folder / "model"), dtype="float32"))
+    return str(folder / "model")
+
+
+@pytest.fixture(scope="session")
+def model_server(merged, tmp_path_factory) -> str:
+    """The address of a transformers serve with the merged model, and nothing in the cache of the hub."""
+    cache = tmp_path_factory.mktemp("hub")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["serve", merged, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+    with open(cache / "serve.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from transformers.cli.transformers import main; main()", *command],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, (cache / "serve.log").read_text()
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,11 @@ class ChatConfig:
     Args:
         image: the picture to talk about in the terminal; a language model takes none.
         model: a run folder, an adapter, or a model (a folder or a name on the hub); by default the newest run in
-            runs/, or else the embedded model.
+            runs/, or else the embedded model. With --server the name of one of its models, by default the first.
         adapters: more runs or adapters over the same base, to choose from in the browser.
+        server: the address of a server that speaks OpenAI's interface, such as http://localhost:8000 (vLLM, SGLang,
+            transformers serve): its models answer, and none is loaded here.
+        server_key: the name of the environment variable that holds the server's key; by default none is sent.
         web: open the chat in the browser.
         question: ask this one question in the terminal and end; by default, questions are read from the terminal.
         max_new_tokens: the most tokens of an answer.
@@ -30,6 +33,8 @@ class ChatConfig:
     image: str | None = None
     model: str | None = None
     adapters: list[str] = field(default_factory=list)
+    server: str | None = None
+    server_key: str | None = None
     web: bool = False
     question: str | None = None
     max_new_tokens: int = 256

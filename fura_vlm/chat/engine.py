@@ -13,7 +13,6 @@ import inspect
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
@@ -21,9 +20,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
+from fura_vlm.chat.partner import ChatError, Generation, Sampling, Writer
 from fura_vlm.chat.threads import thread_tuner
 from fura_vlm.decoding.rows import Alone, Decoder, Rows, can_join
-from fura_vlm.errors import FuraVLMError, first_line
+from fura_vlm.errors import first_line
 from fura_vlm.families.base import Family
 
 SWITCHED = BaseTunerLayer, AuxiliaryTrainingWrapper  # what PEFT turns on and off
@@ -32,58 +32,7 @@ SWITCHED = BaseTunerLayer, AuxiliaryTrainingWrapper  # what PEFT turns on and of
 START_SECONDS = 2  # for choosing the number of threads before the first question
 
 
-class ChatError(FuraVLMError):
-    """A question that cannot be answered. The message is one sentence, fit for the user."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn: greedily at temperature 0."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-
-
-@dataclass(eq=False)
-class Generation:
-    """An answer that is being written. The engine appends to ``tokens``; whoever asked reads them when it likes.
-
-    Attributes:
-        inputs: the prompt as ``Family.inputs`` makes it, a batch of one.
-        adapter: PEFT's name of the adapter, or ``None`` for the base model.
-        prompt: ids of the prompt, (1, n), of a model that is to repeat little.
-        tokens: the ids written so far, the end token included.
-        done: no more will come: complete, cancelled or failed.
-        error: why it failed, or ``None``.
-        asked, began, ended: ``time.monotonic()`` of the question, the first token and the last.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    adapter: str | None
-    sampling: Sampling
-    prompt: torch.Tensor | None = None
-    tokens: list[int] = field(default_factory=list)
-    done: bool = False
-    error: str | None = None
-    cancelled: bool = False
-    asked: float = field(default_factory=time.monotonic)
-    began: float | None = None
-    ended: float | None = None
-
-    def cancel(self) -> None:
-        """What is written stays; the model is free for others after the token it is at."""
-        self.cancelled = True
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """After the first token, which also pays for the prompt; ``None`` while there are fewer than two."""
-        if len(self.tokens) < 2 or self.began is None:
-            return None
-        return (len(self.tokens) - 1) / max((self.ended or time.monotonic()) - self.began, 1e-9)
-
-
-class Engine:
+class Engine(Writer):
     """Answers many questions with one model. Thread-safe.
 
     Args:
@@ -122,12 +71,6 @@ class Engine:
         self._thread.start()
 
     def submit(self, inputs: dict[str, torch.Tensor], adapter: str | None, sampling: Sampling) -> Generation:
-        """Puts a question in the queue and returns at once.
-
-        Args:
-            inputs: the prompt as ``Family.inputs`` makes it.
-            adapter: PEFT's name of an adapter, or ``None`` for the base model.
-        """
         generation = Generation(dict(inputs), adapter, sampling)
         with self._wake:
             if self._closed:
@@ -138,11 +81,9 @@ class Engine:
 
     @property
     def load(self) -> tuple[int, int]:
-        """How many answers are being written, and how many questions wait."""
         return sum(not generation.done for generation in self._writing), len(self._waiting)
 
     def close(self, seconds: float | None = None) -> None:
-        """Ends the thread, or stops waiting for it after so long; what is being written ends as if cancelled."""
         with self._wake:
             self._closed = True
             self._wake.notify()

@@ -1,16 +1,20 @@
-"""What a chat talks with: one base, its family and the adapters over it."""
+"""A model in this process to chat with: one base, its family and the adapters over it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors import SafetensorError
 
-from fura_vlm.chat.engine import Generation
+from fura_vlm.chat.engine import Engine
+from fura_vlm.chat.partner import BASE, LOOK, Generation, Partner, Sampling, short_name
+from fura_vlm.chat.prompt import Exchange, build_prompt, encode, picture_size, read_image
 from fura_vlm.embedded.questions import FAMILIES, ask
 from fura_vlm.embedded.scenes import draw, make_scene
 from fura_vlm.errors import first_line
@@ -18,11 +22,9 @@ from fura_vlm.families.base import Family
 from fura_vlm.modelling.load import ModelError, find_adapter, load_adapter, load_any
 from fura_vlm.shipped import MODEL, SHARE
 
-BASE = "base"
-
 
 @dataclass
-class Models:
+class Models(Partner):
     """One copy of the weights and what can be switched over it.
 
     Attributes:
@@ -45,6 +47,79 @@ class Models:
     def context(self) -> int:
         """Tokens the language model reads at most."""
         return self.model.config.get_text_config(decoder=True).max_position_embeddings
+
+    @property
+    def sees(self) -> bool:
+        return self.family.sees
+
+    @property
+    def longest(self) -> int:
+        return max(1, min(1024, self.context // 2))
+
+    def writer(self, max_rows: int) -> Engine:
+        return Engine(self.model, self.family, max_rows)
+
+    def read(self, exchanges: Sequence[Exchange], sampling: Sampling) -> tuple[dict, str | None]:
+        prompt = build_prompt(list(exchanges), self.family, self.context - sampling.max_new_tokens)
+        return encode(prompt, self.family), prompt.notice
+
+    def text(self, generation: Generation) -> str:
+        text = self.family.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
+        # A character of several tokens is not whole before its last one.
+        return text if generation.done else text.rstrip("\ufffd")
+
+    def check_picture(self, path: str) -> None:
+        read_image(path, self.family)
+
+    def as_seen(self, path: str) -> tuple[Image.Image, str]:
+        return as_seen(path, self.family)
+
+    def describe(self) -> str:
+        """Base, adapters, methods and sizes."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        sizes = dict.fromkeys(self.adapters, 0)
+        for label, name in self.adapters.items():
+            if name is not None:
+                parts = ((key.split("."), value.numel()) for key, value in self.model.named_parameters())
+                sizes[label] = sum(number for key, number in parts if name in key)
+        base = Path(self.base).name if Path(self.base).exists() else self.base  # not where the server keeps it
+        device, dtype = self.model.device, str(self.model.dtype).removeprefix("torch.")
+        lines = [
+            f"**Base** `{base}`: {total - sum(sizes.values()):,} parameters, {dtype} on {device}, "
+            f"a context of {self.context:,} tokens.",
+            "",
+            "| adapter | method | trained parameters |",
+            "|---|---|---|",
+        ]
+        for label, name in self.adapters.items():
+            if name is not None:
+                method = self.model.peft_config[name].peft_type
+                lines.append(f"| {label} | {getattr(method, 'value', method)} | {sizes[label]:,} |")
+        return "\n".join(lines if len(self.adapters) > 1 else [*lines[:1], "", "No adapter: this is a plain model."])
+
+    def examples(self, folder: Path) -> list[tuple[str, str]]:
+        """Pictures with a question each, (path, question), that suit the model.
+
+        Those of a run are its held-out questions, one of each family; without their pictures, and for the embedded
+        model, scenes are drawn into ``folder``; for any other model there are none.
+        """
+        answers = Path(self.path) / "answers-after.jsonl"
+        found: dict[str, tuple[str, str]] = {}
+        if answers.is_file():
+            for line in answers.read_text(encoding="utf-8").splitlines():
+                answer = json.loads(line)
+                if answer["image"] and Path(answer["image"]).is_file():
+                    question = answer["question"].replace("<image>", "").strip()
+                    found.setdefault(answer["family"], (answer["image"], question))
+        if not found and Path(self.base).name == MODEL.name:
+            import random
+
+            for index, family in enumerate(FAMILIES):
+                scene = make_scene(0, "eval", index, with_sign=True)
+                question = ask(family, scene, random.Random(index)) or ask("gqa", scene, random.Random(index))
+                draw(scene).save(folder / f"example-{family}.png")
+                found[family] = (str(folder / f"example-{family}.png"), question.text)
+        return list(found.values())[:4]
 
 
 def default_model() -> str:
@@ -70,9 +145,9 @@ def load_models(path: str | None, adapters: list[str]) -> Models:
         family.chat_template()
     names: dict[str, str | None] = {}
     if isinstance(model, PeftModel):
-        names[_label(path, names)] = model.active_adapter
+        names[short_name(path, names)] = model.active_adapter
     for other in adapters:
-        folder, label = find_adapter(other), _label(other, names)
+        folder, label = find_adapter(other), short_name(other, names)
         if folder is None:
             raise ModelError(f"No adapter at {other}: adapter_config.json is missing")
         if not isinstance(model, PeftModel):
@@ -87,63 +162,13 @@ def load_models(path: str | None, adapters: list[str]) -> Models:
     return Models(path, model.eval(), family, names | {BASE: None})
 
 
-def describe(models: Models) -> str:
-    """Base, adapters, methods and sizes, as Markdown."""
-    total = sum(parameter.numel() for parameter in models.model.parameters())
-    sizes = dict.fromkeys(models.adapters, 0)
-    for label, name in models.adapters.items():
-        if name is not None:
-            parts = ((key.split("."), value.numel()) for key, value in models.model.named_parameters())
-            sizes[label] = sum(number for key, number in parts if name in key)
-    base = Path(models.base).name if Path(models.base).exists() else models.base  # not where the server keeps it
-    device, dtype = models.model.device, str(models.model.dtype).removeprefix("torch.")
-    lines = [
-        f"**Base** `{base}`: {total - sum(sizes.values()):,} parameters, {dtype} on {device}, "
-        f"a context of {models.context:,} tokens.",
-        "",
-        "| adapter | method | trained parameters |",
-        "|---|---|---|",
-    ]
-    for label, name in models.adapters.items():
-        if name is not None:
-            method = models.model.peft_config[name].peft_type
-            lines.append(f"| {label} | {getattr(method, 'value', method)} | {sizes[label]:,} |")
-    return "\n".join(lines if len(models.adapters) > 1 else [*lines[:1], "", "No adapter: this is a plain model."])
+def as_seen(path: str, family: Family) -> tuple[Image.Image, str]:
+    """The picture as the model gets it, and a sentence about what becomes of it.
 
-
-def examples(models: Models, folder: Path) -> list[tuple[str, str]]:
-    """Pictures with a question each, (path, question), that suit the model.
-
-    Those of a run are its held-out questions, one of each family; without their pictures, and for the embedded model,
-    scenes are drawn into ``folder``; for any other model there are none.
+    Raises:
+        FuraVLMError: the picture cannot be used, or the model does not take it.
     """
-    answers = Path(models.path) / "answers-after.jsonl"
-    found: dict[str, tuple[str, str]] = {}
-    if answers.is_file():
-        for line in answers.read_text(encoding="utf-8").splitlines():
-            answer = json.loads(line)
-            if answer["image"] and Path(answer["image"]).is_file():
-                question = answer["question"].replace("<image>", "").strip()
-                found.setdefault(answer["family"], (answer["image"], question))
-    if not found and Path(models.base).name == MODEL.name:
-        import random
-
-        for index, family in enumerate(FAMILIES):
-            scene = make_scene(0, "eval", index, with_sign=True)
-            question = ask(family, scene, random.Random(index)) or ask("gqa", scene, random.Random(index))
-            draw(scene).save(folder / f"example-{family}.png")
-            found[family] = (str(folder / f"example-{family}.png"), question.text)
-    return list(found.values())[:4]
-
-
-def decoded(models: Models, generation: Generation) -> str:
-    """What is written of an answer so far, as text."""
-    text = models.family.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
-    # A character of several tokens is not whole before its last one.
-    return text if generation.done else text.rstrip("\ufffd")
-
-
-def _label(path: str, taken: dict[str, str | None]) -> str:
-    folder = Path(path)
-    name = folder.parent.name if folder.name == "adapter" else folder.name
-    return next(label for label in [name, path, *(f"{name} {n}" for n in range(2, 99))] if label not in {*taken, BASE})
+    seen, words = family.seen(read_image(path, family))
+    seen.thumbnail(LOOK)
+    width, height = picture_size(path)
+    return seen, f"{width} x {height} pixels {words}"

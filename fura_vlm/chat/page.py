@@ -13,23 +13,17 @@ import traceback
 from pathlib import Path
 
 import gradio as gr
-from PIL import Image
 
 from fura_vlm.chat.config import ChatConfig
-from fura_vlm.chat.engine import ChatError, Generation, Sampling
 from fura_vlm.chat.guard import Page
 from fura_vlm.chat.markdown import JOINER, literal
-from fura_vlm.chat.models import BASE, Models, describe, examples
-from fura_vlm.chat.prompt import picture_size, read_image
+from fura_vlm.chat.partner import BASE, ChatError, Generation, Partner, Sampling
 from fura_vlm.chat.session import KEEP_SECONDS, Chat, Session, Turn
 from fura_vlm.errors import FuraVLMError
-from fura_vlm.families.base import Family
 
 logger = logging.getLogger(__name__)
 
 NOTHING = "nothing"
-LOOK = (1344, 1344)
-"""Width and height of what is sent to be looked at."""
 HEAD = (Path(__file__).parent / "head.html").read_text(encoding="utf-8")
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
@@ -41,22 +35,21 @@ THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
 )
 
 
-def build(models: Models, config: ChatConfig, folder: Path) -> Page:
+def build(partner: Partner, config: ChatConfig, folder: Path) -> Page:
     """The page, with its events and the API.
 
     Args:
         folder: where example pictures are kept while the page is served.
     """
-    chat = Chat(models, config.max_users)
-    labels = list(models.adapters)
-    samples = examples(models, folder)
-    longest = max(1, min(1024, models.context // 2))
-    sees = models.family.sees
+    chat = Chat(partner, config.max_users)
+    labels = list(partner.adapters)
+    samples = partner.examples(folder)
+    longest, sees = partner.longest, partner.sees
 
     with Page(title="FuRA-VLM", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS), fill_width=True) as page:
         session = gr.State(Session())
         kept = gr.BrowserState("", storage_key="fura-vlm-chat")  # the conversation's key: all else stays on the server
-        gr.Markdown(f"### FuRA-VLM · {html.escape(Path(models.path).name)}")
+        gr.Markdown(f"### FuRA-VLM · {html.escape(Path(partner.path).name)}")
         with gr.Row():
             left = gr.Chatbot(
                 label=labels[0],
@@ -106,7 +99,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         with gr.Accordion("Camera", open=False, visible=sees):
             camera = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=240)
         with gr.Accordion("Look inside", open=False, elem_id="inside") as inside, gr.Row():
-            gr.Markdown(describe(models))
+            gr.Markdown(partner.describe())
             with gr.Column(visible=sees):
                 seen = gr.Image(label="What the model sees", interactive=False, height=240, buttons=[])
                 padding = gr.Markdown(elem_id="padding")
@@ -201,7 +194,7 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
         async def look(session):
             image = next((turn.image for turn in reversed(session.turns) if turn.image), None)
             try:
-                return await chat.readers.run(as_seen, image, models.family) if image and sees else (None, "")
+                return await chat.readers.run(partner.as_seen, image) if image and sees else (None, "")
             except FuraVLMError as error:
                 return None, literal(str(error))
 
@@ -273,18 +266,6 @@ def build(models: Models, config: ChatConfig, folder: Path) -> Page:
     return page
 
 
-def as_seen(path: str, family: Family) -> tuple[Image.Image, str]:
-    """The picture as the model gets it, and a sentence about what becomes of it.
-
-    Raises:
-        FuraVLMError: the picture cannot be used, or the model does not take it.
-    """
-    seen, words = family.seen(read_image(path, family))
-    seen.thumbnail(LOOK)
-    width, height = picture_size(path)
-    return seen, f"{width} x {height} pixels {words}"
-
-
 def _sampling(temperature: float, top_p: float, length: int, longest: int) -> Sampling:
     """Within bounds, whatever a client sends.
 
@@ -300,7 +281,7 @@ def _speed(sides: list[str], running: list[Generation]) -> str:
     parts = []
     for side, generation in zip(sides, running, strict=False):  # none is running while the question is read
         if generation.began:
-            count, rate = len(generation.tokens), generation.tokens_per_second
+            count, rate = generation.count, generation.tokens_per_second
             parts.append(
                 f"{html.escape(side)}: {count} {'token' if count == 1 else 'tokens'}, first after "
                 f"{generation.began - generation.asked:.2f} s" + (f", then {rate:.0f} per second" if rate else "")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 from PIL import Image
 
-from fura_vlm.chat.engine import ChatError
+from fura_vlm.chat.partner import ChatError
 from fura_vlm.chat.pictures import Pictures
 from fura_vlm.data.images import ImageError
 from fura_vlm.errors import FuraVLMError, first_line
-from fura_vlm.families.base import Family
 from fura_vlm.families.messages import Message, Picture, Text, pictures
+
+if TYPE_CHECKING:  # it imports torch
+    from fura_vlm.families.base import Family
 
 MAX_QUESTION = 100_000
 """Characters of a question; no model here reads half as many."""
@@ -75,15 +79,7 @@ def build_prompt(exchanges: list[Exchange], family: Family, max_tokens: int) -> 
         ChatError: if there is no question, if the question or the conversation has too many characters, if
             ``max_tokens`` has no room even for the picture, or if the model takes no such picture or conversation.
     """
-    asked, characters = len(exchanges[-1].question), sum(len(e.question) + len(e.answer or "") for e in exchanges)
-    if asked > MAX_QUESTION:
-        raise ChatError(f"The question has {asked:,} characters, and at most {MAX_QUESTION:,} are allowed: shorten it")
-    if characters > MAX_CONVERSATION:
-        raise ChatError(
-            f"The conversation has {characters:,} characters, and at most {MAX_CONVERSATION:,} are kept: start "
-            "a new one"
-        )
-
+    check_length(exchanges)
     if not family.sees and any(exchange.image for exchange in exchanges):
         raise ChatError("This model takes text alone: ask without a picture")
     measure = _Measure(family)
@@ -123,25 +119,42 @@ def build_prompt(exchanges: list[Exchange], family: Family, max_tokens: int) -> 
     return Prompt(messages, family.prompt(messages), notice)
 
 
+def check_length(exchanges: Sequence[Exchange]) -> None:
+    """Raises ``ChatError`` if the question or the conversation has too many characters."""
+    asked, characters = len(exchanges[-1].question), sum(len(e.question) + len(e.answer or "") for e in exchanges)
+    if asked > MAX_QUESTION:
+        raise ChatError(f"The question has {asked:,} characters, and at most {MAX_QUESTION:,} are allowed: shorten it")
+    if characters > MAX_CONVERSATION:
+        raise ChatError(
+            f"The conversation has {characters:,} characters, and at most {MAX_CONVERSATION:,} are kept: start "
+            "a new one"
+        )
+
+
+def check_kept(paths: Sequence[str]) -> None:
+    """Raises ``ChatError`` if a picture is no longer there."""
+    if not all(Path(path).is_file() for path in paths):
+        raise ChatError("A picture of this conversation is no longer kept: start a new conversation")
+
+
 def encode(prompt: Prompt, family: Family) -> dict:
     """The tensors of a prompt, as ``Family.inputs``.
 
     Raises:
         ChatError: if a picture is no longer there.
     """
-    if not all(Path(path).is_file() for path in prompt.images):
-        raise ChatError("A picture of this conversation is no longer kept: start a new conversation")
+    check_kept(prompt.images)
     return family.inputs(prompt.messages, [read_image(path, family) for path in prompt.images])
 
 
-def read_image(path: str, family: Family) -> Image.Image:
+def read_image(path: str, family: Family | None = None) -> Image.Image:
     """A user's picture as 8-bit RGB, upright, at a fraction of its size if it is larger than ``family.enough``.
 
     Raises:
         ChatError: if it cannot be used. The message has the file's name, and not where the server keeps it.
     """
     try:
-        return _pictures.read(path, family.enough)
+        return _pictures.read(path, family and family.enough)
     except ImageError as error:
         raise ChatError(str(error)) from error
 
@@ -164,8 +177,8 @@ def _newest(exchanges: list[Exchange], family: Family, max_tokens: int, measure:
     """
     kept, room, reserved = [], max_tokens, family.reserved()
     for exchange in reversed(exchanges):
-        answer = exchange.answer and _plain(exchange.answer, reserved)
-        exchange = Exchange(_plain(exchange.question, reserved), exchange.image, answer)
+        answer = exchange.answer and plain(exchange.answer, reserved)
+        exchange = Exchange(plain(exchange.question, reserved), exchange.image, answer)
         words = family.tokenizer([exchange.question, answer or ""], add_special_tokens=False)["input_ids"]
         room -= max(sum(len(ids) - 4 for ids in words), 1)
         room -= measure.picture(exchange) if room >= 0 else 0
@@ -198,7 +211,7 @@ def _most(number: int, fits) -> int:
     return low
 
 
-def _plain(text: str, reserved: set[str]) -> str:
+def plain(text: str, reserved: set[str]) -> str:
     """Without ``reserved`` tokens: what a user types is text, neither an image nor the end of a turn.
 
     In one pass: whenever the text so far ends in such a token, the longest of them goes. So none is left, not even one

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
-from fura_vlm.chat.engine import ChatError
+from fura_vlm.chat.partner import ChatError
 
 T = TypeVar("T")
 READ_SECONDS = 60
@@ -31,7 +30,7 @@ class Readers:
     def __init__(self, threads: int = 2, seconds: float = READ_SECONDS):
         self.seconds = seconds
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "chat-reader", torch.set_num_threads, (1,))
+        self._pool = ThreadPoolExecutor(threads, "chat-reader", _compute_alone)
         self._began: dict[object, float] = {}  # what is being read, also after nobody waits for it any more
         self.waiting = 0  # questions that are being read or wait to be
 
@@ -66,3 +65,9 @@ class Readers:
         """Every thread is at one question for longer than any should take: nobody is answered any more."""
         late = time.monotonic() - self.seconds
         return sum(began < late for began in list(self._began.values())) >= self._threads
+
+
+def _compute_alone() -> None:
+    """In a thread: where a model is in this process, torch takes one core for the thread."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)

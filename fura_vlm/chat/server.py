@@ -31,10 +31,9 @@ from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fura_vlm.chat.config import ChatConfig
-from fura_vlm.chat.engine import ChatError
 from fura_vlm.chat.guard import MAX_UPLOAD, Guard, Hosts, Page
-from fura_vlm.chat.models import Models, load_models
 from fura_vlm.chat.page import CSS, HEAD, THEME, build
+from fura_vlm.chat.partner import ChatError, Partner, find_partner
 from fura_vlm.errors import first_line
 
 END_SECONDS = 5
@@ -51,11 +50,11 @@ LINES_A_MINUTE = 20
 
 
 def serve(config: ChatConfig) -> None:
-    """The command: loads the model, serves the chat until it is stopped, and ends the process.
+    """The command: loads the model or finds the server's, serves the chat until it is stopped, and ends the process.
 
     Raises:
         ChatError: before the model is loaded, if a setting or the address cannot be used.
-        ModelError: if a model cannot be used.
+        FuraVLMError: if the model cannot be used.
     """
     for name, most in (("port", 65535), ("max_users", None), ("max_waiting", None), ("max_new_tokens", None)):
         value = getattr(config, name)
@@ -77,9 +76,9 @@ def serve(config: ChatConfig) -> None:
 
     signal.signal(signal.SIGTERM, end)
     try:
-        models = load_models(config.model, config.adapters)
-        print(f"Talking with {models.path}", flush=True)
-        launch(models, config, folder, sockets)
+        partner = find_partner(config)
+        print(f"Talking with {partner.path}" + (f" of {config.server}" if config.server else ""), flush=True)
+        launch(partner, config, folder, sockets)
     except (KeyboardInterrupt, SystemExit):
         pass
     finally:
@@ -114,9 +113,9 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def launch(models: Models, config: ChatConfig, folder: Path, sockets: list[socket.socket]) -> None:
+def launch(partner: Partner, config: ChatConfig, folder: Path, sockets: list[socket.socket]) -> None:
     """Serves the page until Ctrl-C or SIGTERM."""
-    page, server, hosts = make_server(models, config, folder)
+    page, server, hosts = make_server(partner, config, folder)
     print(f"Open http://{_shown(config.host)}:{config.port} in a browser", flush=True)
     if config.share:
         _share(hosts, config.port)
@@ -124,9 +123,9 @@ def launch(models: Models, config: ChatConfig, folder: Path, sockets: list[socke
     page.chat.engine.close(END_SECONDS / 2)
 
 
-def make_server(models: Models, config: ChatConfig, folder: Path) -> tuple[Page, Server, Hosts]:
+def make_server(partner: Partner, config: ChatConfig, folder: Path) -> tuple[Page, Server, Hosts]:
     """The page, a server of it that is not started yet, and the names that it answers to."""
-    page = build(models, config, folder)
+    page = build(partner, config, folder)
     page.state_session_capacity = 1000
     page.max_threads = page._queue.max_thread_count = config.max_users + 16
     hosts = Hosts([config.host, *config.allowed_hosts])
@@ -141,7 +140,7 @@ def make_server(models: Models, config: ChatConfig, folder: Path) -> tuple[Page,
     async def health(request: Request) -> Response:
         writing, waiting = page.chat.engine.load
         waiting += len(page._queue)  # those that have not reached the engine
-        known = {"model": Path(models.path).name} if signed_in(request.scope) else {}
+        known = {"model": Path(partner.path).name} if signed_in(request.scope) else {}
         stuck = page.chat.readers.stuck
         counts = {"reading": guard.reading + page.chat.readers.waiting, "writing": writing, "waiting": waiting}
         return JSONResponse({"status": "stuck" if stuck else "ok", **known, **counts}, 503 if stuck else 200)

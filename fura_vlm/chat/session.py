@@ -9,10 +9,9 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fura_vlm.chat.engine import ChatError, Engine, Generation, Sampling
 from fura_vlm.chat.markdown import literal
-from fura_vlm.chat.models import Models, decoded
-from fura_vlm.chat.prompt import Exchange, build_prompt, encode, is_animation, read_image
+from fura_vlm.chat.partner import ChatError, Generation, Partner, Sampling
+from fura_vlm.chat.prompt import Exchange, is_animation
 from fura_vlm.chat.readers import Readers
 
 # How often the browser gets what has been written. For each time, Gradio keeps the interpreter busy for milliseconds,
@@ -101,11 +100,11 @@ class Session:
 
 
 class Chat:
-    """Conversations over one engine, for any number of sessions."""
+    """Conversations with one partner, for any number of sessions."""
 
-    def __init__(self, models: Models, max_users: int):
-        self.models = models
-        self.engine = Engine(models.model, models.family, max_rows=max_users)
+    def __init__(self, partner: Partner, max_users: int):
+        self.partner = partner
+        self.engine = partner.writer(max_rows=max_users)
         self.readers = Readers()
         self.kept: dict[str, Session] = {}  # by key, the one used last at the end
 
@@ -156,12 +155,12 @@ class Chat:
         try:
             yield running
             inputs = await self.readers.run(self._read, session, sampling)
-            for tensors, side in zip(inputs, sides, strict=True):
-                running.append(self.engine.submit(tensors, self.models.adapters[side], sampling))
+            for prompt, side in zip(inputs, sides, strict=True):
+                running.append(self.engine.submit(prompt, self.partner.adapters[side], sampling))
             seen, done = None, False
             while not done:
                 done = all(generation.done for generation in running)
-                written = sum(len(generation.tokens) for generation in running)
+                written = sum(generation.count for generation in running)
                 if done or written != seen:
                     seen = written
                     self._copy(running, turn)
@@ -179,19 +178,17 @@ class Chat:
             session.busy, session.running = False, []
             self._copy(running, turn)
 
-    def _read(self, session: Session, sampling: Sampling) -> list[dict]:
-        """The tensors of the last turn of a session, for each side that is asked."""
-        turn, prompts, family = session.turns[-1], [], self.models.family
-        if turn.image and family.sees:
-            read_image(turn.image, family)
+    def _read(self, session: Session, sampling: Sampling) -> list:
+        """The prompts of the last turn of a session, for each side that is asked."""
+        turn = session.turns[-1]
+        if turn.image and self.partner.sees:
+            self.partner.check_picture(turn.image)
             if is_animation(turn.image):
                 session.notices.append("The picture is an animation: its first frame is used.")
-        room = self.models.context - sampling.max_new_tokens
-        for beside in [None, *turn.models[1:]]:
-            prompts.append(build_prompt(session.history(beside), family, room))
-        session.notices += [prompts[0].notice] if prompts[0].notice else []
-        return [encode(prompt, family) for prompt in prompts]
+        read = [self.partner.read(session.history(beside), sampling) for beside in [None, *turn.models[1:]]]
+        session.notices += [read[0][1]] if read[0][1] else []
+        return [inputs for inputs, _ in read]
 
     def _copy(self, running: list[Generation], turn: Turn) -> None:
         for side, generation in enumerate(running):
-            turn.answers[side] = decoded(self.models, generation)
+            turn.answers[side] = self.partner.text(generation)

@@ -12,7 +12,8 @@ class EvalConfig:
     """Evaluate a model: on GQA, ScienceQA, TextVQA and POPE, commonsense, mathematics, or tasks of lm-eval.
 
     Args:
-        model: a run folder, an adapter, or a model, merged or not (a folder or a name on the hub).
+        model: a run folder, an adapter, or a model, merged or not (a folder or a name on the hub); with --server the
+            name of one of its models.
         adapter: an adapter to put over ``model``; not needed for a run folder or an adapter's own folder.
         suite: visual is the four benchmarks of pictures, or other tasks of lmms-eval; commonsense the eight sets of
             LLM-Adapters; math MATH-500, AIME and word problems; lm-eval any tasks of the EleutherAI harness for
@@ -49,6 +50,9 @@ class EvalConfig:
         instruction: of math: what follows each question; by default the words of the run that was trained by reward, or
             else a request for a boxed answer.
         num_workers: processes that prepare pictures for the model in advance; by default up to 8 with a GPU.
+        server: the address of a server that speaks OpenAI's interface, such as http://localhost:8000 (vLLM, SGLang,
+            transformers serve): its model answers the suite visual, and none is loaded here.
+        server_key: the name of the environment variable that holds the server's key; by default none is sent.
     """
 
     model: str
@@ -72,6 +76,8 @@ class EvalConfig:
     top_p: float | None = None
     instruction: str | None = None
     num_workers: int | None = None
+    server: str | None = None
+    server_key: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str):

@@ -184,7 +184,7 @@ class Answerer:
             past_key_values=self.cache(arguments),
             stopping_criteria=self._ends(until),
         )
-        return [_cut(text, until) for text in texts]
+        return [cut(text, until) for text in texts]
 
     def cache(self, arguments: dict) -> Cache | None:
         """A cache with room for the answer; ``None``, which means transformers' own, if a layer or beam search needs
@@ -295,7 +295,8 @@ def messages_of(family: Family, text: str, pictures: int) -> list[Message]:
     return [Message("user", (*[Picture("")] * pictures, Text(text.strip())))]
 
 
-def _cut(text: str, until: list[str]) -> str:
+def cut(text: str, until: Sequence[str]) -> str:
+    """An answer up to the first of the strings that end it."""
     for end in until:
         text = text.split(end)[0]
     return text.strip()

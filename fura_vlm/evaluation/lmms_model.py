@@ -31,59 +31,21 @@ MAX_NEW_TOKENS = 128
 """The limit if a task sets none: that of LLaVA's own evaluation scripts."""
 
 
-class FuraVLM(lmms):
-    """A model for lmms-eval. It supports neither ``loglikelihood`` nor rounds of questions.
-
-    Args:
-        pretrained: a model, merged or not (a folder or a name on the hub), a run folder, or an adapter's folder.
-        adapter: any PEFT adapter over ``pretrained``.
-        processor: where the processor is, if not with the model.
-        batch_size: requests answered at once, or ``"auto"``: as many as fit, at most ``max_batch_size``. Either is
-            halved, for good, when memory runs out.
-        max_batch_size: the most that ``"auto"`` tries.
-        device: where the model runs; by default the GPU of this process, or the CPU.
-        dtype: ``"auto"`` is bfloat16 on a GPU and float32 elsewhere; or the name of a torch dtype.
-        attn_implementation: as in transformers.
-        num_workers: processes that decode and preprocess ahead of the model; by default up to 8 beside a GPU, none
-            without one.
-        cache: a folder for finished answers; by default none are kept. Only greedy answers are.
-
-    Raises:
-        ModelError: if model, adapter or processor cannot be used.
-        EvaluationError: if ``batch_size`` is no number above 0 and not ``"auto"``.
-    """
+class Answering(lmms):
+    """A model for lmms-eval that writes answers: ``answer_with`` says how. It supports neither ``loglikelihood`` nor
+    rounds of questions."""
 
     is_simple = True
 
-    def __init__(
-        self,
-        pretrained: str = "llava-hf/llava-1.5-7b-hf",
-        adapter: str | None = None,
-        processor: str | None = None,
-        batch_size: int | str = "auto",
-        max_batch_size: int | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-        attn_implementation: str = "sdpa",
-        num_workers: int | None = None,
-        cache: str | None = None,
-    ) -> None:
-        super().__init__()
-        batch_limit(batch_size, max_batch_size)  # before a large model is loaded
-        source = find_model(str(pretrained), adapter)
-        source = replace(source, processor=processor or source.processor)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-            device = device or str(self.accelerator.device)
-        model, family, used = source.place(dtype, device, attn_implementation)
-        self.device = model.device
-        self.answerer = Answerer(model, family, used, batch_size, max_batch_size, num_workers)
-        self._store, self._identity = None, []
-        if cache:
-            self._store = AnswerStore(cache, self._rank)
-            name = str(used).removeprefix("torch.")
-            self._identity = [source.fingerprint(), name, version("lmms-eval"), version("transformers")]
+    def answer_with(self, answerer, cache: str | None, identity: list[str]) -> None:
+        """
+        Args:
+            answerer: an ``Answerer``, or what has its ``answers`` and ``batch_size``.
+            cache: a folder for finished answers, or ``None``. Only greedy answers are kept.
+            identity: all that an answer depends on besides its question.
+        """
+        self.answerer, self._identity = answerer, identity
+        self._store = AnswerStore(cache, self._rank) if cache else None
 
     @property
     def batch_size(self) -> int:
@@ -143,6 +105,59 @@ class FuraVLM(lmms):
             context=context,
             generation=generation,
         )
+
+
+class FuraVLM(Answering):
+    """A model in this process.
+
+    Args:
+        pretrained: a model, merged or not (a folder or a name on the hub), a run folder, or an adapter's folder.
+        adapter: any PEFT adapter over ``pretrained``.
+        processor: where the processor is, if not with the model.
+        batch_size: requests answered at once, or ``"auto"``: as many as fit, at most ``max_batch_size``. Either is
+            halved, for good, when memory runs out.
+        max_batch_size: the most that ``"auto"`` tries.
+        device: where the model runs; by default the GPU of this process, or the CPU.
+        dtype: ``"auto"`` is bfloat16 on a GPU and float32 elsewhere; or the name of a torch dtype.
+        attn_implementation: as in transformers.
+        num_workers: processes that decode and preprocess ahead of the model; by default up to 8 beside a GPU, none
+            without one.
+        cache: a folder for finished answers; by default none are kept. Only greedy answers are.
+
+    Raises:
+        ModelError: if model, adapter or processor cannot be used.
+        EvaluationError: if ``batch_size`` is no number above 0 and not ``"auto"``.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "llava-hf/llava-1.5-7b-hf",
+        adapter: str | None = None,
+        processor: str | None = None,
+        batch_size: int | str = "auto",
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str = "sdpa",
+        num_workers: int | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__()
+        batch_limit(batch_size, max_batch_size)  # before a large model is loaded
+        source = find_model(str(pretrained), adapter)
+        source = replace(source, processor=processor or source.processor)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+            device = device or str(self.accelerator.device)
+        model, family, used = source.place(dtype, device, attn_implementation)
+        self.device = model.device
+        identity = []
+        if cache:
+            name = str(used).removeprefix("torch.")
+            identity = [source.fingerprint(), name, version("lmms-eval"), version("transformers")]
+        answerer = Answerer(model, family, used, batch_size, max_batch_size, num_workers)
+        self.answer_with(answerer, cache, identity)
 
 
 _KNOWN = frozenset(GenerationConfig().to_dict()) | {"min_p", "typical_p"}

@@ -38,7 +38,14 @@ def evaluate(config: EvalConfig) -> Path | None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise SuiteError(f"{name} is {value}: give {least} or more, or leave it out")
-    suite = _suite(config, find_model(config.model, config.adapter))
+    if config.server is not None:
+        from fura_vlm.evaluation.served import find_served
+
+        suite = _suite(config, find_served(config))
+    elif config.server_key is not None:
+        raise SuiteError("--server_key is the key of a server: give its address with --server")
+    else:
+        suite = _suite(config, find_model(config.model, config.adapter))
     source = suite.source
     folder = Path(config.output_dir) if config.output_dir else _default_folder(config, suite.folder)
     identity = {

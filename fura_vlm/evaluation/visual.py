@@ -69,19 +69,8 @@ class Visual(Suite):
         from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.tasks import TaskManager
 
-        from fura_vlm.evaluation.lmms_model import FuraVLM
-
-        model = FuraVLM(
-            pretrained=source.base,
-            adapter=source.adapter,
-            processor=source.processor,
-            batch_size=self.config.batch_size,
-            dtype=self.config.dtype,
-            num_workers=self.config.num_workers,
-            cache=str(folder / "answers"),
-        )
         outcome = simple_evaluate(
-            model=model,
+            model=self._model(source, str(folder / "answers")),
             tasks=[loaded.task for loaded in self.tasks.values()],
             task_manager=TaskManager(include_defaults=False),
             limit=self.config.limit,
@@ -103,6 +92,24 @@ class Visual(Suite):
             reached[name] = score(loaded, rows, metrics)
             samples += [sample(name, loaded, row) for row in rows]
         return reached, samples
+
+    def _model(self, source: Source, cache: str):
+        """What answers lmms-eval's questions."""
+        if self.config.server is not None:
+            from fura_vlm.evaluation.served import Served
+
+            return Served(source, self.config.batch_size, cache)
+        from fura_vlm.evaluation.lmms_model import FuraVLM
+
+        return FuraVLM(
+            pretrained=source.base,
+            adapter=source.adapter,
+            processor=source.processor,
+            batch_size=self.config.batch_size,
+            dtype=self.config.dtype,
+            num_workers=self.config.num_workers,
+            cache=cache,
+        )
 
     def published(self, scores: dict[str, TaskScore]) -> dict[str, dict]:
         if self._is_embedded:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -65,7 +65,10 @@ class InspectConfig:
     Args:
         model: a run folder or an adapter.
         output_path: the picture to draw (png, svg or pdf); by default ``spectrum.png`` beside the adapter.
+        lora_ranks: also print what a LoRA of each of these ranks, such as [16,128], would lose of the adapter; it takes
+            a decomposition of every adapted weight.
     """
 
     model: str
     output_path: str | None = None
+    lora_ranks: list[int] = field(default_factory=list)

@@ -15,8 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError, Engine, Sampling
-from fura_vlm.chat.models import Models, decoded
-from fura_vlm.chat.page import as_seen
+from fura_vlm.chat.models import Models, as_seen
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode, read_image
 from fura_vlm.chat.session import Chat, Session
 from fura_vlm.chat.terminal import chat as talk
@@ -158,7 +157,7 @@ def test_a_second_turn(models, engine, files):
     """The answer that the chat has written goes into the next prompt as text; the picture stays in the first one."""
     first = (QUESTIONS[0], files[0] if models.family.sees else None)
     [answer] = written(engine, [(tensors(models, first), "default")])
-    second = tensors(models, (*first, decoded(models, answer)), (QUESTIONS[1], None))
+    second = tensors(models, (*first, models.text(answer)), (QUESTIONS[1], None))
     [again] = written(engine, [(second, "default")])
     engine.close()
     models.model.base_model.enable_adapter_layers()

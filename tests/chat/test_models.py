@@ -12,7 +12,7 @@ from chat_server import TINY
 
 from fura_vlm.chat.config import ChatConfig
 from fura_vlm.chat.engine import ChatError
-from fura_vlm.chat.models import default_model, describe, load_models
+from fura_vlm.chat.models import default_model, load_models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
 from fura_vlm.chat.server import serve
 from fura_vlm.chat.terminal import chat
@@ -57,7 +57,7 @@ def test_several_adapters_over_one_base(run, second, scenes, first):
         models.model.set_adapter(models.adapters[label])
         with torch.inference_mode():
             torch.testing.assert_close(models.model(**inputs).logits, alone(**inputs).logits)
-        assert f"| {label} | FURA | 402,368 |" in describe(models)
+        assert f"| {label} | FURA | 402,368 |" in models.describe()
 
 
 def test_an_adapter_of_another_base(run, tmp_path):

@@ -295,7 +295,7 @@ def test_what_nobody_foresaw_is_an_error_too(page, served, monkeypatch):
     open_settings(page, 2)
     ask(page, "One?")
     idle(page)
-    monkeypatch.setattr(served.chat.models, "adapters", {})
+    monkeypatch.setattr(served.chat.partner, "adapters", {})
     ask(page, "Two?")
     expect(notice(page).get_by_role("alert")).to_contain_text("Something went wrong on the server")
     expect(page.get_by_label("Submit")).to_be_visible()

@@ -177,13 +177,13 @@ def test_special_tokens_are_taken_out_in_time_in_line_with_the_text(family, text
 
         def trace(frame, event, argument):
             nonlocal count
-            count += event == "line" and frame.f_code is prompt_module._plain.__code__
-            return trace if frame.f_code is prompt_module._plain.__code__ else None
+            count += event == "line" and frame.f_code is prompt_module.plain.__code__
+            return trace if frame.f_code is prompt_module.plain.__code__ else None
 
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            prompt_module._plain(text, family.reserved())
+            prompt_module.plain(text, family.reserved())
         finally:
             sys.settrace(before)
         return count
@@ -200,7 +200,7 @@ def test_special_tokens_are_taken_out_as_if_one_by_one(family):
         special = {"<image>", *family.tokenizer.all_special_tokens}
         while found := [token for token in special if token in expected]:
             expected = expected.replace(min(found, key=expected.index), "", 1)
-        assert prompt_module._plain(text, family.reserved()) == expected.strip()
+        assert prompt_module.plain(text, family.reserved()) == expected.strip()
 
 
 def test_special_tokens_go_however_many_there_are():
@@ -222,7 +222,7 @@ def test_special_tokens_go_however_many_there_are():
         tree = Counted(prompt_module._tree(frozenset(tokens)))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(prompt_module, "_tree", lambda tokens, tree=tree: tree)
-            assert prompt_module._plain(text, tokens) == plain
+            assert prompt_module.plain(text, tokens) == plain
     assert len(steps) < 6 * 500_000
 
 

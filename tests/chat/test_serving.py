@@ -24,8 +24,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from fura_vlm.chat.engine import ChatError, Sampling
-from fura_vlm.chat.models import load_models
-from fura_vlm.chat.page import as_seen
+from fura_vlm.chat.models import as_seen, load_models
 from fura_vlm.chat.prompt import Exchange, build_prompt, encode
 from fura_vlm.chat.session import Chat, Session, Turn
 from fura_vlm.cli import main

@@ -264,7 +264,11 @@ def test_inspect_shows_the_spectra_of_the_weights(tmp_path, capsys):
         inspect(InspectConfig(model=BASE))
     with pytest.raises(ModelError, match="x.doc has another format: --output_path must end in .png, .svg or .pdf"):
         inspect(InspectConfig(model=str(tmp_path), output_path="x.doc"))
-    inspect(InspectConfig(model=str(tmp_path), output_path=str(tmp_path / "new/spectra.svg")))
+    with pytest.raises(ModelError, match=r"lora_ranks is \[0\]: give numbers above 0"):
+        inspect(InspectConfig(model=str(tmp_path), lora_ranks=[0]))
+    capsys.readouterr()
+    inspect(InspectConfig(model=str(tmp_path), output_path=str(tmp_path / "new/spectra.svg"), lora_ranks=[3, 5]))
+    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[-2:]] == ["3", "5"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["spectra.svg"]
 
 

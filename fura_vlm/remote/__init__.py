@@ -1,0 +1,1 @@
+"""Models that another program serves, asked through OpenAI's interface."""
