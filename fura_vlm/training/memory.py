@@ -13,48 +13,59 @@ from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.methods import method_of
 
 
+def ran_out(error: RuntimeError) -> bool:
+    """Whether it says that memory is used up."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 @contextmanager
 def advice_on_memory(config: TrainConfig, run: Path):
-    """If memory runs out inside, raises a TrainingError that says what to change; each change is possible for this
-    run."""
+    """If memory runs out inside, raises the TrainingError of ``too_small``."""
     try:
         yield
     except RuntimeError as error:
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        if not any(word in str(error) for word in words):
+        if not ran_out(error):
             raise
-        batch, method = config.per_device_train_batch_size, method_of(config)
-        advice = []
-        if batch > 1:  # a divisor, so that train_batch_size stays a multiple
-            less = next(n for n in range(batch // 2, 0, -1) if batch % n == 0)
-            kept = "with train_batch_size, a step still has as many records as before"
-            advice.append(f"--per_device_train_batch_size {less} ({kept})")
-        if not config.gradient_checkpointing:
-            advice.append("--gradient_checkpointing true")
-        others = []  # of another run, by what a checkpoint holds
-        if zero(config).get("stage") != 3:
-            if not method.four_bits:
-                eager = " --compile_layers false" * config.compile_layers
-                others.append(f"--deepspeed zero3{eager} on several GPUs")
-            if method.with_four_bits:
-                others.append(f"--method {method.with_four_bits}")
-        elif "offload_param" not in zero(config):
-            others.append("--deepspeed zero3_offload")
-        if get_last_checkpoint(str(run)):
-            others = [f"{other} in another --output_dir" for other in others]
-        if advice or others:
-            tried = f"try {', or '.join(advice + others)}"
-        else:
-            tried = (
-                "no other setting saves memory, so take a larger GPU or a smaller model (fura-vlm plan says what "
-                "fits), or shorten the records with --model_max_length in another --output_dir"
-            )
-        if torch.cuda.is_available():
-            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-            where = f"a GPU of {total:.0f} GiB"
-        else:
-            where = "this machine"
-        raise TrainingError(
-            f"The memory of {where} is too small for {config.per_device_train_batch_size} records of up to "
-            f"{config.model_max_length} tokens with {config.method}: {tried}"
-        ) from error
+        raise too_small(config, run) from error
+
+
+def too_small(config: TrainConfig, run: Path) -> TrainingError:
+    """Says what to change; each change is possible for this run. No setting of ``config`` is ``auto``."""
+    batch, method = config.per_device_train_batch_size, method_of(config)
+    advice = []
+    if batch > 1:  # a divisor, so that train_batch_size stays a multiple
+        less = next(n for n in range(batch // 2, 0, -1) if batch % n == 0)
+        kept = "with train_batch_size, a step still has as many records as before"
+        advice.append(f"--per_device_train_batch_size {less} ({kept})")
+    if not config.gradient_checkpointing:
+        advice.append("--gradient_checkpointing true")
+    others = []  # of another run, by what a checkpoint holds
+    if zero(config).get("stage") != 3:
+        if not method.four_bits:
+            eager = " --compile_layers false" * config.compile_layers
+            others.append(f"--deepspeed zero3{eager} on several GPUs")
+        if method.with_four_bits:
+            others.append(f"--method {method.with_four_bits}")
+    elif "offload_param" not in zero(config):
+        others.append("--deepspeed zero3_offload")
+    if get_last_checkpoint(str(run)):
+        others = [f"{other} in another --output_dir" for other in others]
+    if advice or others:
+        tried = f"try {', or '.join(advice + others)}"
+    else:
+        tried = (
+            "no other setting saves memory, so take a larger GPU or a smaller model (fura-vlm plan says what "
+            "fits), or shorten the records with --model_max_length in another --output_dir"
+        )
+    if config.gpu_memory is not None:
+        where = f"a GPU of {config.gpu_memory:g} GB (gpu_memory)"
+    elif torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        where = f"a GPU of {total:.0f} GiB"
+    else:
+        where = "this machine"
+    return TrainingError(
+        f"The memory of {where} is too small for {config.per_device_train_batch_size} records of up to "
+        f"{config.model_max_length} tokens with {config.method}: {tried}"
+    )
