@@ -22,19 +22,21 @@ from transformers import AutoConfig
 from fura_vlm.plan.costs import GIB, GPUS, Setting, memory, step_seconds
 from fura_vlm.plan.page import zero_of
 from fura_vlm.plan.shapes import Counts
+from fura_vlm.training.auto import as_chosen
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.report import read_metrics
 
 
 def row(run: Path, args) -> str:
     """A line of the table."""
-    train = TrainConfig(**yaml.safe_load((run / "config.yaml").read_text()))
+    train = as_chosen(TrainConfig(**yaml.safe_load((run / "config.yaml").read_text())), run)
     train = dataclasses.replace(train, model_max_length=args.longest or train.model_max_length)
     model = AutoConfig.from_pretrained(train.model_name_or_path)
     counts = Counts(model, train)
     batch = train.per_device_train_batch_size
     compiled = train.compile_layers
-    setting = Setting(train.method, args.gpus, *zero_of(train), train.gradient_checkpointing, batch, compiled)
+    checkpointing, budget = train.gradient_checkpointing, train.activation_memory_budget
+    setting = Setting(train.method, args.gpus, *zero_of(train), checkpointing, batch, compiled, budget)
     parts = memory(train, counts, setting, args.labelled)
     planned = (sum(parts.values()) - parts["reserve"]) / GIB  # torch's own peak has no context and no slack
     logged = [row for row in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in row]

@@ -1,4 +1,4 @@
-"""What the main process of several does for all of them, in training and in an evaluation."""
+"""What several processes decide together, in training and in an evaluation."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def agree(decide: Callable[[], Decision]) -> Decision:
     if not done:
         raise SystemExit(1)
     return decision
+
+
+def least(number: float) -> float:
+    """The least of what all processes give; each of them has to call this."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return number
+    PartialState(cpu=not torch.cuda.is_available())
+    given = [None] * dist.get_world_size()
+    dist.all_gather_object(given, number)
+    return min(given)

@@ -193,6 +193,15 @@ class ConversationDataset(Dataset):
             raise DataError(f"{file}, {place} (id {name}): {error}") from error
         return item | self.family.token_type_ids(ids) | {"pictures": self.family.pixels(images)}
 
+    def supervised(self) -> np.ndarray:
+        """(rows,) int64: the tokens of each row that have a loss."""
+        counts = []
+        for chunk in (self._table if self._table is not None else read_table(self._files))["supervised"].chunks:
+            ends = np.cumsum(pc.list_value_length(chunk).to_numpy(zero_copy_only=False))
+            sums = np.concatenate([[0], np.cumsum(chunk.flatten().to_numpy(zero_copy_only=False))])
+            counts.append(np.diff(sums[ends], prepend=0))
+        return np.concatenate(counts)[self._rows].astype(np.int64)
+
     def answers(self, most: int = 1000) -> Iterator[np.ndarray]:
         """The supervised token ids, (n,), of at most so many rows, spread evenly over the dataset."""
         table = self._table if self._table is not None else read_table(self._files)

@@ -8,6 +8,7 @@ that were measured (``RATES``). Units are bytes, seconds and operations.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,16 +29,35 @@ CONTEXT = 1.0 * GIB  # CUDA, its libraries' work spaces, NCCL
 SLACK = 1.04  # what the allocator cannot use of what it holds
 USABLE = 0.94  # of the memory in a GPU's name: an L40S of 48 GB has 45.0 GiB
 
-# Operations a second of the passes through Llama-7B's layers, eager and with compiled layers: 4 (full: 6) * weights *
-# tokens over the step times of benchmarks/results/method-llama-4.md: one H200, 4 layers, 16 x 1024 tokens, LoRA and
-# DoRA with r = 128 in bfloat16.
+# Operations a second of the passes through Llama-7B's layers, eager and with compiled layers, when ``BATCH_SECONDS``
+# are taken off. Compiled FuRA and LoRA are what the trainer's model alone reached (benchmarks/results/pipeline.md):
+# FuRA the mean of two H200s and two H100s, 565 to 583, LoRA one H200. The others are 4 (full: 6) * weights * tokens
+# over the step times of benchmarks/results/method-llama-4.md: one H200, 4 layers, 16 x 1024 tokens. LoRA and DoRA have
+# r = 128 and are in bfloat16.
 RATES = {
-    "frozen": (407 * TERA, 554 * TERA),
-    "fura": (391 * TERA, 528 * TERA),
-    "lora": (346 * TERA, 475 * TERA),
-    "dora": (258 * TERA, 443 * TERA),
-    "full": (456 * TERA, 568 * TERA),
+    "frozen": (411 * TERA, 561 * TERA),
+    "fura": (401 * TERA, 571 * TERA),
+    "lora": (351 * TERA, 471 * TERA),
+    "dora": (269 * TERA, 477 * TERA),
+    "full": (471 * TERA, 592 * TERA),
 }
+# What a batch takes beside, whatever its length: folding, DoRA's norms, launches. By what 1 x 2048 tokens through 32
+# layers of Llama-7B took more than 16 x 1024 through 4 on an H200 (method-llama-7b.md,
+# method-llama-4-checkpointing.md), seconds for all 32. That of full fine-tuning was the optimizer's, which counts once
+# a step (``ADAM_BYTES``).
+BATCH_SECONDS = {"frozen": 0.010, "fura": 0.025, "lora": 0.017, "dora": 0.068, "full": 0.010}
+THEIR_WEIGHTS, THEIR_BANDWIDTH = 6_476_005_376, 4.8e12
+ADAM_BYTES = 28  # of a trained weight, read and written in a step
+# Over a 4-bit base the host decides in short batches: its seconds for a pass through a layer, eager and compiled, of
+# QFuRA and QLoRA in bfloat16 with 1 x 2048 tokens (method-llama-7b.md).
+FOUR_BIT_HOST = (0.0042, 0.0025)
+# What a step of the trainer takes more than its batches alone, of FuRA: 0.11 to 0.18 s in four runs (pipeline.md).
+# LoRA's one run took 0.39 s, which nothing here explains.
+STEP_SECONDS = 0.14
+# The compiler's budget that makes norms and SiLU again in the backward: it took 2 % more time with FuRA, and 4 % more
+# over the frozen base (docs/speed.md).
+BUDGET, BUDGET_COSTS = 0.9, 1.03
+MOST = 32  # records at once: more are hardly faster
 MEASURED_PEAK = 989 * TERA  # dense bfloat16, H100 and H200
 
 
@@ -72,9 +92,10 @@ class Setting:
     checkpointing: bool
     batch: int
     compiled: bool
+    budget: float = 1.0
 
 
-def activation_bytes(shapes: Shapes, counts: Counts, compiled: bool, remade: bool) -> int:
+def activation_bytes(shapes: Shapes, counts: Counts, compiled: bool, remade: bool, budget: float = 1.0) -> int:
     """What autograd keeps of one layer for one token, in bfloat16, with attention that keeps no scores.
 
     As Korthikanti et al. (arXiv 2205.05198, section 4.1) count it for GPT. A layer over frozen weights keeps queries,
@@ -82,17 +103,20 @@ def activation_bytes(shapes: Shapes, counts: Counts, compiled: bool, remade: boo
     (in eager mode the activation, too). A trained map also needs the inputs of the linear layers: of attention, of the
     MLP and of its output; that of attention's output is kept already. LoRA with dropout keeps a dropped copy (2 bytes)
     and its mask (1) for each of the seven instead. If they are ``remade``, as FuRA's kernels do, the activation and the
-    input of the MLP's output are not kept.
+    input of the MLP's output are not kept. With a ``budget`` below 1 the compiler makes again what norms and SiLU make,
+    so that these inputs of linear layers are not kept either: for FuRA with the product still kept, this says 38 of the
+    kilobytes that a 7B's layer had, and 36 were measured (docs/speed.md).
     """
     h, q, k, i = shapes.hidden, shapes.queries, shapes.keys, shapes.intermediate
     attention, norms, mlp = 2 * (2 * q + 2 * k), (2 if compiled else 4) * shapes.normed, (4 if compiled else 6) * i
     kept = attention + norms + mlp
+    again = compiled and budget < 1
     if remade:
-        return kept + 4 * h - (0 if compiled else 2 * i)
+        return kept + 4 * h * (not again) - (0 if compiled else 2 * i)
     if counts.drops:
         kept += 3 * (5 * h + q + i)
     elif counts.method.language:
-        kept += 4 * h + 2 * i
+        kept += (4 * h + 2 * i) * (not again)
     if counts.dora:  # the base's output once more, beside the adapter's, for each linear layer
         kept += 2 * (2 * h + q + 2 * k + 2 * i)
     return kept
@@ -109,7 +133,7 @@ def memory(train: TrainConfig, counts: Counts, setting: Setting, labelled: float
     optimizer = 0 if setting.offload else OPTIMIZER_BYTES * counts.trained / n
     gradients = counts.trained * (2 / (n if setting.stage >= 2 else 1) + 4 / n * (not setting.offload))
     remade = counts.in_kernels and whole  # ZeRO-3's hooks want to see what goes into a linear layer
-    layer = activation_bytes(text, counts, setting.compiled, remade)
+    layer = activation_bytes(text, counts, setting.compiled, remade, setting.budget)
     logits = labelled * tokens * text.vocabulary * LOGIT_BYTES
     logits += min(labelled * tokens, LOSS_ROWS) * text.vocabulary * LOSS_BYTES
     activations = tokens * layer * text.layers
@@ -119,7 +143,7 @@ def memory(train: TrainConfig, counts: Counts, setting: Setting, labelled: float
         activations += setting.batch * counts.picture_tokens * 2 * counts.projected
     if counts.tower_passes > 1:
         tower = counts.tower_shapes
-        layer = activation_bytes(tower, counts, setting.compiled, remade)
+        layer = activation_bytes(tower, counts, setting.compiled, remade, setting.budget)
         kept = 2 * tower.hidden * tower.layers + layer if setting.checkpointing else layer * tower.layers
         activations += setting.batch * counts.patches * kept
     buffers = live + (2 * 2 * text.hidden**2 + 2 * GATHER_ELEMENTS * whole) * (n > 1)
@@ -148,13 +172,18 @@ def step_seconds(counts: Counts, setting: Setting, tokens: int, gpu: Gpu) -> flo
     passes = 6 if counts.method.adapter is None else 4
     again = 2 if setting.checkpointing else 0
     name = counts.method.without_four_bits or setting.method
-    rate = RATES.get(name, RATES["frozen"])[setting.compiled] * gpu.peak / MEASURED_PEAK
+    name = name if name in RATES else "frozen"
+    rate = RATES[name][setting.compiled] * gpu.peak / MEASURED_PEAK
     seconds = (passes + again) * counts.used * tokens / rate
+    if setting.compiled and setting.budget < 1:
+        seconds *= BUDGET_COSTS
+    seconds += BATCH_SECONDS[name] * counts.linear / THEIR_WEIGHTS * THEIR_BANDWIDTH / gpu.bandwidth
     seeing = 2 * counts.tower_passes + (again if counts.tower_passes > 1 else 0)
     seconds += seeing * counts.tower * setting.batch * counts.patches / (RATES["frozen"][0] * gpu.peak / MEASURED_PEAK)
     times = 3 if setting.checkpointing else 2  # that the weights are used
     if counts.method.four_bits:  # to be dequantised: half a byte read, two written and read again
         seconds += times * 4.5 * counts.linear / gpu.bandwidth
+        seconds = max(seconds, times * counts.text.layers * FOUR_BIT_HOST[setting.compiled])
     if setting.stage == 3:
         gathered = times * 2 * (counts.base + counts.trained)
         sent = gathered * (setting.gpus - 1) / setting.gpus / gpu.link
@@ -164,9 +193,11 @@ def step_seconds(counts: Counts, setting: Setting, tokens: int, gpu: Gpu) -> flo
 
 
 def update_seconds(counts: Counts, setting: Setting, gpu: Gpu) -> float:
-    """Seconds of reducing the gradients and of the optimizer's step."""
+    """Seconds of a step that are not its batches': reducing the gradients, the optimizer, the trainer."""
     n = setting.gpus
-    seconds = 2 * 2 * counts.trained * (n - 1) / n / gpu.link
+    seconds = STEP_SECONDS + 2 * 2 * counts.trained * (n - 1) / n / gpu.link
+    if not setting.offload:
+        seconds += ADAM_BYTES * counts.trained / n / gpu.bandwidth
     if setting.offload:  # gradients down, weights up, and Adam in the host's memory
         seconds += 4 * counts.trained / n / gpu.host + 28 * counts.trained / HOST_RATE
     return seconds
@@ -181,17 +212,29 @@ def run_hours(plan: PlanConfig, train: TrainConfig, counts: Counts, setting: Set
     return steps * (turns * one + update_seconds(counts, setting, gpu)) / 3600
 
 
+def batches(train: TrainConfig, gpus: int) -> list[int]:
+    """The numbers of records at once that are looked at, larger ones first: those that divide the records of a step."""
+    records = train.train_batch_size
+    return [n for n in range(MOST, 0, -1) if (records % (n * gpus) == 0 if records else n & (n - 1) == 0)]
+
+
+def budgets(train: TrainConfig, compiled: bool) -> tuple[float, ...]:
+    """The compiler's budgets that are looked at."""
+    if train.activation_memory_budget != "auto":
+        return (train.activation_memory_budget,)
+    return (1.0, BUDGET) if compiled else (1.0,)
+
+
 def settings(train: TrainConfig, counts: Counts, gpus: int) -> Iterator[Setting]:
     """The ways to run a step that may be the best, simpler ones first, and for each the larger batches first."""
     whole = 2 if counts.method.adapter is None else 1  # dividing an adapter's gradients costs more than it saves
     for stage, offload in ((whole, False), (3, False), (2, True), (3, True)):
         if stage == 3 and (counts.method.four_bits or gpus == 1 and not offload):
             continue
-        for checkpointing in (False, True):
-            for batch in (16, 8, 4, 2, 1):
-                if not (train.train_batch_size and train.train_batch_size % (batch * gpus)):
-                    compiled = train.compile_layers and stage < 3
-                    yield Setting(train.method, gpus, stage, offload, checkpointing, batch, compiled)
+        compiled = train.compile_layers and stage < 3
+        for checkpointing, budget in itertools.product((False, True), budgets(train, compiled)):
+            for batch in batches(train, gpus):
+                yield Setting(train.method, gpus, stage, offload, checkpointing, batch, compiled, budget)
 
 
 def best(plan: PlanConfig, train: TrainConfig, counts: Counts, gpus: int, gigabytes: int) -> tuple | None:

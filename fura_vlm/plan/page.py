@@ -7,6 +7,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from jsonargparse import ArgumentParser
 from transformers import PreTrainedConfig
 
@@ -15,11 +16,12 @@ from fura_vlm.families.base import model_class
 from fura_vlm.families.llava import published
 from fura_vlm.files import write_text
 from fura_vlm.modelling.load import read_config
-from fura_vlm.plan.costs import GIB, Setting, best, gpu_of, host_memory, memory
+from fura_vlm.plan.choose import Data, in_order, possible
+from fura_vlm.plan.costs import BUDGET, CONTEXT, GIB, MOST, USABLE, Setting, best, gpu_of, host_memory, memory
 from fura_vlm.plan.shapes import Counts
 from fura_vlm.shipped import find
 from fura_vlm.tables import Table, markdown, show
-from fura_vlm.training.config import PlanConfig, TrainConfig, zero
+from fura_vlm.training.config import PlanConfig, TrainConfig, is_auto, least_settings, zero
 from fura_vlm.training.errors import TrainingError
 
 
@@ -45,19 +47,12 @@ def plan(config: PlanConfig) -> str:
         }
     except (TrainingError, ValueError) as error:  # this project or PEFT refuses the settings
         raise PlanError(f"{config.recipe} cannot be set up for this model: {first_line(error)}") from error
-    own = Setting(
-        train.method,
-        max(config.gpus),
-        *zero_of(train),
-        train.gradient_checkpointing,
-        train.per_device_train_batch_size,
-        train.compile_layers,
-    )
+    own, where = _own(config, train, counted[train.method])
     parts = memory(train, counted[train.method], own, config.labelled)
     sizes = [*parts.values(), sum(parts.values())]
     page = [
         said,
-        f"The recipe as it is, {_named(own)}, on each of {own.gpus} GPUs, GiB:",
+        f"The recipe {where}, {_named(own)}, on each of {own.gpus} GPUs, GiB:",
         Table([*parts, "together"], [[f"{size / GIB:.1f}" for size in sizes]], left=0),
     ]
     at_once = own.batch * own.gpus
@@ -79,6 +74,11 @@ def plan(config: PlanConfig) -> str:
         f"on it, hours for {length} of {config.tokens} tokens in steps of {records}. *c*: with "
         "gradient checkpointing, *o*: with offload, and the GiB of the host's memory that all GPUs together need."
     )
+    if is_auto(train):
+        page.append(
+            "A run of this recipe looks at the longest of its own records and at the free memory of its GPUs, tries "
+            f"its choice, and goes on to the next if it does not fit. *b*: with the compiler's memory budget {BUDGET}."
+        )
     head = ["method", *(f"{n} GPU{'s' if n > 1 else ''}" for n in config.gpus)]
     for gigabytes in config.memory:
         rows = [
@@ -91,6 +91,23 @@ def plan(config: PlanConfig) -> str:
     if config.output_path:
         write_text(config.output_path, text)
     return text
+
+
+def _own(config: PlanConfig, train: TrainConfig, counts: Counts) -> tuple[Setting, str]:
+    """How the recipe is run, and where: what is ``auto`` is found for the largest of the GPUs."""
+    gpus, stage = max(config.gpus), zero_of(train)
+    compiled, where = train.compile_layers and stage[0] < 3, "as it is"
+    if is_auto(train):
+        gigabytes = max(config.memory)
+        lengths = np.array([train.model_max_length] * MOST)
+        data = Data(lengths, lengths * config.labelled)
+        if found := possible(train, counts, stage, gpus, gpu_of(gigabytes), data):
+            train = in_order(found, USABLE * gigabytes * GIB - CONTEXT)[0].put_into(train)
+            where = f"on GPUs of {gigabytes} GB"
+        else:  # the records of a step cannot be divided by the GPUs
+            train = least_settings(train)
+    batch, budget = train.per_device_train_batch_size, train.activation_memory_budget
+    return Setting(train.method, gpus, *stage, train.gradient_checkpointing, batch, compiled, budget), where
 
 
 def _what_fits(config: PlanConfig, train: TrainConfig, counts: Counts, gigabytes: int) -> Iterator[str]:
@@ -128,7 +145,7 @@ def _recipe(path: str) -> TrainConfig:
     except (ArgumentError, UnicodeDecodeError) as error:
         raise PlanError(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
-        if getattr(train, name) < 1:
+        if getattr(train, name) != "auto" and getattr(train, name) < 1:
             raise PlanError(f"{name} is {getattr(train, name)} in {path}: it must be at least 1")
     return train
 
@@ -158,11 +175,13 @@ def zero_of(train: TrainConfig) -> tuple[int, bool]:
 def _named(setting: Setting) -> str:
     words = [setting.method, f"ZeRO-{setting.stage}", f"{setting.batch} records at once"]
     words += ["gradient checkpointing"] * setting.checkpointing + ["offload"] * setting.offload
-    return ", ".join(words + ["compiled layers"] * setting.compiled)
+    words += ["compiled layers"] * setting.compiled
+    return ", ".join(words + [f"the compiler's memory budget {setting.budget:g}"] * (setting.budget < 1))
 
 
 def _cell(counts: Counts, setting: Setting, parts: dict, hours: float) -> str:
     host = f" *o* ({host_memory(counts, setting) / GIB:.0f} GiB)"
-    marks = "".join([" *c*"] * setting.checkpointing + [host] * setting.offload)
+    marks = [" *c*"] * setting.checkpointing + [" *b*"] * (setting.budget < 1) + [host] * setting.offload
+    marks = "".join(marks)
     size = sum(parts.values()) / GIB
     return f"Z{setting.stage}{marks}, {setting.batch}, {size:.0f} GiB, {hours:.3g} h"

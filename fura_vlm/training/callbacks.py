@@ -20,6 +20,7 @@ from fura_vlm.evaluation.heldout import Answer, answer_questions, read_answers, 
 from fura_vlm.families.base import Family
 from fura_vlm.files import write_text
 from fura_vlm.training import report
+from fura_vlm.training.clock import Clock
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.run_folder import ANSWERS_BEFORE
 
@@ -75,9 +76,17 @@ class HeldOut(TrainerCallback):
     is a callback because DeepSpeed must be set up: under ZeRO-3 a process holds only parts of the weights.
     """
 
-    def __init__(self, config: TrainConfig, run: Path, family: Family, questions: list[Record], signals: SaveOnSignal):
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        family: Family,
+        questions: list[Record],
+        signals: SaveOnSignal,
+        clock: Clock,
+    ):
         self.config, self.run, self.family = config, run, family
-        self.questions, self.signals = questions, signals
+        self.questions, self.signals, self.clock = questions, signals, clock
         self.before: list[Answer] = []
         self.after: list[Answer] = []
 
@@ -88,16 +97,20 @@ class HeldOut(TrainerCallback):
         if saved.is_file():  # an interrupted run has answered them already
             self.before = read_answers(saved)
             return
+        self.clock.mark("preparing")
         with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             self.before = self._answer(args, model)
         if state.is_world_process_zero:
             write_answers(saved, self.before)
+        self.clock.mark("questions")
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.questions and not self.signals.stopped:
+            self.clock.mark("other")
             self.after = self._answer(args, model)
             if state.is_world_process_zero:
                 write_answers(self.run / "answers-after.jsonl", self.after)
+            self.clock.mark("questions")
 
     def _answer(self, args, model) -> list[Answer]:
         # Every process answers its share. The shares are made equally long, because under ZeRO-3 all processes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fura_vlm.shipped import find
@@ -43,6 +43,8 @@ class TrainConfig:
         block_size: width of FuRA's blocks; by default, the input width of each layer is split into the two factors that
             are closest to each other.
         train_singular_values: train the singular values with the cores (the paper's main form).
+        per_device_train_batch_size: records at once on each GPU. auto: what is fastest and fits; it needs
+            ``train_batch_size``, which stays as it is.
         train_batch_size: records in a step over all processes; ``gradient_accumulation_steps`` is then computed from
             it. By default it is not set, and ``gradient_accumulation_steps`` counts.
         learning_rate: the learning rate of the language model; by default 2e-4, with ``full`` 2e-5 and with
@@ -53,9 +55,13 @@ class TrainConfig:
         warmup_steps: steps in which the learning rate rises; a number below 1 is the share of all steps.
         group_by_modality_length: make batches of records of one kind (with or without pictures) and of similar length,
             as LLaVA does.
+        gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they need. auto:
+            where that is faster, because more records fit at once, or nothing else fits.
         compile_layers: use ``torch.compile`` on each layer; not possible with ZeRO-3.
         activation_memory_budget: with ``compile_layers``, a number below 1 saves memory and costs a few percent of the
-            time: the compiler computes cheap results again in the backward pass instead of keeping them.
+            time: the compiler computes cheap results again in the backward pass instead of keeping them. auto: 1, or
+            0.9 where memory is short.
+        gpu_memory: take no more of a GPU's memory than one of so many GB has; by default all that is free.
         bf16: train in bfloat16; ``None`` means where a GPU supports it.
         deepspeed: the DeepSpeed configuration: a JSON file, or the name of one that the package has: zero1, zero2,
             zero3, zero2_offload or zero3_offload.
@@ -85,7 +91,7 @@ class TrainConfig:
 
     num_train_epochs: float = 1.0
     max_steps: int = -1
-    per_device_train_batch_size: int = 16
+    per_device_train_batch_size: int | Literal["auto"] = 16
     train_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
@@ -103,9 +109,10 @@ class TrainConfig:
 
     bf16: bool | None = None
     tf32: bool = True
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = False
     compile_layers: bool = False
-    activation_memory_budget: float = 1.0
+    activation_memory_budget: float | Literal["auto"] = 1.0
+    gpu_memory: float | None = None
     attn_implementation: str = "sdpa"
     deepspeed: str = "zero2"
     dataloader_num_workers: int = 2
@@ -117,6 +124,19 @@ class TrainConfig:
 
     eval_batch_size: int = 32
     eval_max_new_tokens: int = 16
+
+
+AUTO = ("per_device_train_batch_size", "gradient_checkpointing", "activation_memory_budget")  # that may be ``auto``
+
+
+def is_auto(config: TrainConfig) -> bool:
+    return any(getattr(config, name) == "auto" for name in AUTO)
+
+
+def least_settings(config: TrainConfig) -> TrainConfig:
+    """With the smallest value for each that is ``auto``."""
+    smallest = dict(zip(AUTO, (1, False, 1.0), strict=True))
+    return replace(config, **{k: v for k, v in smallest.items() if getattr(config, k) == "auto"})
 
 
 def deepspeed_settings(config: TrainConfig) -> dict:

@@ -42,11 +42,14 @@ def train_on_labels_only(model: nn.Module, family: Family) -> None:
     Such a call takes ``input_ids`` (or ``inputs_embeds``), ``labels`` and ``attention_mask``, (rows, length), padded
     on the right; the family's tensors of pictures; and transformers' ``num_items_in_batch``: if given, the sum of the
     losses is divided by it and not by the number of labels; and what ``positions`` makes of a batch: without it the
-    call waits for the device. Other calls are left as they are. What is trained must be decided before.
+    call waits for the device. Other calls are left as they are. What is trained must be decided before. A second
+    call of this function changes nothing.
 
     Raises:
         ValueError: from a call whose pictures have more or fewer features than there are tokens for them.
     """
+    if hasattr(model.forward, "on_labels_only"):
+        return
     parts = family.parts(model)
     if parts.tower is not None:
         family.prepare_tower(parts.tower)
@@ -92,6 +95,7 @@ def train_on_labels_only(model: nn.Module, family: Family) -> None:
         items = len(targets) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / items)
 
+    forward.on_labels_only = True
     model.forward = forward
     if parts.tower is not None and not any(parameter.requires_grad for parameter in parts.tower.parameters()):
         parts.tower.forward = torch.no_grad()(parts.tower.forward)

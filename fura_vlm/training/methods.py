@@ -194,6 +194,12 @@ def prepare(model: PreTrainedModel, config: TrainConfig, family: Family) -> PreT
     return model
 
 
+def memory_budget(budget: float) -> None:
+    """Sets the compiler's budget after ``compile_layers``; what was compiled with another one is dropped."""
+    torch.compiler.reset()
+    torch._functorch.config.activation_memory_budget = budget
+
+
 def compile_layers(model: PreTrainedModel | PeftModel, family: Family, activation_memory_budget: float = 1.0) -> None:
     """``torch.compile`` on each layer of the language model and of the vision tower, with one graph for all layers of a
     kind and for batches of every size and length; on a tower's layers only if the family allows it.

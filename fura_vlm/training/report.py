@@ -56,11 +56,13 @@ def below_the_guess(after: dict[str, float], blind: dict[str, float]) -> str:
     )
 
 
-def write_report(config: TrainConfig, run: Path, before: list[Answer], after: list[Answer], console: Console) -> None:
-    """Pictures, the report and the closing words."""
+def write_report(
+    config: TrainConfig, run: Path, before: list[Answer], after: list[Answer], time: str, console: Console
+) -> None:
+    """Pictures, the report and the closing words. ``time``: where it went."""
     rows = read_metrics(run / "metrics.jsonl")
     plot_curve(rows, run / "loss.png")
-    lines = [f"# {run.name}", "", "![loss](loss.png)", ""]
+    lines = [f"# {run.name}", "", f"Time: {time}.", "", "![loss](loss.png)", ""]
     if after:
         scores = exact_match(before), exact_match(after), blind_guess(after)
         plot_scores(*scores, run / "scores.png")
@@ -77,6 +79,7 @@ def write_report(config: TrainConfig, run: Path, before: list[Answer], after: li
     full = method_of(config).adapter is None
     console.print(f"{'model  ' if full else 'adapter'}     {run / ('model' if full else 'adapter')}")
     console.print(f"loss curve  {run / 'loss.png'}")
+    console.print(f"time        {time}", soft_wrap=True)
     if after:
         samples = run / "samples.png"
         console.print(f"report      {run / FINISHED}, with sample answers in {samples}", soft_wrap=True)

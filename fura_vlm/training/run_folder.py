@@ -4,6 +4,7 @@
 <output_dir>/mm_projector.safetensors  by LLaVA's names, for ``fura-vlm assemble``, where the projector was pretrained
 <output_dir>/processor/          the processor it was trained with
 <output_dir>/config.yaml         every setting, defaults included
+<output_dir>/chosen.json         what those that are ``auto`` have become
 <output_dir>/versions.json       the libraries
 <output_dir>/metrics.jsonl       a row each time something was logged
 <output_dir>/skipped.jsonl       records that could not be used, with the reason
@@ -46,6 +47,7 @@ MAY_CHANGE = (
     "rollout_batch_size",
     "compile_layers",
     "activation_memory_budget",
+    "gpu_memory",
     "dataloader_num_workers",
     "eval_batch_size",
     "logging_steps",

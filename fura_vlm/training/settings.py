@@ -18,6 +18,7 @@ from fura_vlm.training.methods import learning_rate, method_of
 # Libraries refuse smaller values late, or not at all.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
+    "gpu_memory": 1,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 0,
@@ -41,7 +42,7 @@ def check(config: TrainConfig) -> None:
     """Checks ranges, and settings that exclude each other."""
     for name, least in AT_LEAST.items():
         value = getattr(config, name)
-        if value is not None and value < least:
+        if value not in (None, "auto") and value < least:
             raise TrainingError(f"{name} is {value} and has to be at least {least}")
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(config, name) >= 1:
@@ -57,7 +58,20 @@ def check(config: TrainConfig) -> None:
             f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
             "zero2, or the method without q"
         )
-    accumulation_steps(config, None)
+    if config.per_device_train_batch_size != "auto":
+        accumulation_steps(config, None)
+        return
+    processes = PartialState().num_processes
+    if config.train_batch_size is None:
+        raise TrainingError(
+            "per_device_train_batch_size is auto, and nothing says how many records a step has: set train_batch_size, "
+            "or give per_device_train_batch_size a number"
+        )
+    if config.train_batch_size % processes:
+        raise TrainingError(
+            f"train_batch_size {config.train_batch_size} cannot be divided among {processes} processes: change one of "
+            "them"
+        )
 
 
 def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
@@ -93,6 +107,7 @@ def training_arguments(
     **more,
 ) -> TrainingArguments:
     """What the Trainer gets: the settings of ``config`` that ``kind`` knows by the same names, and ``more``.
+    No setting of ``config`` is ``auto``.
 
     Raises:
         TrainingError: the DeepSpeed configuration contradicts the recipe.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from peft import PeftModel
 from rich.console import Console
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,10 +23,12 @@ from fura_vlm.evaluation.heldout import load_questions
 from fura_vlm.families.base import Family
 from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.processes import agree
+from fura_vlm.training.auto import choices, count, keep_to, settle
 from fura_vlm.training.callbacks import HeldOut, MetricsFile, SaveOnSignal
 from fura_vlm.training.checkpoint import WrittenBy, make_universal
-from fura_vlm.training.config import TrainConfig
-from fura_vlm.training.loss import use_all_parts
+from fura_vlm.training.clock import Clock
+from fura_vlm.training.config import TrainConfig, is_auto, least_settings
+from fura_vlm.training.loss import train_on_labels_only, use_all_parts
 from fura_vlm.training.memory import advice_on_memory
 from fura_vlm.training.methods import compile_layers, method_of, prepare, quantization
 from fura_vlm.training.processes import refusing, together
@@ -57,19 +61,31 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
+    clock = Clock("cuda" if torch.cuda.is_available() else "cpu")
+    keep_to(config.gpu_memory)
     questions = agree(lambda: _questions(config))  # first, so that faults in their files show at once
     checkpoint = agree(lambda: get_last_checkpoint(str(run)))
-    accumulation = agree(lambda: accumulation_steps(config, checkpoint))
     universal = checkpoint is not None and WrittenBy.of(checkpoint).processes != state.num_processes
-    # Before the model: ZeRO-3 partitions it while loading.
-    with refusing(REFUSED):
-        arguments = training_arguments(config, run, accumulation, universal)
+    searched = is_auto(config)
+    counts = agree(lambda: count(config)) if searched else None
+
+    def given(settings: TrainConfig) -> TrainingArguments:
+        accumulation = agree(lambda: accumulation_steps(settings, checkpoint))
+        with refusing(REFUSED):
+            return training_arguments(settings, run, accumulation, universal)
+
+    # Before the model: ZeRO-3 partitions it while loading. With the least for what is auto, so that what is refused of
+    # the others is refused at once.
+    arguments = given(least_settings(config))
     console = Console(quiet=not state.is_main_process)
 
     family = load_family(config.model_name_or_path, conversation=config.conversation)
     dataset, said = agree(lambda: _load_data(config, family, run))
     if said:
         console.print(said, style="yellow", soft_wrap=True)
+    order = []
+    if searched:
+        order = choices(config, family, counts, dataset, run, resumes=checkpoint is not None)
     dtype = training_dtype(arguments)
     quantized = quantization(config, family, dtype)
     model = load_base(config.model_name_or_path, dtype, config.attn_implementation, quantized)
@@ -79,12 +95,16 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
     if state.num_processes > 1 or is_deepspeed_zero3_enabled():
         use_all_parts(model, family)
     if config.compile_layers:
-        compile_layers(model, family, config.activation_memory_budget)
+        compile_layers(model, family, order[0].budget if searched else config.activation_memory_budget)
 
     if state.is_main_process:
         describe(config, run, family, model, dataset, checkpoint, console)
+    if searched:
+        train_on_labels_only(model.get_base_model() if isinstance(model, PeftModel) else model, family)
+        config = settle(config, order, model, family, dataset, dtype, run, console)
+        arguments = given(config)
     signals = SaveOnSignal()
-    held_out = HeldOut(config, run, family, questions, signals)
+    held_out = HeldOut(config, run, family, questions, signals, clock)
     with refusing(REFUSED):
         trainer = FuraTrainer(
             model=model,
@@ -97,11 +117,13 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
             vision_tower_lr=config.vision_tower_lr,
             group_by_modality_length=config.group_by_modality_length,
             universal=universal,
+            clock=clock,
         )
     if universal:
         agree(lambda: make_universal(checkpoint))
     with advice_on_memory(config, run):
         trainer.train(resume_from_checkpoint=checkpoint)
+    clock.mark("other")
     if signals.stopped:
         console.print(
             f"Stopped and saved at step {trainer.state.global_step}; the same command continues from there.",
@@ -114,10 +136,11 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
         save(trainer, run / "model")
     else:
         save(trainer, run / "adapter", adapter_card(config, run.name, family))
+    clock.mark("saving")
     if state.is_main_process:
         if not method_of(config).language:
             write_projector(run)
-        write_report(config, run, held_out.before, held_out.after, console)
+        write_report(config, run, held_out.before, held_out.after, clock.line(), console)
     state.wait_for_everyone()
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import shutil
 import signal
-from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 
 from accelerate import PartialState
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -21,6 +21,7 @@ from fura_vlm.data.sampler import ModalityLengthSampler
 from fura_vlm.families.base import Family
 from fura_vlm.files import finish
 from fura_vlm.training.checkpoint import WrittenBy, load_buffers, mend_optimizer, remove_universal
+from fura_vlm.training.clock import Clock
 from fura_vlm.training.loss import positions, train_on_labels_only
 from fura_vlm.training.throughput import Meter, Progress
 
@@ -42,14 +43,17 @@ class RunTrainer(Trainer):
         mm_projector_lr: float | None = None,
         vision_tower_lr: float | None = None,
         universal: bool = False,
+        clock: Clock | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.family = family
+        self.clock = Clock(self.args.device) if clock is None else clock
         self.args.logging_nan_inf_filter = False  # it waits for the device after every batch, and hides a NaN
         self.universal = universal
         self.rates = {"projector": mm_projector_lr, "tower": vision_tower_lr}
         self._staging = False
+        self.add_callback(OptimizerDone(self.clock))
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -62,6 +66,7 @@ class RunTrainer(Trainer):
             return None
         if self.is_deepspeed_enabled:
             let_the_norm_decide(model)
+            time_its_steps(model, self.clock)
         set_epoch(train_dataloader, epoch)
         return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
@@ -115,6 +120,7 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Saves into ``saving/`` and renames it when every process is done, so that a checkpoint-N is always
         complete."""
+        self.clock.mark("other")
         run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(run / "saving", ignore_errors=True)
@@ -131,6 +137,34 @@ class RunTrainer(Trainer):
             shutil.rmtree(run / "saving")
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
         PartialState().wait_for_everyone()
+        self.clock.mark("saving")
+
+
+class OptimizerDone(TrainerCallback):
+    """Where DeepSpeed does not do it amid the backward pass (``time_its_steps``), the optimizer follows on it."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.clock.mark("optimizer")
+
+
+def time_its_steps(engine, clock: Clock) -> None:
+    """Gives the clock the steps of DeepSpeed's engine, which accelerate takes within the backward pass."""
+    step = engine.step
+    if hasattr(step, "timed"):
+        return
+
+    @functools.wraps(step)
+    def timed(*args, **kwargs):
+        clock.mark("backward")
+        done = step(*args, **kwargs)
+        clock.mark("optimizer")
+        return done
+
+    timed.timed = True
+    engine.step = timed
 
 
 class FuraTrainer(RunTrainer):
@@ -149,6 +183,7 @@ class FuraTrainer(RunTrainer):
             self.add_callback(Progress)
 
     def get_batch_samples(self, *args, **kwargs):
+        self.clock.mark("other" if self.meter.started else "preparing")
         self.meter.start(self.state.global_step)
         batches, items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
@@ -156,6 +191,17 @@ class FuraTrainer(RunTrainer):
             # Waits for the device once a step, instead of in every batch while the device computes the one before.
             batch |= positions(batch, self.family.run_id)
         return batches, items
+
+    def compute_loss(self, *args, **kwargs):
+        self.clock.mark("data")
+        loss = super().compute_loss(*args, **kwargs)
+        self.clock.mark("forward")
+        return loss
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.clock.mark("backward")
+        return loss
 
     def floating_point_ops(self, inputs):
         """Returns nothing: the Trainer's estimate would count all parameters in every batch, and ``Meter`` counts
@@ -172,7 +218,7 @@ class FuraTrainer(RunTrainer):
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper reads from it
         if inner.num_workers:
-            inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
+            inner.worker_init_fn = functools.partial(_begin_worker, inner.worker_init_fn)
             atexit.register(_end_workers)
         return loader
 

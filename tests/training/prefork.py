@@ -7,6 +7,8 @@ ends. Only the seconds in which it would import PyTorch, transformers and DeepSp
 Each line of its input is an order in JSON: ``arguments`` of the command, ``environments`` (a dict for each process)
 and ``output``, a file for all that they print; ``until``, a path or None: all are killed once it is there. The answer
 is a line with the exit status of each, None where it had to be killed.
+
+``MOST_RECORDS`` in the environment stands in for a small memory (``limit_memory``).
 """
 
 import atexit
@@ -27,7 +29,7 @@ import bitsandbytes  # noqa: E402, F401
 import deepspeed  # noqa: E402, F401
 import torch  # noqa: E402
 
-import fura_vlm.training.train  # noqa: E402, F401
+import fura_vlm.training.train as recipe  # noqa: E402
 from fura_vlm.cli import main  # noqa: E402
 
 for module in sys.argv[1:]:
@@ -53,10 +55,30 @@ def serve() -> list[str]:
 def become(environment: dict[str, str], output: str) -> None:
     os.environ |= environment
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # that variable has been read long ago
+    if "MOST_RECORDS" in environment:
+        limit_memory(environment["MOST_RECORDS"].split()[int(environment["RANK"])])
     answers.close()
     log, nothing = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
     for stream, file in ((0, nothing), (1, log), (2, log)):
         os.dup2(file, stream)
+
+
+def limit_memory(most: str) -> None:
+    """Has the model's last layer run out of memory in training when a batch has more records than ``most``: two
+    numbers, without and with gradient checkpointing, such as 2/8."""
+    plain, checkpointed = map(int, most.split("/"))
+    prepare = recipe.prepare
+
+    def full(layer, args) -> None:
+        if layer.training and len(args[0]) > (checkpointed if layer.gradient_checkpointing else plain):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    def prepared(model, config, family):
+        made = prepare(model, config, family)
+        family.parts(made).decoder.layers[-1].register_forward_pre_hook(full)
+        return made
+
+    recipe.prepare = prepared
 
 
 def statuses_of(processes: list[int], until: str | None) -> list[int | None]:

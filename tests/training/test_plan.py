@@ -10,7 +10,18 @@ import yaml
 
 from fura_vlm.families.llava import named_config
 from fura_vlm.modelling.load import load_base, load_family
-from fura_vlm.plan.costs import GIB, USABLE, Gpu, Setting, best, memory, run_hours, step_seconds
+from fura_vlm.plan.costs import (
+    GIB,
+    USABLE,
+    Gpu,
+    Setting,
+    activation_bytes,
+    best,
+    memory,
+    run_hours,
+    step_seconds,
+    update_seconds,
+)
 from fura_vlm.plan.page import PlanError, plan
 from fura_vlm.plan.shapes import NF4_BYTES, Counts
 from fura_vlm.shipped import ShippedError
@@ -88,22 +99,56 @@ def test_measured_memory(method, checkpointing, batch, gib):
 
 
 @pytest.mark.parametrize(
-    ("method", "batch", "tokens", "rate"),
-    [("fura", 16, 866, 20_699), ("fura", 8, 804, 19_257), ("lora", 8, 804, 16_663)],
+    ("method", "gpu", "batch", "batches", "tokens", "alone", "together"),
+    [
+        ("fura", H200, 16, 8, 866, 20_699, 20_257),
+        ("fura", H200, 8, 8, 804, 19_257, 18_284),
+        ("fura", H100, 8, 8, 804, 18_800, 17_640),
+        ("fura", H100, 8, 4, 712, 18_362, 16_822),
+        ("lora", H200, 8, 8, 804, 16_663, 14_779),
+    ],
 )
-def test_measured_steps(method, batch, tokens, rate):
-    """Forward and backward in training, without the pipeline (benchmarks/results/pipeline.md, one H200, 2026-11-25 and
-    26): records at once, their mean length, tokens a second. Within 6 %."""
-    setting = Setting(method, 1, 1, False, False, batch, True)
-    planned = batch * tokens / step_seconds(counts(method=method), setting, batch * tokens, H200)
-    assert planned == pytest.approx(rate, rel=0.06)
+def test_measured_steps(method, gpu, batch, batches, tokens, alone, together):
+    """benchmarks/results/pipeline.md, one GPU, 2026-11-25 to 27: records at once, batches a step, tokens of a record,
+    and tokens a second of forward and backward alone and of the whole pipeline. Within 3 % and 4 %, LoRA's 10 %."""
+    counted, setting = counts(method=method), Setting(method, 1, 1, False, False, batch, True)
+    seconds = step_seconds(counted, setting, batch * tokens, gpu)
+    assert batch * tokens / seconds == pytest.approx(alone, rel=0.03)
+    step = batches * seconds + update_seconds(counted, setting, gpu)
+    assert batches * batch * tokens / step == pytest.approx(together, rel=0.04 if method == "fura" else 0.1)
 
 
 def test_measured_steps_with_checkpointing():
     """One H200, LLaVA-1.5-7B's shapes, 16 x 832 tokens, compiled layers, logits of all tokens, 1.102 s. Planned are at
-    most 10 % less: that step is older than the adapter's kernels, and than the rates measured with these."""
+    most 13 % less: that step is older than the adapter's kernels, which took 8 % off a step, and has more logits."""
     setting = Setting("fura", 1, 2, False, True, 16, True)
-    assert 0.9 * 1.102 < step_seconds(counts(method="fura"), setting, 16 * 832, H200) < 1.102
+    assert 0.87 * 1.102 < step_seconds(counts(method="fura"), setting, 16 * 832, H200) < 1.102
+
+
+@pytest.mark.parametrize(
+    ("method", "milliseconds"),
+    [("fura", 167.9), ("lora", 178.5), ("dora", 233.6), ("qfura", 236.2), ("qlora", 248.9)],
+)
+def test_measured_steps_of_short_batches(method, milliseconds):
+    """benchmarks/results/method-llama-7b.md: one H200, 1 x 2048 tokens, compiled, checkpointed, language model alone.
+    Within 6 %; over a 4-bit base the host decides, and takes a tenth less or more for one method than for the other."""
+    counted = counts(method=method, mm_projector="frozen")
+    counted.used, counted.tower = counted.linear, 0
+    setting = Setting(method, 1, 1, False, True, 1, True)
+    assert 1000 * step_seconds(counted, setting, 2048, H200) == pytest.approx(milliseconds, rel=0.06)
+
+
+def test_what_the_compilers_budget_saves():
+    """docs/speed.md: 2.2 GiB of 4 layers, 16 x 1024 tokens, when FuRA kept the MLP's product. Within 7 %."""
+    train = TrainConfig(method="fura")
+    counted = Counts(named_config("7b"), train)
+    layers = [activation_bytes(counted.text, counted, True, False, budget) for budget in (1.0, 0.9)]
+    assert (layers[0] - layers[1]) * 4 * 16 * 1024 / GIB == pytest.approx(2.2, rel=0.07)
+    settings = [Setting("fura", 1, 1, False, False, 8, True, budget) for budget in (1.0, 0.9)]
+    sizes = [memory(train, counted, setting, 0.25)["activations"] for setting in settings]
+    assert sizes[0] - sizes[1] == 8 * 2048 * 32 * 4 * 4096  # today: what two norms make
+    seconds = [step_seconds(counted, setting, 8 * 832, H100) for setting in settings]
+    assert seconds[0] < seconds[1] < 1.04 * seconds[0]
 
 
 @pytest.mark.parametrize(("stage", "block_size"), [(3, None), (1, 256)])
@@ -151,10 +196,12 @@ def test_no_other_setting_that_fits_is_faster(method, recipe):
     alone = {}
     for gpus, gigabytes in itertools.product((1, 4, 8), (24, 80)):
         hours = []
-        for stage, offload, checkpointing, batch in itertools.product(STAGES, SWITCH, SWITCH, (1, 2, 4, 8, 16)):
-            if 128 % (batch * gpus) or stage == 3 and method == "qlora":
+        for stage, offload, checkpointing, batch, budget in itertools.product(
+            STAGES, SWITCH, SWITCH, (1, 2, 4, 8, 16, 32), (1.0, 0.9)
+        ):
+            if 128 % (batch * gpus) or stage == 3 and (method == "qlora" or budget < 1):
                 continue
-            setting = Setting(method, gpus, stage, offload, checkpointing, batch, stage < 3)
+            setting = Setting(method, gpus, stage, offload, checkpointing, batch, stage < 3, budget)
             if sum(memory(train, counted, setting, config.labelled).values()) <= USABLE * gigabytes * GIB:
                 hours.append(run_hours(config, train, counted, setting, H100))
         found = best(config, train, counted, gpus, gigabytes)
@@ -211,7 +258,8 @@ def test_numbers_out_of_range(changes, sentence):
 @pytest.mark.parametrize(
     "recipe, sentence",
     [
-        (b"per_device_train_batch_size: many", "is not a recipe: .*Expected a <class 'int'>. Got value: many"),
+        (b"per_device_train_batch_size: many", "is not a recipe: .*Expected a <class 'int'> .*Given value: many"),
+        (b"gradient_accumulation_steps: many", "is not a recipe: .*Expected a <class 'int'>. Got value: many"),
         (b"method: fuura", "is not a recipe: .*Got value: fuura"),
         (b"", "is not a recipe: "),
         (b"output_dir: \xe9", "is not a recipe: 'utf-8' codec"),
@@ -245,5 +293,5 @@ def test_the_hours_are_those_of_the_run(tmp_path):
 
 def test_gpus_that_do_not_divide_a_step():
     text = plan(PlanConfig(RECIPE, methods=["fura"], gpus=[3], memory=[80]))
-    assert "Training refuses it so: a step's 128 records are no multiple of 48." in text
+    assert "Training refuses it so: a step's 128 records are no multiple of 3." in text
     assert "| fura | 128 cannot be divided by 3 |" in text

@@ -36,6 +36,9 @@ STAGE2 = {
     "bf16": True,
     "tf32": True,
     "deepspeed": "zero1",
+    "per_device_train_batch_size": "auto",
+    "gradient_checkpointing": "auto",
+    "activation_memory_budget": "auto",
     "conversation": None,  # the model's own
     "mm_projector": "adapter",
     "lora_r": 128,
@@ -91,13 +94,15 @@ def test_what_reaches_the_trainer(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in ("ACCELERATE_USE_DEEPSPEED", "TENSORBOARD_LOGGING_DIR"):  # what it sets, taken back at the end
         monkeypatch.setenv(name, "")
-    arguments = training_arguments(recipe("llava-1.5-7b.yaml", bf16=False), tmp_path, 8, universal=False)
+    found = {"per_device_train_batch_size": 16, "gradient_checkpointing": True, "activation_memory_budget": 1.0}
+    arguments = training_arguments(recipe("llava-1.5-7b.yaml", bf16=False, **found), tmp_path, 8, universal=False)
     assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert arguments.learning_rate == 2e-4 and arguments.weight_decay == 0 and arguments.max_grad_norm == 1
     assert arguments.get_warmup_steps(5198) == 156  # 3 % of an epoch of 665,298 records, 128 a step
     assert arguments.gradient_accumulation_steps == 8 and arguments.gradient_checkpointing
     AcceleratorState._reset_state(reset_partial_state=True)
-    arguments = training_arguments(recipe("commonsense-llama-3-8b.yaml", bf16=False), tmp_path, 4, universal=False)
+    commonsense = recipe("commonsense-llama-3-8b.yaml", bf16=False, **found)
+    arguments = training_arguments(commonsense, tmp_path, 4, universal=False)
     assert (arguments.adam_beta1, arguments.adam_beta2, arguments.lr_scheduler_type) == (0.9, 0.95, "linear")
     AcceleratorState._reset_state(reset_partial_state=True)
 
