@@ -81,6 +81,7 @@ def nothing_to_learn(rows: list[dict]) -> str:
             )
         cause = "take " + ", or ".join(ways)
     return (
-        f"In the last {len(rows)} logged steps the answers to each question all had the same reward ({mean('reward'):.2f} on "
-        f"average), so nothing is learned: {cause}, or more answers to each question with --num_generations"
+        f"In the last {len(rows)} logged steps the answers to each question all had the same reward "
+        f"({mean('reward'):.2f} on average), so nothing is learned: {cause}, or more answers to each question "
+        "with --num_generations"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fura_vlm.training.config import Method
+
 
 @dataclass
 class GrpoConfig:
@@ -74,7 +76,7 @@ class GrpoConfig:
     instruction: str | None = None
     conversation: str | None = None
 
-    method: Literal["fura", "qfura", "lora", "qlora", "dora", "full"] = "fura"
+    method: Method = "fura"
     mm_projector: Literal["adapter", "full", "frozen"] = "adapter"
     vision_tower: Literal["frozen", "adapter", "full"] = "frozen"
     target_modules: str | list[str] | None = None

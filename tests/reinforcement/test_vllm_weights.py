@@ -1,4 +1,4 @@
-"""What TRL hands to vLLM of a model with FuRA: the merged weights, by the names of a plain model, and then the base again.
+"""What TRL hands to vLLM of a model with FuRA: the merged weights, by a plain model's names, and then the base again.
 
 vLLM itself is not needed for that, and no test here has run it.
 """
