@@ -69,6 +69,6 @@ def too_small(config: TrainConfig, run: Path) -> TrainingError:
             "fits), or shorten the records with --model_max_length in another --output_dir"
         )
     return TrainingError(
-        f"The memory of {whose_memory(config.gpu_memory)} is too small for {config.per_device_train_batch_size} records "
-        f"of up to {config.model_max_length} tokens with {config.method}: {tried}"
+        f"The memory of {whose_memory(config.gpu_memory)} is too small for {config.per_device_train_batch_size} "
+        f"records of up to {config.model_max_length} tokens with {config.method}: {tried}"
     )
