@@ -22,6 +22,9 @@ SMALL_MATRIX = 256
 # it costs that many times more trainable parameters than the method is known for, n ** 1.5.
 MAX_BLOCK_RATIO = 8
 
+# Of a block's mean singular value: what smaller ones count as where dR is scaled by a power of them.
+LEAST_SCALED = 1e-2
+
 # Below this fraction of the largest, a singular value is lost in the rounding of the float64 Gram matrix.
 GRAM_RESOLUTION = 1e-7
 
@@ -165,6 +168,16 @@ def effective_values(s0: torch.Tensor, resolution: torch.dtype | None) -> torch.
     """The singular values that ``block_delta`` divides by: ``s0 (N, r)``, none below ``divisor_floor``."""
     fraction, least = divisor_floor(resolution)
     return s0 if not least else torch.maximum(s0, s0[:, :1] * fraction).clamp(min=least)
+
+
+def row_scales(s0: torch.Tensor, power: float) -> torch.Tensor:
+    """What multiplies the rows of dR in the form with a spectral power: ``(m / s0) ** power``, like ``s0 (N, r)``.
+
+    ``m`` is the root mean square of a block's values. Values below ``LEAST_SCALED * m`` count as that large: along them
+    the weight does next to nothing, however large dR is made.
+    """
+    mean = s0.square().mean(-1, keepdim=True).sqrt()
+    return (mean / torch.maximum(s0, LEAST_SCALED * mean)) ** power
 
 
 def block_delta(
