@@ -20,14 +20,15 @@ from transformers.trainer_utils import rotate_checkpoints
 from fura_vlm.data.sampler import ModalityLengthSampler
 from fura_vlm.families.base import Family
 from fura_vlm.files import finish
+from fura_vlm.fura.layer import singular_values
 from fura_vlm.training.checkpoint import WrittenBy, load_buffers, mend_optimizer, remove_universal
 from fura_vlm.training.loss import positions, train_on_labels_only
 from fura_vlm.training.throughput import Meter, Progress
 
 
 class FuraTrainer(Trainer):
-    """transformers' Trainer with LLaVA's batches, a loss on the labels only, separate learning rates for projector and
-    tower, complete checkpoints, and figures of its speed."""
+    """transformers' Trainer with LLaVA's batches, a loss on the labels only, separate learning rates for projector,
+    tower and FuRA's singular values, complete checkpoints, and figures of its speed."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class FuraTrainer(Trainer):
         family: Family,
         mm_projector_lr: float | None = None,
         vision_tower_lr: float | None = None,
+        singular_values_lr: float | None = None,
         group_by_modality_length: bool = True,
         universal: bool = False,
         **kwargs,
@@ -43,7 +45,7 @@ class FuraTrainer(Trainer):
         self.family = family
         self.args.logging_nan_inf_filter = False  # it waits for the device after every batch, and hides a NaN
         self.universal = universal  # the checkpoint to go on from was written by another number of processes
-        self.rates = {"projector": mm_projector_lr, "tower": vision_tower_lr}
+        self.rates = {"projector": mm_projector_lr, "tower": vision_tower_lr, "singular values": singular_values_lr}
         self.group_by_modality_length = group_by_modality_length
         self._staging = False
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -130,11 +132,14 @@ class FuraTrainer(Trainer):
         return self.optimizer
 
     def _parts(self) -> dict[int, str]:
-        """By the id of a weight, the part it belongs to (projector or tower) if that has its own learning rate; a
-        projector may be inside the tower."""
+        """By the id of a weight, the part it belongs to (projector, tower or FuRA's singular values) if that has its
+        own learning rate; a projector may be inside the tower, and singular values in any part."""
         parts = self.family.parts(self.model)
         modules = [("tower", parts.tower)] * (parts.tower is not None) + [("projector", p) for p in parts.projectors]
-        return {id(p): part for part, module in modules for p in module.parameters()}
+        found = {id(p): part for part, module in modules for p in module.parameters()}
+        if self.rates["singular values"] is not None:
+            found |= {id(p): "singular values" for p in singular_values(self.model)}
+        return found
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """What follows on DeepSpeed's own loading."""
