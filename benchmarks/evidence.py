@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
@@ -51,12 +52,13 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prepare", action="store_true", help="read and encode the data")
     what.add_argument("--list", action="store_true", help="the runs that can be made now, in their order")
-    what.add_argument("--tables", action="store_true", help="write tables.md and pictures of the rows")
+    what.add_argument("--tables", action="store_true", help="write tables and pictures of the rows")
     parser.add_argument("--minutes", type=float, help="no run goes on after so many")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; 0 makes them in this process")
     parser.add_argument("--data", help="of --prepare: the folder of LLM-Adapters' records")
     parser.add_argument("--plain", help="of --prepare: a text of plain English, or a wheel of gensim")
     parser.add_argument("--limit", type=int, help="of --prepare: the most records of each part, for a try")
+    parser.add_argument("--methods", help="only these methods of the study, with commas between them")
     parser.add_argument("--model", help="another folder of the base")
     parser.add_argument("--output", help="another folder for data, rows and tables")
     arguments = parser.parse_args()
@@ -66,6 +68,10 @@ def main() -> None:
     changes = {name: getattr(arguments, name) for name in ("model", "output") if getattr(arguments, name)}
     try:
         study = read_study(file, **changes)
+        if arguments.methods:
+            study = replace(
+                study, methods=tuple(study.variant(name) for name in arguments.methods.split(",")), compare={}
+            )
         if arguments.prepare:
             prepare(study, arguments)
         elif arguments.tables:

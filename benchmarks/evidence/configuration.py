@@ -115,7 +115,17 @@ class Study:
     spectrum: tuple[int, ...] = ()
 
     def variant(self, name: str) -> Variant:
-        return next(variant for variant in self.methods if variant.name == name)
+        """The method of this name.
+
+        Raises:
+            EvidenceError: there is none.
+        """
+        for variant in self.methods:
+            if variant.name == name:
+                return variant
+        raise EvidenceError(
+            f"{self.name} has no method {name!r}, only {', '.join(variant.name for variant in self.methods)}"
+        )
 
     @property
     def folder(self) -> Path:

@@ -54,7 +54,7 @@ def build(base: nn.Module, study: Study, variant: Variant, family: Family) -> nn
     if variant.method == "dora":
         shared["use_dora"] = True
     try:
-        return get_peft_model(model, type(known)(**shared, **variant.adapter))
+        return get_peft_model(model, type(known)(**shared | variant.adapter))
     except TypeError as error:
         raise EvidenceError(f"{variant.name}: its adapter has a setting that PEFT does not know ({error})") from error
 

@@ -129,7 +129,9 @@ def validation(row: dict) -> float:
 
 def chosen_rate(study: Study, variant: Variant, rows: Iterable[dict], settings: str) -> float | None:
     """The learning rate that a method was best with on validation, over ``search_seeds``; of equals the smallest. None
-    if a run of the search is missing."""
+    if a run of the search is missing. A method with a single rate has no search."""
+    if len(variant.rates) == 1:
+        return variant.rates[0]
     reached = {
         (row["rate"], row["seed"]): validation(row)
         for row in rows
@@ -156,6 +158,7 @@ def wanted(study: Study, rows: list[dict], data: str) -> Iterator[Run]:
         search = [
             (place, number, Run(variant.name, rate, seed, "search", study.settings(variant, data)))
             for number, variant in enumerate(mine)
+            if len(variant.rates) > 1
             for place, rate in enumerate(_middle_first(variant.rates))
             for seed in study.search_seeds
         ]

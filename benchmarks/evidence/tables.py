@@ -1,4 +1,4 @@
-"""Tables and pictures of a study's rows: ``tables.md``, ``accuracy.png`` and ``spectrum.png`` in its folder.
+"""Tables and pictures of a study's rows, in its folder: ``STUDY.md``, ``STUDY-accuracy.png``, ``STUDY-spectrum.png``.
 
 Intervals are of 95 %, by Student's distribution over seeds. Differences between two methods are taken seed by seed:
 runs with the same seed see the same records in the same order.
@@ -121,16 +121,17 @@ def result_table(found: Results) -> Table:
     lines = []
     if found.base:
         cells = [f"{reached(found.base, sets):.1f}" for sets in study.groups.values()]
-        lines.append([BASE, "", "", "", *cells, _perplexity([found.base]), ""])
+        lines.append([BASE, "", "", "", *cells, _perplexity([found.base]), "",
+                      f"{validation(found.base):.1f}"])  # fmt: skip
     for variant in study.methods:
         rows = list(found.best[variant.name].values())
         if rows:
             lines.append([
                 variant.name, f"{rows[0]['trained'] / 1e6:.1f} M", f"{rows[0]['rate']:g}", str(len(rows)),
                 *(str(Estimate.of([reached(row, sets) for row in rows])) for sets in study.groups.values()),
-                _perplexity(rows), _change(rows),
+                _perplexity(rows), _change(rows), str(Estimate.of([validation(row) for row in rows])),
             ])  # fmt: skip
-    return Table(["method", "trained", "rate", "seeds", *study.groups, "perplexity", "change, %"], lines)
+    return Table(["method", "trained", "rate", "seeds", *study.groups, "perplexity", "change, %", "validation"], lines)
 
 
 def _perplexity(rows: list[dict]) -> str:
@@ -204,10 +205,10 @@ def write(study: Study) -> str:
     if not found.rows:
         raise EvidenceError(f"There are no rows of {study.name} in {file}: run it first, with --minutes and --jobs")
     text = markdown(found)
-    (study.folder / "tables.md").write_text(text, "utf-8")
-    draw_accuracy(found, study.folder / "accuracy.png")
+    (study.folder / f"{study.name}.md").write_text(text, "utf-8")
+    draw_accuracy(found, study.folder / f"{study.name}-accuracy.png")
     if any(_spectra(found, variant) for variant in study.methods):
-        draw_spectra(found, study.folder / "spectrum.png")
+        draw_spectra(found, study.folder / f"{study.name}-spectrum.png")
     return text
 
 
