@@ -8,6 +8,7 @@ from torch import nn
 
 from fura_vlm.fura.basis import (
     block_delta,
+    columns_by_norm,
     decompose,
     effective_values,
     needs_floor,
@@ -65,6 +66,7 @@ class FuraAdapter:
         self._name, self._containers = name, containers
         self.side, self.blocks, self.guarded = config.train_side, blocks, 0
         self._floor, self._power = config.singular_floor, config.spectral_power
+        self._decompose = decompose if config.basis == "singular" else columns_by_norm
         # the 16-bit dtypes too coarse for its singular values; None: its basis is not known, or not looked at
         self._narrow: set[torch.dtype] | None = None
         basis_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -131,7 +133,7 @@ class FuraAdapter:
     def compute_basis(self, weight: torch.Tensor) -> None:
         """Decompose the base weight ``(out, in)`` into V and s0."""
         # the output side is the input side of the transposed weight
-        V, s = decompose(weight if self.side == "input" else weight.T, self.blocks[0])
+        V, s = self._decompose(weight if self.side == "input" else weight.T, self.blocks[0])
         s0, self.guarded = raise_to_floor(s, relative_floor(self._floor, weight.dtype))
         self._put("V", V.to(self.V.dtype))
         self._put("s0", s0.to(self.s0.dtype))

@@ -100,6 +100,24 @@ def decompose(weight: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor, torc
     return V, s
 
 
+@torch.no_grad()
+def columns_by_norm(weight: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the place of ``decompose``, the basis without singular vectors: the block's columns, longest first.
+
+    Args:
+        weight: ``(out, n)``; its columns are cut.
+        num_blocks: ``N``, a divisor of ``n``.
+
+    Returns: V ``(N, b, r)``, columns of the unit matrix, and s ``(N, r)``, the norms of the block's columns in
+        descending order, ``r = min(out, b)``; both in float64 on the weight's device.
+    """
+    norms = weight.to(torch.float64).norm(dim=0).unflatten(0, (num_blocks, -1))
+    s, order = norms.sort(descending=True, stable=True)
+    rank = min(len(weight), s.shape[-1])
+    V = torch.nn.functional.one_hot(order[:, :rank], s.shape[-1]).mT.to(torch.float64)
+    return V.contiguous(), s[:, :rank].contiguous()
+
+
 def _eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``torch.linalg.eigh`` of a batch ``(N, b, b)``. Small matrices are spread over the CPU's cores, one each.
 

@@ -55,6 +55,9 @@ class FuraConfig(PeftConfig):
             singular values. 0 is the paper's form: a step in dR moves the weight along a direction in proportion to its
             singular value. 1 moves it equally along all of them. A step has the same size in the Frobenius norm for
             both. Not from the paper; docs/evidence.md says why one may want it, and what was measured.
+        basis: ``"singular"`` is the paper's form, ``V`` the singular vectors. ``"columns"`` is a control without them: a
+            block's own columns in the order of their norms, which take the place of the singular values. The weights
+            that can be reached are the same; other parameters lead there. Not from the paper (docs/evidence.md).
         basis_dtype: dtype in which the frozen basis is kept, also when the model is cast: ``"float32"``,
             ``"float64"`` or ``"bfloat16"``. None takes float64 over a float64 base and float32 otherwise.
         delta_only: the adapter holds the finished block matrices ``D`` alone, for inference. Set by
@@ -81,6 +84,7 @@ class FuraConfig(PeftConfig):
     train_singular_values: bool = field(default=True)
     singular_floor: float | None = field(default=None)
     spectral_power: float = field(default=0.0)
+    basis: str = field(default="singular")
     basis_dtype: str | None = field(default=None)
     delta_only: bool = field(default=False)
     base_fingerprint: dict[str, str] | None = field(default=None)
@@ -127,6 +131,7 @@ class FuraConfig(PeftConfig):
         for name, allowed in (
             ("bias", ("none", "all", "fura_only")),
             ("train_side", ("input", "output")),
+            ("basis", ("singular", "columns")),
             ("basis_dtype", (None, *BASIS_DTYPES)),
         ):
             value = getattr(self, name)

@@ -131,6 +131,43 @@ def test_spectral_power_trains_as_its_formula(out, dim, blocks, power, side):
     torch.testing.assert_close(weight + layer.get_delta_weight("default"), explicit(x)[1], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_the_basis_of_columns_trains_as_its_formula(side):
+    """Ten Adam steps of ``W_j = C_j diag(n + dn) (P_j + dR)``, written out: ``C_j`` the block's columns of length one,
+    ``n`` their norms in descending order, ``P_j`` the permutation that puts them back."""
+    model, layer = adapted_linear(60, 36, train_side=side, basis="columns", bias=False)
+    weight = layer.base_layer.weight.data
+    matrix = weight if side == "input" else weight.T
+    N, b = layer.fura_adapters["default"].blocks
+    blocks = matrix.unflatten(1, (N, b)).transpose(0, 1)
+    norms, order = blocks.norm(dim=1).sort(descending=True)
+    P = torch.zeros(N, b, b, dtype=torch.float64)
+    for block in range(N):
+        for place in range(b):
+            P[block, place, order[block, place]] = 1
+    C = blocks @ P.mT / norms[:, None]
+    torch.testing.assert_close(C * norms[:, None] @ P, blocks)
+    dR, dn = torch.zeros_like(P, requires_grad=True), torch.zeros_like(norms, requires_grad=True)
+
+    def explicit(x):
+        made = ((C * (norms + dn)[:, None]) @ (P + dR)).transpose(0, 1).flatten(1)
+        return x @ (made.T if side == "input" else made)
+
+    ours = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    theirs = torch.optim.Adam([dR, dn], lr=1e-2)
+    torch.manual_seed(1)
+    x, target = torch.randn(50, 36, dtype=torch.float64), torch.randn(50, 60, dtype=torch.float64)
+    before = layer(x).detach()
+    torch.testing.assert_close(before, x @ weight.T, rtol=0, atol=0)
+    for _ in range(10):
+        for optimizer, result in ((ours, layer(x)), (theirs, explicit(x))):
+            optimizer.zero_grad()
+            (result - target).square().mean().backward()
+            optimizer.step()
+    assert (layer(x) - before).abs().max() > 1e-2
+    torch.testing.assert_close(layer(x), explicit(x), rtol=0, atol=1e-9)
+
+
 def test_a_step_has_the_same_size_for_the_powers_zero_and_one():
     """The first step of Adam moves every entry of dR by the learning rate: in the Frobenius norm the weight moves by
     the rate, times the root of the block size, times its own norm, and singular values frozen."""
