@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -63,9 +64,27 @@ def largest(matrix: torch.Tensor) -> torch.Tensor:
     return (matrix @ vector).norm()
 
 
+class Directions(NamedTuple):
+    """The singular directions of a weight ``(out, in)``, ``W = U diag(s) V^T``, in float64 on the CPU.
+
+    Args:
+        U: (out, r), columns of length one.
+        s: (r,), descending.
+        Vh: (r, in), rows of length one.
+    """
+
+    U: torch.Tensor
+    s: torch.Tensor
+    Vh: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Directions:
+        return cls(*torch.linalg.svd(weight.cpu().double(), full_matrices=False))
+
+
 @torch.no_grad()
-def spectrum(before: torch.Tensor, delta: torch.Tensor) -> dict[str, float | list[float]]:
-    """A change seen from the singular directions of the weight, ``W = U diag(s) V^T``, all vectors of U and V in them.
+def spectrum(base: Directions, delta: torch.Tensor) -> dict[str, float | list[float]]:
+    """A change ``(out, in)`` seen from the singular directions of the weight that it is added to.
 
     Returns:
         ``left``: the share of the change's energy (squares) along each of U, from the largest s to the smallest, summed
@@ -75,12 +94,13 @@ def spectrum(before: torch.Tensor, delta: torch.Tensor) -> dict[str, float | lis
             effective rank, the exponential of the entropy of the squared singular values' shares; ``stable``: the
             stable rank, all squares by the largest.
     """
-    U, s, Vh = torch.linalg.svd(before.double(), full_matrices=False)
-    delta = delta.double()
+    U, s, Vh = base
+    delta = delta.cpu().double()
     energy = delta.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
     inside = U.T @ delta
     first = max(1, round(TOP * len(s)))
-    shares = torch.linalg.svdvals(delta).square() / energy
+    narrow = delta if len(delta) <= delta.shape[1] else delta.T
+    shares = torch.linalg.eigvalsh(narrow @ narrow.T).clamp(min=0) / energy
     return {
         "left": binned(inside.square().sum(1) / energy),
         "right": binned((delta @ Vh.T).square().sum(0) / energy),
@@ -96,6 +116,17 @@ def binned(values: torch.Tensor) -> list[float]:
     return [round(float(part.sum()), 6) for part in values.tensor_split(BINS)]
 
 
-def spectra(model: nn.Module, base: nn.Module, names: list[str]) -> dict[str, dict]:
-    """``spectrum`` of each named layer."""
-    return {name: spectrum(before, delta) for name, before, delta in weights(model, base, names)}
+def spectra(
+    model: nn.Module, base: nn.Module, names: list[str], known: dict[str, Directions]
+) -> dict[str, dict[str, float | list[float]]]:
+    """``spectrum`` of each named layer.
+
+    Args:
+        known: by name the directions of the base's weights; those that are missing are added.
+    """
+    found = {}
+    for name, before, delta in weights(model, base, names):
+        if name not in known:
+            known[name] = Directions.of(before)
+        found[name] = spectrum(known[name], delta)
+    return found

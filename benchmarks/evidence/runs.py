@@ -194,6 +194,7 @@ class Runner:
         self.data: Data = load(study.folder / "data.pt")
         self.family = load_family(study.model, conversation=study.conversation)
         self.base = load_model(study, None, self.family, device)
+        self.directions: dict[str, changes.Directions] = {}  # of the base, as far as they were asked for
 
     def __call__(self, run: Run, is_over: Callable[[], bool] = lambda: False) -> dict:
         """The row of a run.
@@ -252,7 +253,7 @@ class Runner:
         found: dict = {"change": changes.sizes(model, self.base, names)}
         if run.phase == "seeds" and run.seed == self.study.seeds[0] and self.study.spectrum:
             chosen = [name for name in names if {*name.split(".")} & {str(number) for number in self.study.spectrum}]
-            found["spectra"] = changes.spectra(model, self.base, chosen)
+            found["spectra"] = changes.spectra(model, self.base, chosen, self.directions)
         return found
 
 

@@ -55,8 +55,8 @@ class FuraConfig(PeftConfig):
             singular values. 0 is the paper's form: a step in dR moves the weight along a direction in proportion to its
             singular value. 1 moves it equally along all of them. A step has the same size in the Frobenius norm for
             both. Not from the paper; docs/evidence.md says why one may want it, and what was measured.
-        basis: ``"singular"`` is the paper's form, ``V`` the singular vectors. ``"columns"`` is a control without them: a
-            block's own columns in the order of their norms, which take the place of the singular values. The weights
+        basis: ``"singular"`` is the paper's form, ``V`` the singular vectors. ``"columns"`` is a control without them:
+            ``V`` orders a block's own columns by their norms, which take the place of the singular values. The weights
             that can be reached are the same; other parameters lead there. Not from the paper (docs/evidence.md).
         basis_dtype: dtype in which the frozen basis is kept, also when the model is cast: ``"float32"``,
             ``"float64"`` or ``"bfloat16"``. None takes float64 over a float64 base and float32 otherwise.

@@ -280,14 +280,14 @@ def test_a_change_along_known_directions():
     U, V = torch.linalg.qr(torch.randn(60, 41)).Q, torch.linalg.qr(torch.randn(40, 40)).Q
     before = U[:, :40] @ torch.diag(torch.linspace(8, 1, 40)) @ V.T
     delta = 2 * torch.outer(U[:, 1], V[:, 2]) + torch.outer(U[:, 39], V[:, 39])
-    found = changes.spectrum(before, delta)
+    found = changes.spectrum(changes.Directions.of(before), delta)
     assert found["left"][0] == pytest.approx(0.8, abs=1e-4) and found["left"][-1] == pytest.approx(0.2, abs=1e-4)
     assert found["right"][1] == pytest.approx(0.8, abs=1e-4) and sum(found["right"]) == pytest.approx(1, abs=1e-4)
     assert found["top"] == pytest.approx(0.8, abs=1e-4) and found["outside"] == pytest.approx(0, abs=1e-4)
     assert found["rank"] == pytest.approx(math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2)), rel=1e-4)
     assert found["stable"] == pytest.approx(1 / 0.8, rel=1e-4)
     assert found["values"][0] == pytest.approx((8 + 8 - 7 / 39) / 2 / 8, rel=1e-3)
-    beside = changes.spectrum(before, torch.outer(U[:, 40], V[:, 0]))
+    beside = changes.spectrum(changes.Directions.of(before), torch.outer(U[:, 40], V[:, 0]))
     assert beside["outside"] == pytest.approx(1, abs=1e-4) and beside["top"] == pytest.approx(0, abs=1e-4)
 
 
