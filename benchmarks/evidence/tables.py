@@ -99,9 +99,11 @@ def forgetting(row: dict) -> float:
 
 def search_table(found: Results) -> Table:
     """Validation by learning rate. The chosen one is bold; an end of the range is marked, for the best may lie
-    beyond."""
+    beyond. Methods with a single rate are left out."""
     lines = []
     for variant in found.study.methods:
+        if len(variant.rates) == 1:
+            continue
         by_rate: dict[float, list[float]] = {}
         for row in found.search[variant.name]:
             by_rate.setdefault(row["rate"], []).append(validation(row))
@@ -112,7 +114,7 @@ def search_table(found: Results) -> Table:
             cells.append(f"**{rate:g}: {said}**" if rate == chosen else f"{rate:g}: {said}")
         end = chosen in (variant.rates[0], variant.rates[-1])
         lines.append([variant.name, " / ".join(cells), "at the end of the range" if end else ""])
-    return Table(["method", "learning rate: mean over the validation parts, %", ""], lines)
+    return Table(["method", "learning rate: mean over the validation parts, %", ""], lines, left=3)
 
 
 def result_table(found: Results) -> Table:
@@ -221,8 +223,8 @@ def markdown(found: Results) -> str:
     facts = [
         f"{study.model}; {'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.",
         f"{len(rows)} runs, of {' or '.join(map(str, steps)) or 'no'} steps with {study.training.batch} records each.",
-        f"Learning rates were chosen on the validation parts, with seed {', '.join(map(str, study.search_seeds))}; "
-        f"the results are those of other seeds, {', '.join(map(str, study.seeds))}.",
+        f"Learning rates, where there are several, were chosen on the validation parts, with seed "
+        f"{', '.join(map(str, study.search_seeds))}; the results are those of seeds {', '.join(map(str, study.seeds))}.",
         "Intervals are of 95 % over seeds: they say nothing of other questions. A bold difference is one whose "
         "interval does not contain 0; of 20 that are nothing, one is bold.",
     ]  # fmt: skip

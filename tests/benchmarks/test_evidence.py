@@ -317,6 +317,12 @@ def finished(study) -> Study:
     return study
 
 
+def chosen(study: Study) -> float:
+    """FuRA's rate."""
+    rows = read_rows(study.folder / "rows.jsonl")
+    return tables.results(study, rows, tables.fingerprint(study)).rates["fura"]
+
+
 def test_every_run_is_made_once(finished):
     """The base, the search of a method with several rates, and two seeds of each method at its rate."""
     rows = rows_of(finished)
@@ -359,6 +365,20 @@ def test_several_processes_make_the_same_rows(finished, tmp_path):
     assert set(mine) == {key for key in theirs if key[0] in ("lora", BASE)}
     for key, row in mine.items():
         assert row["tests"] == theirs[key]["tests"] and row["loss"] == pytest.approx(theirs[key]["loss"], abs=1e-5)
+
+
+def test_a_base_in_4_bits_is_fresh_for_each_run(finished, tmp_path):
+    """So that a run is the same whatever ran before it; the change of weights that are not there is not measured."""
+    pytest.importorskip("bitsandbytes")
+    found = []
+    for place, seeds in (("both", (11, 12)), ("second", (12,))):
+        methods = (Variant("qfura", "qfura", (1e-2,)),)
+        study = elsewhere(replace(finished, methods=methods, compare={}, seeds=seeds), tmp_path / place)
+        assert work(study, "cpu", 0, None, lambda line: None) == 1 + len(seeds)
+        found.append(rows_of(study)["qfura", 1e-2, 12])
+    both, second = found
+    assert both == second and "change" not in both
+    assert both["trained"] == rows_of(finished)["fura", chosen(finished), 12]["trained"]
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(finished, tmp_path):
