@@ -86,13 +86,15 @@ class Directions(NamedTuple):
 def spectrum(base: Directions, delta: torch.Tensor) -> dict[str, float | list[float]]:
     """A change ``(out, in)`` seen from the singular directions of the weight that it is added to.
 
-    Returns:
-        ``left``: the share of the change's energy (squares) along each of U, from the largest s to the smallest, summed
-            into BINS equal bins; ``right``: the same of V; ``values``: of each bin the mean of s beside the largest
-            (bins may be empty where there are fewer values); ``top``: the share within the span of the first TOP of
-            both; ``outside``: the share in no direction of U, of a weight with more rows than columns; ``rank``: the
-            effective rank, the exponential of the entropy of the squared singular values' shares; ``stable``: the
-            stable rank, all squares by the largest.
+    Returns: shares of the change's energy, the sum of its squares, and its ranks.
+        left: along each of U, from the largest s to the smallest, summed into BINS equal bins.
+        right: along each of V, likewise.
+        squares: the share of the squares of s, which is that of a change ``W D`` with a random ``D`` along U.
+        values: of each bin the mean of s beside the largest; bins may be empty where there are fewer values.
+        top: within the span of the first TOP of both sides.
+        outside: in no direction of U, of a weight with more rows than columns.
+        rank: the effective rank, the exponential of the entropy of the shares of the change's squared singular values.
+        stable: the stable rank, all of these by the largest.
     """
     U, s, Vh = base
     delta = delta.cpu().double()
@@ -104,6 +106,7 @@ def spectrum(base: Directions, delta: torch.Tensor) -> dict[str, float | list[fl
     return {
         "left": binned(inside.square().sum(1) / energy),
         "right": binned((delta @ Vh.T).square().sum(0) / energy),
+        "squares": binned(s.square() / s.square().sum()),
         "values": [round(float(part.sum() / max(1, len(part)) / s[0]), 5) for part in s.tensor_split(BINS)],
         "top": float((inside[:first] @ Vh[:first].T).square().sum() / energy),
         "outside": float(1 - inside.square().sum() / energy),

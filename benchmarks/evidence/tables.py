@@ -224,7 +224,8 @@ def markdown(found: Results) -> str:
         f"{study.model}; {'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.",
         f"{len(rows)} runs, of {' or '.join(map(str, steps)) or 'no'} steps with {study.training.batch} records each.",
         f"Learning rates, where there are several, were chosen on the validation parts, with seed "
-        f"{', '.join(map(str, study.search_seeds))}; the results are those of seeds {', '.join(map(str, study.seeds))}.",
+        f"{', '.join(map(str, study.search_seeds))}; the results are those of seeds "
+        f"{', '.join(map(str, study.seeds))}.",
         "Intervals are of 95 % over seeds: they say nothing of other questions. A bold difference is one whose "
         "interval does not contain 0; of 20 that are nothing, one is bold.",
     ]  # fmt: skip
@@ -270,34 +271,51 @@ def draw_accuracy(found: Results, file) -> None:
         xscale="log", yscale="log", xlabel="size of the change of the weights, % (Frobenius norm)",
         ylabel="perplexity of plain English", title="forgetting over the size of the change",
     )  # fmt: skip
+    _plain_numbers(figure)
     figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(file, dpi=120)
 
 
 def draw_spectra(found: Results, file) -> None:
-    """Where in the base's spectrum the change of each method is: a curve a method, mean over layers."""
+    """Where in the base's spectrum the change of each method is: a curve a method, mean over layers. Dotted are the
+    squares of the base's singular values, and a change that is the same along all directions."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     sides = dict(zip(("left", "right"), figure.subplots(1, 2), strict=True))
-    values = []
+    where: list[float] = []
     for number, variant in enumerate(found.study.methods):
         spectra = _spectra(found, variant)
         if not spectra:
             continue
-        values = [mean(each["values"][place] for each in spectra) for place in range(len(spectra[0]["values"]))]
+        if not where:
+            bins = len(spectra[0]["squares"])
+            where = [(place + 0.5) / bins for place in range(bins)]
+            squares = [100 * mean(each["squares"][place] for each in spectra) for place in range(bins)]
+            for axes in sides.values():
+                axes.plot(where, squares, ":", color="black", label="squares of the values" * (axes is sides["left"]))
+                axes.axhline(100 / bins, color="gray", linewidth=1, linestyle=":")
         style = ["-", "--", ":"][number // 10 % 3]
         for side, axes in sides.items():
-            shares = [mean(each[side][place] for each in spectra) for place in range(len(values))]
-            where = [(place + 0.5) / len(shares) for place in range(len(shares))]
+            shares = [mean(each[side][place] for each in spectra) for place in range(len(where))]
             label = variant.name if side == "left" else None
             axes.plot(where, [100 * share for share in shares], style, color=f"C{number % 10}", label=label)
     for side, axes in sides.items():
-        axes.axhline(100 / len(values), color="black", linewidth=1, linestyle=":")
         axes.set(
             yscale="log", xlabel="place in the base's spectrum, from its largest singular value to its smallest",
             ylabel="share of the change's energy, %",
             title=f"along the {side} singular vectors ({'what a layer writes' if side == 'left' else 'what it reads'})",
         )  # fmt: skip
+    _plain_numbers(figure)
     figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(file, dpi=120)
+
+
+def _plain_numbers(figure) -> None:
+    """Has logarithmic axes show 20 and not 2 x 10^1."""
+    from matplotlib.ticker import LogFormatter
+
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if axis.get_scale() == "log":
+            axis.set_major_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))

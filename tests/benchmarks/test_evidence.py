@@ -287,8 +287,23 @@ def test_a_change_along_known_directions():
     assert found["rank"] == pytest.approx(math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2)), rel=1e-4)
     assert found["stable"] == pytest.approx(1 / 0.8, rel=1e-4)
     assert found["values"][0] == pytest.approx((8 + 8 - 7 / 39) / 2 / 8, rel=1e-3)
+    squares = torch.linspace(8, 1, 40).square()
+    assert found["squares"][0] == pytest.approx(float(squares[:2].sum() / squares.sum()), abs=1e-4)
     beside = changes.spectrum(changes.Directions.of(before), torch.outer(U[:, 40], V[:, 0]))
     assert beside["outside"] == pytest.approx(1, abs=1e-4) and beside["top"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_product_from_the_right_writes_along_the_spectrum():
+    """``W D`` with a random block-diagonal ``D`` has along each left vector the share that the square of its singular
+    value has of all, and is spread evenly over the right ones (docs/evidence.md)."""
+    torch.manual_seed(0)
+    U, V = torch.linalg.qr(torch.randn(64, 64)).Q, torch.linalg.qr(torch.randn(64, 64)).Q
+    before = U @ torch.diag(torch.logspace(1, -1, 64)) @ V.T
+    base = changes.Directions.of(before)
+    found = [changes.spectrum(base, before @ torch.block_diag(*torch.randn(8, 8, 8))) for _ in range(200)]
+    left, right = (torch.tensor([each[side] for each in found]).mean(0) for side in ("left", "right"))
+    torch.testing.assert_close(left, torch.tensor(found[0]["squares"]), rtol=0.15, atol=2e-4)
+    assert right.max() / right.min() < 2 < left.max() / left.min() / 1000
 
 
 # ---------------------------------------------------------------------------------------------------------- the queue
@@ -475,7 +490,7 @@ def test_intervals_and_differences_are_scipys(study):
     ).confidence_interval()
     center, half = (interval.high + interval.low) / 2, (interval.high - interval.low) / 2
     assert difference[4] == f"**{center:+.1f} ± {half:.1f}**"
-    [first, _] = tables.search_table(found).rows
+    [first] = tables.search_table(found).rows
     assert first == ["fura", "0.01: 50.0 / **0.03: 50.0**", "at the end of the range"]
 
 
