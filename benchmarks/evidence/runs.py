@@ -8,6 +8,7 @@ validation parts. The tests have no say in that.
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import math
 import multiprocessing
@@ -448,5 +449,6 @@ def _made(runner: Runner, run: Run, is_over: Callable[[], bool]) -> tuple[Run, d
         traceback.print_exc()
         return run, None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     finally:
+        gc.collect()  # the loss that a model was given holds on to it
         if runner.device == "cuda":
             torch.cuda.empty_cache()

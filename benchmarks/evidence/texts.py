@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def plain(family: Family, file: str, tokens: int) -> torch.Tensor:
     Raises:
         EvidenceError: there is no such file, or no text in it.
     """
-    found = sorted(Path().glob(file)) if "*" in file else [Path(file)]
+    found = [Path(each) for each in sorted(glob(file))] if "*" in file else [Path(file)]
     if not found or not found[0].is_file():
         raise EvidenceError(f"There is no plain English at {file}: fetch it with {FETCH}, or name a text with --plain")
     if found[0].suffix == ".whl":

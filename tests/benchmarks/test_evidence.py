@@ -544,6 +544,11 @@ def test_the_studies_are_read(name):
     parent = read_study(STUDIES / ("pictures.yaml" if study.kind == "pictures" else "text.yaml"))
     shared = ("data", "model", "conversation", "output") + (() if alone else ("training", "seeds", "search_seeds"))
     assert all(getattr(study, field) == getattr(parent, field) for field in shared)
+    both = {variant.name for variant in study.methods} & {variant.name for variant in parent.methods}
+    assert "fura" in both
+    for same in both:  # then a run of the one is a row of the other
+        marks = study.settings(study.variant(same), "d"), parent.settings(parent.variant(same), "d")
+        assert (marks[0] == marks[1]) is not alone
     for variant in study.methods:
         config = train_config(study, variant)
         if method_of(config).adapter is not None:
