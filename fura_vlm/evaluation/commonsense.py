@@ -202,23 +202,24 @@ def first_choice(text: str, choices: tuple[str, ...]) -> str | None:
     return found and found.group()
 
 
-def read_set(folder: str, name: str) -> list[Item]:
+def read_set(folder: str, name: str, part: str = "test") -> list[Item]:
     """The questions of a set.
 
     Args:
         folder: holds ``NAME/test.json`` (as in LLM-Adapters' repository) or ``NAME-test.json``.
         name: a key of ``CHOICES``.
+        part: ``train`` for the other part of a set.
 
     Raises:
         DataError: there is no such set or file, or a record of it has another form.
     """
     if name not in CHOICES:
         raise DataError(f"There is no commonsense set {name!r}: the sets are {', '.join(CHOICES)}")
-    places = [Path(folder).expanduser() / name / "test.json", Path(folder).expanduser() / f"{name}-test.json"]
+    places = [Path(folder).expanduser() / name / f"{part}.json", Path(folder).expanduser() / f"{name}-{part}.json"]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise DataError(
-            f"There is neither {places[0]} nor {places[1]}: fetch dataset/{name}/test.json of LLM-Adapters, or name "
+            f"There is neither {places[0]} nor {places[1]}: fetch dataset/{name}/{part}.json of LLM-Adapters, or name "
             "the sets that are there with --tasks"
         )
     items = [_item(file, place, record, name) for place, record in iter_items(file)]

@@ -6,7 +6,16 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
-from fura_vlm.fura.basis import block_delta, decompose, needs_floor, raise_to_floor, relative_floor
+from fura_vlm.fura.basis import (
+    block_delta,
+    columns_by_norm,
+    decompose,
+    effective_values,
+    needs_floor,
+    raise_to_floor,
+    relative_floor,
+    row_scales,
+)
 from fura_vlm.fura.config import FuraConfig
 
 PARTS = ("dR", "ds", "V", "s0", "D")  # the names of an adapter's tensors
@@ -21,7 +30,8 @@ class FuraAdapter:
     a file's ``"<layer>.fura_dR"`` and put the adapter's name behind it.
 
     Attributes:
-        dR: ``(N, r, b)``, trained: what has been added to the pretrained R. None if exported for inference.
+        dR: ``(N, r, b)``, trained: what has been added to the pretrained R (before it is scaled, where the
+            configuration has a ``spectral_power``). None if exported for inference.
         ds: ``(N, r)``, trained: what has been added to the pretrained s. None if that is frozen, or exported.
         V: ``(N, b, r)``, and
         s0: ``(N, r)``: the frozen basis. They are buffers, not frozen parameters: DeepSpeed checkpoints of a PEFT model
@@ -55,7 +65,8 @@ class FuraAdapter:
         (N, b), r = blocks, rank
         self._name, self._containers = name, containers
         self.side, self.blocks, self.guarded = config.train_side, blocks, 0
-        self._floor = config.singular_floor
+        self._floor, self._power = config.singular_floor, config.spectral_power
+        self._decompose = decompose if config.basis == "singular" else columns_by_norm
         # the 16-bit dtypes too coarse for its singular values; None: its basis is not known, or not looked at
         self._narrow: set[torch.dtype] | None = None
         basis_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -122,7 +133,7 @@ class FuraAdapter:
     def compute_basis(self, weight: torch.Tensor) -> None:
         """Decompose the base weight ``(out, in)`` into V and s0."""
         # the output side is the input side of the transposed weight
-        V, s = decompose(weight if self.side == "input" else weight.T, self.blocks[0])
+        V, s = self._decompose(weight if self.side == "input" else weight.T, self.blocks[0])
         s0, self.guarded = raise_to_floor(s, relative_floor(self._floor, weight.dtype))
         self._put("V", V.to(self.V.dtype))
         self._put("s0", s0.to(self.s0.dtype))
@@ -142,7 +153,10 @@ class FuraAdapter:
         parts = self.dR, self.ds, self.V, self.s0
         if dtype is not None:
             parts = [part if part is None else part.to(dtype) for part in parts]
-        D = block_delta(*parts, resolution)
+        dR, ds, V, s0 = parts
+        if self._power:
+            dR = dR * row_scales(effective_values(s0, resolution), self._power).unsqueeze(-1)
+        D = block_delta(dR, ds, V, s0, resolution)
         return D if self.side == "input" else D.mT
 
     def cast_trained(self, dtype: torch.dtype) -> None:

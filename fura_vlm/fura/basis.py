@@ -22,6 +22,9 @@ SMALL_MATRIX = 256
 # it costs that many times more trainable parameters than the method is known for, n ** 1.5.
 MAX_BLOCK_RATIO = 8
 
+# Of a block's mean singular value: what smaller ones count as where dR is scaled by a power of them.
+LEAST_SCALED = 1e-2
+
 # Below this fraction of the largest, a singular value is lost in the rounding of the float64 Gram matrix.
 GRAM_RESOLUTION = 1e-7
 
@@ -97,6 +100,24 @@ def decompose(weight: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor, torc
     return V, s
 
 
+@torch.no_grad()
+def columns_by_norm(weight: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the place of ``decompose``, the basis without singular vectors: the block's columns, longest first.
+
+    Args:
+        weight: ``(out, n)``; its columns are cut.
+        num_blocks: ``N``, a divisor of ``n``.
+
+    Returns: V ``(N, b, r)``, columns of the unit matrix, and s ``(N, r)``, the norms of the block's columns in
+        descending order, ``r = min(out, b)``; both in float64 on the weight's device.
+    """
+    norms = weight.to(torch.float64).norm(dim=0).unflatten(0, (num_blocks, -1))
+    s, order = norms.sort(descending=True, stable=True)
+    rank = min(len(weight), s.shape[-1])
+    V = torch.nn.functional.one_hot(order[:, :rank], s.shape[-1]).mT.to(torch.float64)
+    return V.contiguous(), s[:, :rank].contiguous()
+
+
 def _eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``torch.linalg.eigh`` of a batch ``(N, b, b)``. Small matrices are spread over the CPU's cores, one each.
 
@@ -165,6 +186,16 @@ def effective_values(s0: torch.Tensor, resolution: torch.dtype | None) -> torch.
     """The singular values that ``block_delta`` divides by: ``s0 (N, r)``, none below ``divisor_floor``."""
     fraction, least = divisor_floor(resolution)
     return s0 if not least else torch.maximum(s0, s0[:, :1] * fraction).clamp(min=least)
+
+
+def row_scales(s0: torch.Tensor, power: float) -> torch.Tensor:
+    """What multiplies the rows of dR in the form with a spectral power: ``(m / s0) ** power``, like ``s0 (N, r)``.
+
+    ``m`` is the root mean square of a block's values. Values below ``LEAST_SCALED * m`` count as that large: along them
+    the weight does next to nothing, however large dR is made.
+    """
+    mean = s0.square().mean(-1, keepdim=True).sqrt()
+    return (mean / torch.maximum(s0, LEAST_SCALED * mean)) ** power
 
 
 def block_delta(

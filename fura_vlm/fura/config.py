@@ -11,6 +11,7 @@ from peft import PeftConfig
 from fura_vlm.fura.errors import FuraError
 
 BASIS_DTYPES = ("float32", "float64", "bfloat16")
+MAX_POWER = 2  # beyond, the rows of dR would differ in scale by more than float32 trains well
 
 
 class FuraType(str, Enum):
@@ -50,6 +51,13 @@ class FuraConfig(PeftConfig):
             were that large where the method divides by them. None takes the resolution (eps) of the base
             weight's dtype: below it, a direction is rounding error of the stored weight. Where a 16-bit dtype is
             computed in, its resolution is the floor if that is higher.
+        spectral_power: ``p`` in ``R = V^T + diag((m / s0) ** p) dR``, where ``m`` is the root mean square of a block's
+            singular values. 0 is the paper's form: a step in dR moves the weight along a direction in proportion to its
+            singular value. 1 moves it equally along all of them. A step has the same size in the Frobenius norm for
+            both. Not from the paper; docs/evidence.md says why one may want it, and what was measured.
+        basis: ``"singular"`` is the paper's form, ``V`` the singular vectors. ``"columns"`` is a control without them:
+            ``V`` orders a block's own columns by their norms, which take the place of the singular values. The weights
+            that can be reached are the same; other parameters lead there. Not from the paper (docs/evidence.md).
         basis_dtype: dtype in which the frozen basis is kept, also when the model is cast: ``"float32"``,
             ``"float64"`` or ``"bfloat16"``. None takes float64 over a float64 base and float32 otherwise.
         delta_only: the adapter holds the finished block matrices ``D`` alone, for inference. Set by
@@ -75,6 +83,8 @@ class FuraConfig(PeftConfig):
     block_size_pattern: dict[str, int] = field(default_factory=dict)
     train_singular_values: bool = field(default=True)
     singular_floor: float | None = field(default=None)
+    spectral_power: float = field(default=0.0)
+    basis: str = field(default="singular")
     basis_dtype: str | None = field(default=None)
     delta_only: bool = field(default=False)
     base_fingerprint: dict[str, str] | None = field(default=None)
@@ -113,9 +123,15 @@ class FuraConfig(PeftConfig):
         floor = self.singular_floor
         if floor is not None and not (isinstance(floor, float) and 0 < floor < 1):
             raise FuraError(f"FuraConfig: `singular_floor` must be a number between 0 and 1, not {floor!r}.")
+        power = self.spectral_power
+        if isinstance(power, bool) or not isinstance(power, (int, float)) or not -MAX_POWER <= power <= MAX_POWER:
+            raise FuraError(
+                f"FuraConfig: `spectral_power` must be a number from -{MAX_POWER} to {MAX_POWER}, not {power!r}."
+            )
         for name, allowed in (
             ("bias", ("none", "all", "fura_only")),
             ("train_side", ("input", "output")),
+            ("basis", ("singular", "columns")),
             ("basis_dtype", (None, *BASIS_DTYPES)),
         ):
             value = getattr(self, name)

@@ -504,6 +504,11 @@ def _look_at_loaded_basis(layer: FuraLinear, _) -> None:
     layer.ensure_basis(compute=False)
 
 
+def singular_values(model: nn.Module) -> list[nn.Parameter]:
+    """What the adapters of a model train of the singular values, ``ds (N, r)`` of each."""
+    return [ds for layer in model.modules() if isinstance(layer, FuraLayer) for ds in layer.fura_ds.values()]
+
+
 def matches_pattern(pattern: str, module_name: str) -> bool:
     """Whether a key of block_size_pattern matches the module's full name, or a part of it after a dot."""
     return re.fullmatch(rf"(.*\.)?({pattern})", module_name) is not None

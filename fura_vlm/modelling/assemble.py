@@ -5,7 +5,8 @@ the
 language model (ids 32000 and 32001 for Vicuna), the vocabulary is filled up to a multiple of 64 (32064), image
 features are those of the last but one layer of the tower without its class token. The new rows of both embeddings are
 the mean of the others. No new row is ever used, because image features take the place of ``<image>`` and padding is
-masked.
+masked. A head that is tied to the embedding, as small language models have it, becomes a weight of its own, and a
+tokenizer that begins a text with no token of its own begins it with its BOS, as LLaVA's conversations do.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def assemble(config: AssembleConfig) -> None:
 
     size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text_config.update({"vocab_size": size, "pad_token_id": tokenizer.pad_token_id, **ids})
+    tied = text_config.tie_word_embeddings
+    text_config.update(
+        {"vocab_size": size, "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": False, **ids}
+    )
     patches = (vision_config.image_size // vision_config.patch_size) ** 2
     llava_config = LlavaConfig(
         vision_config=vision_config,
@@ -100,6 +104,9 @@ def assemble(config: AssembleConfig) -> None:
         grown = parameter in ("model.embed_tokens.weight", "lm_head.weight")
         read = partial(_grown, language_model, name, size) if grown else partial(language_model.read, name)
         sources[re.sub("^model", "model.language_model", parameter)] = read
+    if tied:  # LLaVA's head is a weight of its own
+        read = partial(_grown, language_model, language_names["model.embed_tokens.weight"], size)
+        sources["lm_head.weight"] = read
     for parameter, name in tower_names.items():
         sources[f"model.vision_tower.{parameter}"] = partial(tower.read, name)
     for name, weight in projector.items():
@@ -204,6 +211,8 @@ def _check_fit(config: AssembleConfig, text_config, vision_config, projector: di
 def _tokenizer(path: str, text_config):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if tokenizer.bos_token and tokenizer.encode("x")[:1] != [tokenizer.bos_token_id]:
+            tokenizer = AutoTokenizer.from_pretrained(path, add_bos_token=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"No tokenizer at {path}: {first_line(error)}") from error
     if len(tokenizer) != text_config.vocab_size:

@@ -51,6 +51,8 @@ class TrainConfig:
             ``projector`` 1e-3 (both LLaVA's).
         mm_projector_lr: the learning rate of the projector; by default ``learning_rate``.
         vision_tower_lr: the learning rate of the vision tower; by default ``learning_rate``.
+        singular_values_lr: the learning rate of FuRA's singular values, wherever they are; by default that of the cores
+            beside them, as in the paper.
         model_max_length: the most tokens of a record, image tokens included; longer records are cut.
         warmup_steps: steps in which the learning rate rises; a number below 1 is the share of all steps.
         group_by_modality_length: make batches of records of one kind (with or without pictures) and of similar length,
@@ -97,6 +99,7 @@ class TrainConfig:
     learning_rate: float | None = None
     mm_projector_lr: float | None = None
     vision_tower_lr: float | None = None
+    singular_values_lr: float | None = None
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
     weight_decay: float = 0.0

@@ -25,6 +25,7 @@ AT_LEAST = {
     "learning_rate": 0,
     "mm_projector_lr": 0,
     "vision_tower_lr": 0,
+    "singular_values_lr": 0,
     "warmup_steps": 0,
     "weight_decay": 0,
     "adam_beta1": 0,

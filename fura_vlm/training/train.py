@@ -115,6 +115,7 @@ def _train(config: TrainConfig, run: Path, state: PartialState) -> None:
             family=family,
             mm_projector_lr=config.mm_projector_lr,
             vision_tower_lr=config.vision_tower_lr,
+            singular_values_lr=config.singular_values_lr,
             group_by_modality_length=config.group_by_modality_length,
             universal=universal,
             clock=clock,

@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from fura_vlm.data.sampler import ModalityLengthSampler
 from fura_vlm.families.base import Family
 from fura_vlm.files import finish
+from fura_vlm.fura.layer import singular_values
 from fura_vlm.training.checkpoint import WrittenBy, load_buffers, mend_optimizer, remove_universal
 from fura_vlm.training.clock import Clock
 from fura_vlm.training.loss import positions, train_on_labels_only
@@ -27,12 +28,12 @@ from fura_vlm.training.throughput import Meter, Progress
 
 
 class RunTrainer(Trainer):
-    """What all runs share, whatever their loss: separate learning rates for projector and tower, complete checkpoints,
-    the order of the records after an interruption.
+    """What all runs share, whatever their loss: separate learning rates for projector, tower and FuRA's singular
+    values, complete checkpoints, the order of the records after an interruption.
 
     Args:
         family: that of the model.
-        mm_projector_lr, vision_tower_lr: by default the learning rate of all.
+        mm_projector_lr, vision_tower_lr, singular_values_lr: by default the learning rate of all.
         universal: the checkpoint to go on from was written by another number of processes.
     """
 
@@ -42,6 +43,7 @@ class RunTrainer(Trainer):
         family: Family,
         mm_projector_lr: float | None = None,
         vision_tower_lr: float | None = None,
+        singular_values_lr: float | None = None,
         universal: bool = False,
         clock: Clock | None = None,
         **kwargs,
@@ -51,7 +53,7 @@ class RunTrainer(Trainer):
         self.clock = Clock(self.args.device) if clock is None else clock
         self.args.logging_nan_inf_filter = False  # it waits for the device after every batch, and hides a NaN
         self.universal = universal
-        self.rates = {"projector": mm_projector_lr, "tower": vision_tower_lr}
+        self.rates = {"projector": mm_projector_lr, "tower": vision_tower_lr, "singular values": singular_values_lr}
         self._staging = False
         self.add_callback(OptimizerDone(self.clock))
 
@@ -91,11 +93,14 @@ class RunTrainer(Trainer):
         return self.optimizer
 
     def _parts(self) -> dict[int, str]:
-        """By the id of a weight, the part it belongs to (projector or tower) if that has its own learning rate; a
-        projector may be inside the tower."""
+        """By the id of a weight, the part it belongs to (projector, tower or FuRA's singular values) if that has its
+        own learning rate; a projector may be inside the tower, and singular values in any part."""
         parts = self.family.parts(self.model)
         modules = [("tower", parts.tower)] * (parts.tower is not None) + [("projector", p) for p in parts.projectors]
-        return {id(p): part for part, module in modules for p in module.parameters()}
+        found = {id(p): part for part, module in modules for p in module.parameters()}
+        if self.rates["singular values"] is not None:
+            found |= {id(p): "singular values" for p in singular_values(self.model)}
+        return found
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """What follows on DeepSpeed's own loading."""

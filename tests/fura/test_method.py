@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from fura_vlm.fura import FuraConfig
-from fura_vlm.fura.basis import block_shape, decompose, factor_pair
+from fura_vlm.fura.basis import block_shape, decompose, factor_pair, row_scales
 
 
 def adapted_linear(out, dim, bias=True, dtype=torch.float64, seed=0, weight=None, **config):
@@ -90,6 +90,103 @@ def test_same_steps_as_the_explicit_factorisation(out, dim, blocks, side, train_
         assert "default" not in layer.fura_ds
     merged = weight + layer.get_delta_weight("default")
     torch.testing.assert_close(merged, reference.weight().data, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("power", [0.5, 1.0, -0.5])
+@pytest.mark.parametrize(
+    ("out", "dim", "blocks"), [(60, 36, {}), (24, 64, {"num_blocks": 4}), (24, 16, {"num_blocks": 1})]
+)
+def test_spectral_power_trains_as_its_formula(out, dim, blocks, power, side):
+    """Ten Adam steps of ``W_j = U_j diag(s) (V_j^T + diag((m / s0) ** power) dR)``, written out, ``m`` the root mean
+    square of a block's singular values; what is merged is that weight."""
+    torch.manual_seed(0)
+    uneven = torch.linspace(0.3, 3, out)[:, None] * torch.randn(out, dim) * torch.linspace(0.3, 3, dim)
+    model, layer = adapted_linear(out, dim, weight=uneven, train_side=side, spectral_power=power, **blocks)
+    weight, bias = layer.base_layer.weight.data, layer.base_layer.bias.data
+    reference = ExplicitFura(weight, bias, layer.fura_adapters["default"].blocks[0], side)
+    layer.fura_V["default"] = reference.R_start.mT.contiguous()
+    layer.fura_s0["default"] = reference.s_start.clone()
+    s0 = reference.s_start
+    scale = ((s0**2).mean(1, keepdim=True).sqrt() / s0).pow(power)[..., None]
+    assert scale.max() / scale.min() > 1.5
+    dR = torch.zeros_like(reference.R_start, requires_grad=True)
+
+    def explicit(x):
+        blocks = reference.L @ (reference.s[..., None] * (reference.R_start + scale * dR))
+        matrix = blocks.transpose(0, 1).flatten(1)
+        return x @ (matrix if side == "output" else matrix.T) + bias, matrix if side == "input" else matrix.T
+
+    ours = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    theirs = torch.optim.Adam([dR, reference.s], lr=1e-2)
+    torch.manual_seed(1)
+    x, target = torch.randn(50, dim, dtype=torch.float64), torch.randn(50, out, dtype=torch.float64)
+    for _ in range(10):
+        for optimizer, result in ((ours, layer(x)), (theirs, explicit(x)[0])):
+            optimizer.zero_grad()
+            (result - target).square().mean().backward()
+            optimizer.step()
+    assert (layer(x) - (x @ weight.T + bias)).abs().max() > 1e-2
+    torch.testing.assert_close(layer(x), explicit(x)[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(weight + layer.get_delta_weight("default"), explicit(x)[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_the_basis_of_columns_trains_as_its_formula(side):
+    """Ten Adam steps of ``W_j = C_j diag(n + dn) (P_j + dR)``, written out: ``C_j`` the block's columns of length one,
+    ``n`` their norms in descending order, ``P_j`` the permutation that puts them back."""
+    model, layer = adapted_linear(60, 36, train_side=side, basis="columns", bias=False)
+    weight = layer.base_layer.weight.data
+    matrix = weight if side == "input" else weight.T
+    N, b = layer.fura_adapters["default"].blocks
+    blocks = matrix.unflatten(1, (N, b)).transpose(0, 1)
+    norms, order = blocks.norm(dim=1).sort(descending=True)
+    P = torch.zeros(N, b, b, dtype=torch.float64)
+    for block in range(N):
+        for place in range(b):
+            P[block, place, order[block, place]] = 1
+    C = blocks @ P.mT / norms[:, None]
+    torch.testing.assert_close(C * norms[:, None] @ P, blocks)
+    dR, dn = torch.zeros_like(P, requires_grad=True), torch.zeros_like(norms, requires_grad=True)
+
+    def explicit(x):
+        made = ((C * (norms + dn)[:, None]) @ (P + dR)).transpose(0, 1).flatten(1)
+        return x @ (made.T if side == "input" else made)
+
+    ours = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    theirs = torch.optim.Adam([dR, dn], lr=1e-2)
+    torch.manual_seed(1)
+    x, target = torch.randn(50, 36, dtype=torch.float64), torch.randn(50, 60, dtype=torch.float64)
+    before = layer(x).detach()
+    torch.testing.assert_close(before, x @ weight.T, rtol=0, atol=0)
+    for _ in range(10):
+        for optimizer, result in ((ours, layer(x)), (theirs, explicit(x))):
+            optimizer.zero_grad()
+            (result - target).square().mean().backward()
+            optimizer.step()
+    assert (layer(x) - before).abs().max() > 1e-2
+    torch.testing.assert_close(layer(x), explicit(x), rtol=0, atol=1e-9)
+
+
+def test_a_step_has_the_same_size_for_the_powers_zero_and_one():
+    """The first step of Adam moves every entry of dR by the learning rate: in the Frobenius norm the weight moves by
+    the rate, times the root of the block size, times its own norm, and singular values frozen."""
+    sizes = []
+    for power in (0.0, 1.0):
+        model, layer = adapted_linear(60, 36, spectral_power=power, train_singular_values=False, bias=False)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=0)
+        layer(torch.randn(50, 36, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        sizes.append(layer.get_delta_weight("default").norm().item())
+    expected = 1e-3 * 6**0.5 * layer.base_layer.weight.norm().item()
+    assert sizes == pytest.approx([expected, expected], rel=1e-6)
+
+
+def test_directions_of_no_value_are_not_blown_up():
+    """A weight of lower rank than its blocks: dR of the directions that are missing is scaled by 100 at most."""
+    scales = row_scales(torch.tensor([[2.0, 1.0, 1e-7, 1e-9]]), 1.0)[0]
+    mean = (5 / 4) ** 0.5
+    torch.testing.assert_close(scales, torch.tensor([mean / 2, mean, 100.0, 100.0]))
 
 
 @pytest.mark.parametrize("side", ["input", "output"])

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoProcessor,
+    AutoTokenizer,
     CLIPConfig,
     CLIPModel,
     LlamaConfig,
@@ -16,6 +18,7 @@ from transformers import (
     LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
 )
 
 from fura_vlm.modelling.assemble import assemble
@@ -97,6 +100,26 @@ def test_it_computes_what_the_parts_compute(parts, tmp_path):
         expected = llama(inputs_embeds=words[None]).logits
         found = model(**inputs).logits
     assert torch.allclose(found[..., : expected.shape[-1]], expected, atol=1e-4)
+
+
+def test_a_small_language_model_with_a_tied_head(parts, tmp_path):
+    """As SmolLM2 is: its head is the embedding, and its tokenizer begins a text with no token of its own."""
+    llama = LlamaForCausalLM.from_pretrained(parts / "vicuna")
+    config = LlamaConfig(**llama.config.to_dict() | {"tie_word_embeddings": True})
+    tied = LlamaForCausalLM(config).eval()
+    tied.save_pretrained(tmp_path / "tied")
+    bpe = Tokenizer(models.BPE(vocab={f"w{number}": number for number in range(config.vocab_size)}, merges=[]))
+    bare = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="w1", eos_token="w2", unk_token="w0")
+    bare.save_pretrained(tmp_path / "tied")
+    assert AutoTokenizer.from_pretrained(tmp_path / "tied").encode("x")[:1] != [1]
+
+    assemble(settings(parts, tmp_path / "llava", language_model=str(tmp_path / "tied")))
+    model = load_base(str(tmp_path / "llava"), torch.float32).eval()
+    ids = torch.tensor([[1, 9, 30, 7]])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits[..., : config.vocab_size], tied(ids).logits)
+    assert model.lm_head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr()
+    assert AutoProcessor.from_pretrained(tmp_path / "llava").tokenizer.encode("x")[:1] == [1]
 
 
 def test_tokens_and_vocabulary_are_llava_hfs(parts, tmp_path):

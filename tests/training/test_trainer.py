@@ -65,6 +65,21 @@ def test_rates_and_decay_of_parameters(decay, tmp_path):
         assert found[id(parameter)] == (rate, decay if parameter.dim() > 1 else 0.0), name
 
 
+def test_singular_values_have_a_rate_of_their_own(tmp_path):
+    """In the language model and in the projector; without one they have that of the cores beside them."""
+    model = prepare(load_base("data/tiny-llava", torch.float32), TrainConfig(), FAMILY)
+    arguments = TrainingArguments(tmp_path, learning_rate=1e-3, use_cpu=True, report_to=[])
+    for singular in (1e-2, None):
+        trainer = FuraTrainer(model, arguments, family=FAMILY, mm_projector_lr=2e-4, singular_values_lr=singular)
+        rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                core = 2e-4 if "multi_modal_projector" in name else 1e-3
+                of_values = singular or core
+                assert rates[id(parameter)] == (of_values if ".fura_ds." in name else core), name
+        assert set(rates.values()) == {1e-3, 2e-4} | ({singular} if singular else set())
+
+
 def test_a_run_that_is_done_takes_no_step_more(tmp_path):
     """Resumed from the checkpoint of its last step, as after an interruption while the report was written."""
     ids = torch.arange(300, 316)
