@@ -37,7 +37,7 @@ class GrpoConfig:
         lora_dropout: the dropout of LoRA, QLoRA and DoRA; answers are written without it, so that with it the model
             that is trained is not the one that wrote them.
         target_modules: which modules are adapted, as for ``fura-vlm train``.
-        block_size: width of FuRA's blocks, as for ``fura-vlm train``.
+        block_size, block_size_pattern: width of FuRA's blocks, as for ``fura-vlm train``.
         train_singular_values: train the singular values with the cores (the paper's main form).
         prompts_per_step: questions of a step, over all processes.
         num_generations: answers to each question, which are compared with each other.
@@ -81,6 +81,7 @@ class GrpoConfig:
     vision_tower: Literal["frozen", "adapter", "full"] = "frozen"
     target_modules: str | list[str] | None = None
     block_size: int | None = None
+    block_size_pattern: dict[str, int] = field(default_factory=dict)
     train_singular_values: bool = True
     lora_r: int = 128
     lora_alpha: int = 256

@@ -42,6 +42,8 @@ class TrainConfig:
             default every linear layer of the language model, and of projector and tower if they are adapted.
         block_size: width of FuRA's blocks; by default, the input width of each layer is split into the two factors that
             are closest to each other.
+        block_size_pattern: width of the blocks by module, as PEFT's rank_pattern: ``{down_proj: 128}``. The kernels
+            take blocks of up to 128 whole (docs/speed.md).
         train_singular_values: train the singular values with the cores (the paper's main form).
         per_device_train_batch_size: records at once on each GPU. auto: what is fastest and fits; it needs
             ``train_batch_size``, which stays as it is.
@@ -86,6 +88,7 @@ class TrainConfig:
     vision_tower: Literal["frozen", "adapter", "full"] = "frozen"
     target_modules: str | list[str] | None = None
     block_size: int | None = None
+    block_size_pattern: dict[str, int] = field(default_factory=dict)
     train_singular_values: bool = True
     lora_r: int = 128
     lora_alpha: int = 256

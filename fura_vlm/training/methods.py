@@ -57,7 +57,12 @@ class Method:
 
 
 def _fura(config: TrainConfig, shared: dict) -> PeftConfig:
-    return FuraConfig(**shared, block_size=config.block_size, train_singular_values=config.train_singular_values)
+    return FuraConfig(
+        **shared,
+        block_size=config.block_size,
+        block_size_pattern=dict(config.block_size_pattern),
+        train_singular_values=config.train_singular_values,
+    )
 
 
 def _lora(config: TrainConfig, shared: dict, **more) -> PeftConfig:

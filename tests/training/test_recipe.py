@@ -167,3 +167,20 @@ def test_each_script_starts_its_method(method, tmp_path):
     command, settings = parse(started[started.index("fura_vlm.cli") + 1 :])
     assert (command, settings["method"], settings["seed"]) == ("train", method, 7)
     assert settings["train_batch_size"] == 128  # of the recipe
+
+
+def test_blocks_of_some_modules_are_of_another_width():
+    """As it is typed, down to the tensors of the adapter."""
+    typed = ["train", "--config", "tiny", "--block_size_pattern", "{down_proj: 64, linear_2: 32}"]
+    _, options = parse(typed)
+    base = load_base("data/tiny-llava", torch.float32)
+    model = prepare(base, TrainConfig(**options), load_family("data/tiny-llava"))
+    adapter = {name: parameter for name, parameter in model.named_parameters() if "fura_dR" in name}
+    for name, parameter in adapter.items():
+        width, dim = parameter.shape[-1], parameter.shape[0] * parameter.shape[-1]
+        if "down_proj" in name:
+            assert (dim, width) == (704, 64)
+        elif "linear_2" in name:
+            assert (dim, width) == (256, 32)
+        else:
+            assert (dim, width) in ((256, 16), (192, 16))
