@@ -156,6 +156,21 @@ def model_server(merged, tmp_path_factory) -> str:
         process.wait(30)
 
 
+@pytest.fixture(scope="session")
+def interpreted():
+    """Runs a script that has Triton's interpreter, which must be chosen before Triton is imported, and prints an object
+    of JSON a line; returns these by their ``case``."""
+
+    def run(worker: Path) -> dict[str, dict]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        return {row.pop("case"): row for row in rows}
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Models as small as these are done before a second one has begun."""

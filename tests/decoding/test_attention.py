@@ -1,9 +1,5 @@
 """The attention of one token a row, run by Triton's interpreter, against its formula and transformers' own."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +10,8 @@ pytestmark = pytest.mark.skipif(kernels.triton is None, reason="this build of Py
 
 
 @pytest.fixture(scope="module")
-def reported():
-    worker = Path(__file__).with_name("attention_worker.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {row.pop("case"): row for row in rows}
+def reported(interpreted):
+    return interpreted(Path(__file__).with_name("attention_worker.py"))
 
 
 def test_each_row_sees_its_own_columns(reported):

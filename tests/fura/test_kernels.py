@@ -1,10 +1,6 @@
 """The Triton kernels, run by Triton's interpreter, against formulas in float64; block matrices kept while answering."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +16,8 @@ pytestmark = pytest.mark.skipif(kernels.triton is None, reason="this build of Py
 
 
 @pytest.fixture(scope="module")
-def reported():
-    worker = Path(__file__).with_name("kernels_worker.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {row.pop("case"): row for row in rows}
+def reported(interpreted):
+    return interpreted(Path(__file__).with_name("kernels_worker.py"))
 
 
 def test_mixing_and_its_gradients(reported):
