@@ -22,13 +22,14 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from fura_vlm.embedded.captions import caption, text
-from fura_vlm.embedded.scenes import draw, make_scene
+from fura_vlm.embedded.scenes import draw, make_other_scene, make_scene
 from fura_vlm.embedded.tiny import IMAGE_SIZE, PATCH_SIZE, make_model, train_tokenizer
 from fura_vlm.families.llava import make_processor
 
 LENGTH = 192  # tokens a row, image tokens included
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 TEXT_EVERY = 4
+OTHER_EVERY = 10  # rows of the training split with a scene of the wider world
 
 
 class Pretraining(Dataset):
@@ -52,7 +53,9 @@ class Pretraining(Dataset):
             ids = tokenizer(text(rng, rng.randint(1, 8) if whole else 16), add_special_tokens=False).input_ids
             masked = 1
         else:
-            scene = make_scene(self.seed, self.split, index)
+            other = self.split == "train" and index % OTHER_EVERY == 0
+            sign = True if index // TEXT_EVERY % 2 else None  # words are the hardest to see: more than half have one
+            scene = make_other_scene(self.seed, index) if other else make_scene(self.seed, self.split, index, sign)
             picture = np.asarray(draw(scene)).transpose(2, 0, 1)
             row["pixels"] = torch.tensor(self.processor.image_processor.pad_to_square(picture, self.background))
             words = tokenizer(
@@ -131,6 +134,7 @@ def main() -> None:
         remove_unused_columns=False,
         label_names=["labels"],
         logging_steps=50,
+        logging_first_step=True,
         save_steps=1000,
         save_total_limit=1,
         report_to="none",
