@@ -3,6 +3,6 @@
 #
 #   bash scripts/converse.sh runs/tiny-fura [--number 50] [--show 3]
 set -euo pipefail
-source "$(dirname "$0")/env.sh"
+source "$(dirname "$0")/env.sh" train
 cd "$ROOT"
 exec python -m fura_vlm.embedded.converse "$@"

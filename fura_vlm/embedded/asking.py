@@ -1,13 +1,16 @@
 """Ways to ask in plain words: what a person may type about a picture, and in small talk.
 
 Each intent has phrasings for training and others that are kept for evaluation. Slots: ``{thing}`` "red circle",
-``{things}`` "circles", ``{a}`` "a circle", ``{other}`` another thing, ``{sign}`` "green sign", ``{picture}`` one of
-PICTURE.
+``{things}`` "circles", ``{number}`` "2 circles", ``{a}`` "a circle", ``{other}`` another thing, ``{sign}`` "green
+sign", ``{spot}`` "top left", ``{fact}`` "red" or "at the top left", ``{picture}`` one of PICTURE. Small talk is put
+together by :mod:`fura_vlm.embedded.chatter`.
 """
 
 from __future__ import annotations
 
 import random
+
+from fura_vlm.embedded.chatter import small_talk_phrasings
 
 PICTURE = ("picture", "image", "picture", "image", "photo", "drawing", "pic", "card")
 
@@ -101,39 +104,35 @@ TRAINED: dict[str, tuple[str, ...]] = {
         "What's on the {sign}?", "Which word does the {sign} show?", "Please read the {sign} to me.",
         "Read me the word on the {sign}.", "What text is on the {sign}?",
     ),
-    "hello": (
-        "Hello!", "Hi!", "Hi there!", "Hello there.", "Hey!", "Good morning!", "Good evening!", "hello", "hi",
-        "hey there",
+    "check": (
+        "Is the {thing} {fact}?", "Is it true that the {thing} is {fact}?", "Is the {thing} really {fact}?",
+        "Would you say that the {thing} is {fact}?", "The {thing} is {fact}, right?",
+        "The {thing} is {fact}, isn't it?", "I think the {thing} is {fact}. Right?",
+        "Tell me if the {thing} is {fact}.",
     ),
-    "thanks": (
-        "Thank you!", "Thanks!", "Thank you very much.", "Thanks a lot!", "thanks", "thank you", "Many thanks.",
-        "Great, thank you!", "OK, thanks.", "Thanks for your help!", "Thank you for the answer.", "Nice, thanks!",
-        "Thanks for that.", "Perfect, thank you.", "That helps, thanks.",
+    "check_count": (
+        "Are there {number}?", "Do you see {number}?", "Is it true that there are {number}?",
+        "There are {number}, right?", "Does the {picture} have {number}?", "I count {number}. Right?",
+        "Are there exactly {number}?",
     ),
-    "bye": (
-        "Goodbye!", "Bye!", "Bye bye!", "See you later!", "That was all. Bye!", "Good night!", "bye",
-        "I have to go now.", "See you tomorrow!",
+    "what_at": (
+        "What is at the {spot}?", "What do you see at the {spot}?", "What's at the {spot}?",
+        "What can be seen at the {spot}?", "Is there something at the {spot}?", "Which thing is at the {spot}?",
+        "Tell me what is at the {spot}.", "And at the {spot}?", "What stands at the {spot} of the {picture}?",
+        "What about the {spot}?",
     ),
-    "how_are_you": (
-        "How are you?", "How are you today?", "How do you do?", "How is it going?", "Are you well?",
-        "How are you doing?", "Hello, how are you?", "How do you feel today?",
+    "colors": (
+        "What colors do you see?", "Which colors are there?", "What colors are in the {picture}?", "Name the colors.",
+        "Which colors does the {picture} have?", "What are the colors?", "List the colors in the {picture}.",
     ),
-    "who": (
-        "Who are you?", "What are you?", "What is your name?", "Are you a human?", "Are you a person?",
-        "Tell me about yourself.", "Who am I talking to?", "Are you a machine?",
+    "shapes": (
+        "What shapes do you see?", "Which shapes are there?", "What shapes are in the {picture}?", "Name the shapes.",
+        "Which shapes does the {picture} show?", "What are the shapes?", "List the shapes in the {picture}.",
     ),
-    "can_do": (
-        "What can you do?", "Can you help me?", "What can I ask you?", "How can you help me?", "What do you know?",
-        "What are you good at?", "Help!", "What questions can you answer?",
-    ),
-    "praise": (
-        "Great!", "Good job!", "Well done!", "Very good.", "Nice.", "That is right.", "Good answer!",
-        "You are right.", "Wonderful!", "Excellent!", "Cool!", "I like that.",
-    ),
-    "off_topic": (
-        "What time is it?", "How is the weather?", "Tell me a joke.", "Who is the president?", "Sing a song.",
-        "What day is today?", "Where do you live?", "How old are you?", "Can you cook?",
-        "What is your favorite food?", "Do you like music?",
+    "no_picture": (
+        "Describe the {picture}.", "What do you see?", "What is in the {picture}?", "Look at this {picture}.",
+        "What does the {picture} show?", "Can you see the {picture}?", "How many things are in the {picture}?",
+        "What colors do you see?",
     ),
     "it_color": (
         "What color is it?", "And what color is it?", "What is its color?", "Which color does it have?",
@@ -158,38 +157,6 @@ TRAINED: dict[str, tuple[str, ...]] = {
         "And where is the other {thing}?", "And the second one?",
     ),
 }  # fmt: skip
-# More of small talk: the base was pretrained before these were thought of, and its text has those above alone.
-MORE: dict[str, tuple[str, ...]] = {
-    "hello": (
-        "Hello, good to see you.", "Hi, are you there?", "Hello! Let us begin.", "Hi, I have a question.",
-        "Good day!", "Hey, nice to see you.",
-    ),
-    "thanks": (
-        "Thanks so much.", "That was useful, thanks.", "Thank you, that is all.", "Thanks again!",
-        "Thank you for helping me.", "Very kind of you, thank you.", "Oh, thank you!", "Good, thanks.",
-    ),
-    "bye": (
-        "Goodbye for today.", "Bye, see you!", "I must leave. Goodbye!", "See you soon!", "We are done. Bye.",
-        "Have a nice day!", "Bye then.",
-    ),
-    "how_are_you": (
-        "Hi, how are you?", "Are you fine?", "How have you been?", "How is your day going?", "And you, how are you?",
-    ),
-    "who": (
-        "Are you a robot?", "Are you a program?", "Who is there?", "Who is this?", "What kind of thing are you?",
-        "Do you have a name?", "Who is answering me?", "Are you real?",
-    ),
-    "can_do": (
-        "What do you do?", "What are you for?", "What should I ask?", "Tell me what you can do.", "How do you work?",
-        "What can I do with you?", "Which questions do you like?", "Can you answer questions?",
-    ),
-    "praise": ("That was good.", "You did well.", "Right!", "Perfect.", "I see.", "OK.", "Good.", "Interesting!"),
-    "off_topic": (
-        "Can you dance?", "What is the news?", "Do you have a dog?", "Are you hungry?", "Who won the game?",
-        "Tell me a story.", "What should I eat today?",
-    ),
-}  # fmt: skip
-
 HELD_OUT: dict = {
     "describe": (
         "What is going on in this {picture}?", "Could you tell me what this {picture} contains?",
@@ -230,6 +197,8 @@ HELD_OUT: dict = {
     },
 }  # fmt: skip
 
+TRAINED |= small_talk_phrasings(HELD_OUT["small_talk"])
+
 _OPENINGS = (
     "Please tell me: ",
     "Tell me, ",
@@ -244,18 +213,13 @@ _OPENINGS = (
 )
 
 
-def ask_for(intent: str, rng: random.Random, more: bool = True, **slots: str) -> str:
+def ask_for(intent: str, rng: random.Random, **slots: str) -> str:
     """A phrasing of ``intent`` as training has it, with the slots filled and, at times, careless spelling.
-
-    Args:
-        more: whether ``MORE`` counts, too, as it does in the mixture.
 
     Raises:
         KeyError: for an unknown intent, or a slot that its phrasing needs and was not given.
     """
-    said = rng.choice(TRAINED[intent] + (MORE.get(intent, ()) if more else ())).format(
-        picture=rng.choice(PICTURE), **slots
-    )
+    said = rng.choice(TRAINED[intent]).format(picture=rng.choice(PICTURE), **slots)
     if rng.random() < 0.12 and said[0].isupper() and said.endswith("?"):
         said = rng.choice(_OPENINGS) + said[0].lower() + said[1:]
     return careless(said[0].upper() + said[1:], rng)

@@ -13,9 +13,12 @@ from fura_vlm.embedded import asking, words
 from fura_vlm.embedded.conversations import (
     REPLIES,
     a,
+    colors_of,
     description,
+    found_at,
     missing,
     number_of,
+    shapes_of,
     short_description,
     spoken,
     where,
@@ -50,6 +53,8 @@ def _list(scene, rng):
         return description(scene, detailed=rng.random() < 0.3)
     if kind < 0.7:
         return short_description(scene)
+    if kind < 0.8:
+        return rng.choice((colors_of, shapes_of))(scene)
     things = [f"a {t.size} {t.color} {t.shape} at the {t.place}" for t in rng.sample(scene.things, len(scene.things))]
     return "We see " + ", ".join(things) + "."
 
@@ -59,12 +64,13 @@ def _fact(scene, rng) -> tuple[list[str], str, str] | None:
     thing = rng.choice(scene.things)
     names = scene.names(thing)
     kind = rng.choice(("color", "shape", "size", "place", "place"))
-    if kind == "color" and thing.shape in names:
-        name = thing.shape
+    by_place = f"{rng.choice(('object', 'thing', 'shape', 'one'))} at the {thing.place}" if rng.random() < 0.2 else None
+    if kind == "color" and (by_place or thing.shape in names):
+        name = by_place or thing.shape
         about = [f"the color of the {name}", f"what color the {name} is", f"which color the {name} has"]
         return about, thing.color, f"The {name} is {thing.color}."
-    if kind == "shape" and f"{thing.color} object" in names:
-        name = f"{thing.color} {rng.choice(('object', 'thing', 'shape', 'one'))}"
+    if kind == "shape" and (by_place or f"{thing.color} object" in names):
+        name = by_place or f"{thing.color} {rng.choice(('object', 'thing', 'shape', 'one'))}"
         about = [f"the shape of the {name}", f"what shape the {name} is", f"what the {name} is"]
         return about, thing.shape, f"The {name} is {a(thing.shape)}."
     name = spoken(scene, thing, rng)
@@ -144,7 +150,28 @@ def _reading(scene, rng):
     return about, sign.word, f"The {name} says {sign.word}."
 
 
-_FACTS = (_fact,) * 3 + (_number,) * 2 + (_side,) * 3 + (_there,) * 2 + (_reading,) * 4  # reading is learned last
+def _spot(scene, rng):
+    spot, said = found_at(scene, rng)
+    about = [f"what is at the {spot}", f"the thing at the {spot}", f"which thing is at the {spot}"]
+    return about, said, f"I see {said} at the {spot}."
+
+
+def _true(scene, rng):
+    thing = rng.choice(scene.things)
+    name = spoken(scene, thing, rng)
+    if name is None:
+        return None
+    color = thing.shape == name and rng.random() < 0.5
+    true, others = (thing.color, COLORS) if color else (f"at the {thing.place}", [f"at the {spot}" for spot in PLACES])
+    said = true if rng.random() < 0.5 else rng.choice([other for other in others if other != true])
+    word = "Yes" if said == true else "No"
+    about = [f"whether the {name} is {said}", f"if the {name} is {said}", f"is the {name} {said}"]
+    return about, word, f"{word}, the {name} is {true}."
+
+
+_FACTS = (  # reading is learned last
+    (_fact,) * 4 + (_number,) * 2 + (_side,) * 3 + (_there,) * 2 + (_spot,) + (_true,) + (_reading,) * 4
+)
 
 
 def _sentence(scene, rng):
@@ -278,14 +305,21 @@ def _wondering(rng):
         "a": a(name),
         "other": _thing(rng),
         "sign": f"{rng.choice(SIGN_COLORS)} sign",
+        "number": f"{rng.randint(2, 5)} {plural(name)}",
+        "spot": rng.choice(PLACES),
+        "fact": rng.choice((rng.choice(list(COLORS)), f"at the {rng.choice(PLACES)}")),
     }
-    one, two = (asking.ask_for(intent, rng, more=False, **slots) for _ in range(2))
+    one, two = (asking.ask_for(intent, rng, **slots) for _ in range(2))
     about = {
         "describe": "the whole picture", "count": f"the number of {plural(name)}", "color": f"the color of the {name}",
         "place": f"the place of the {name}", "presence": f"whether there is {a(name)}",
         "size": f"the size of the {name}",
         "shape": f"the shape of the {name}", "sign": f"the word on the {slots['sign']}",
-        "relation": f"the side of the {name} from the {slots['other']}",
+        "relation": f"the side of the {name} from the {slots['other']}", "what_at": f"what is at the {slots['spot']}",
+        "check": f"whether the {name} is {slots['fact']}", "check_count": f"whether there are {slots['number']}",
+        "colors": "all the colors", "shapes": "all the shapes", "hello": "a greeting", "thanks": "thanks",
+        "bye": "a goodbye", "how_are_you": "how one is", "who": "who one is", "can_do": "what one can do",
+        "praise": "praise", "off_topic": "other things than pictures",
     }.get(intent)  # fmt: skip
     ways = [
         f'"{one}" and "{two}" ask for the same.',

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fura_vlm.embedded.asking import HELD_OUT, PICTURE, ask_for
-from fura_vlm.embedded.questions import plural, relation
+from fura_vlm.embedded.questions import PLACES, plural, relation
 from fura_vlm.embedded.scenes import COLORS, SHAPES, Scene, Sign, Thing, make_scene
 from fura_vlm.embedded.words import HELD_OUT_THINGS, THINGS
 
@@ -63,6 +63,18 @@ def short_description(scene: Scene) -> str:
     return f"I see {_joined(said)}."
 
 
+def colors_of(scene: Scene) -> str:
+    """The colours of the things, in the order of reading."""
+    things = sorted(scene.things, key=lambda thing: thing.cell)
+    return f"I see {_joined(list(dict.fromkeys(thing.color for thing in things)))}."
+
+
+def shapes_of(scene: Scene) -> str:
+    """The shapes of the things, in the order of reading."""
+    things = sorted(scene.things, key=lambda thing: thing.cell)
+    return f"I see {_joined(list(dict.fromkeys(a(thing.shape) for thing in things)))}."
+
+
 def _joined(said: list[str]) -> str:
     return " and ".join((", ".join(said[:-1]), said[-1]) if len(said) > 1 else said)
 
@@ -85,6 +97,17 @@ def where(thing: Thing, other: Thing, rng: random.Random) -> str | None:
     if words is None:
         return None
     return words[0] if words[0] in ("above", "below") else f"to the {words[0]} of"
+
+
+def found_at(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """One of the nine places that no sign covers, and what is there: "a large red circle", at times "nothing"."""
+    signs = {(sign.cell[0], sign.cell[1] + more) for sign in scene.signs for more in (0, 1)}
+    cells = {(row, column) for row in range(3) for column in range(3)} - signs
+    empty = sorted(cells - {thing.cell for thing in scene.things})
+    if empty and rng.random() < 0.2:
+        return Thing("", "", "", rng.choice(empty)).place, "nothing"
+    thing = rng.choice(scene.things)
+    return thing.place, f"a {thing.size} {thing.color} {thing.shape}"
 
 
 # ---------------------------------------------------------------------------------------------------- one turn each
@@ -131,6 +154,20 @@ class _Talk:
             color = some.color if rng.random() < 0.85 else rng.choice(list(COLORS))
             name, number = f"{color} {rng.choice(('object', 'thing', 'shape'))}", scene.count(color=color)
         return ask_for("count", rng, things=plural(name), a=a(name)), number_of(name, number)
+
+    def at_place(self) -> Turn | None:
+        """The colour, shape or size of a thing that is called by its place."""
+        thing = self.rng.choice(self.scene.things)
+        name = f"{self.rng.choice(('object', 'thing', 'shape', 'one'))} at the {thing.place}"
+        kind = self.rng.choice(("color", "shape", "size"))
+        self.it = (thing, name, kind)
+        facts = {"color": thing.color, "shape": a(thing.shape), "size": thing.size}
+        return ask_for(kind, self.rng, thing=name), f"The {name} is {facts[kind]}."
+
+    def listed(self) -> Turn:
+        """Which colours or shapes there are."""
+        kind = self.rng.choice(("colors", "shapes"))
+        return ask_for(kind, self.rng), colors_of(self.scene) if kind == "colors" else shapes_of(self.scene)
 
     def color(self) -> Turn | None:
         found = self._thing(without="color")
@@ -204,6 +241,30 @@ class _Talk:
             name = rng.choice(THINGS)
         return _presence(name, rng), f"No, {missing(name)}"
 
+    def check(self) -> Turn | None:
+        """Is the circle red? Is it at the top left? Are there 2 circles?"""
+        rng, found = self.rng, self._thing(without="color")
+        if rng.random() < 0.25:
+            shape = rng.choice(self.scene.things).shape
+            true = self.scene.count(shape=shape)
+            said = true if rng.random() < 0.5 else rng.choice([number for number in range(1, 5) if number != true])
+            answer = f"{'Yes' if said == true else 'No'}, {_small(number_of(shape, true))}"
+            return ask_for("check_count", rng, number=f"{said} {plural(shape) if said > 1 else shape}"), answer
+        if found is None:
+            return None
+        thing, name = found
+        kind = rng.choice(("color", "place"))
+        true = thing.color if kind == "color" else f"at the {thing.place}"
+        others = list(COLORS) if kind == "color" else [f"at the {place}" for place in PLACES]
+        said = true if rng.random() < 0.5 else rng.choice([other for other in others if other != true])
+        self.it = (thing, name, kind)
+        answer = f"{'Yes' if said == true else 'No'}, the {name} is {true}."
+        return ask_for("check", rng, thing=name, fact=said), answer
+
+    def what_at(self) -> Turn:
+        spot, said = found_at(self.scene, self.rng)
+        return ask_for("what_at", self.rng, spot=spot), f"I see {said} at the {spot}."
+
     def false_premise(self) -> Turn:
         rng = self.rng
         gone = [shape for shape in SHAPES if not self.scene.count(shape=shape)]
@@ -243,6 +304,10 @@ class _Talk:
         return ask_for(intent, self.rng), REPLIES[intent]
 
 
+def _small(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
 def _presence(name: str, rng: random.Random) -> str:
     return ask_for("presence", rng, a=a(name), things=plural(name))
 
@@ -256,7 +321,8 @@ def missing_turn(name: str, rng: random.Random) -> Turn:
 
 _TURNS = (
     ("describe", 4), ("count", 6), ("color", 5), ("place", 5), ("present", 3), ("absent", 4), ("relation", 4),
-    ("false_premise", 2), ("sign", 3), ("shape", 2), ("size", 2), ("chat", 5), ("follow_up", 7),
+    ("false_premise", 2), ("sign", 3), ("shape", 2), ("size", 2), ("chat", 8), ("follow_up", 7), ("check", 4),
+    ("what_at", 3), ("at_place", 3), ("listed", 2),
 )  # fmt: skip
 
 
@@ -267,11 +333,16 @@ def conversation(scene: Scene, rng: random.Random, turns: int) -> list[Turn]:
         said.append((ask_for("hello", rng), REPLIES["hello"]))
     kinds, weights = zip(*_TURNS, strict=True)
     while len(said) < turns:
-        turn = getattr(talk, rng.choices(kinds, weights)[0])()
-        if turn and turn[0] not in [question for question, _ in said]:
-            said.append(turn)
-    if rng.random() < 0.3:
-        intent = rng.choice(("bye", "bye", "thanks"))
+        kind = rng.choices(kinds, weights)[0]
+        turn = getattr(talk, kind)()
+        if turn is None or turn[0] in [question for question, _ in said]:
+            continue
+        if kind != "chat" and rng.random() < 0.08:  # a greeting and a question at once: the question is answered
+            first = ask_for(rng.choice(("thanks", "praise") if said else ("hello",)), rng)
+            turn = (f"{first}{'' if first[-1] in '.!?' else '.'} {turn[0]}", turn[1])
+        said.append(turn)
+    if rng.random() < 0.35:
+        intent = rng.choice(("bye", "thanks"))
         said[-1] = (ask_for(intent, rng), REPLIES[intent])
     return said
 
@@ -279,8 +350,9 @@ def conversation(scene: Scene, rng: random.Random, turns: int) -> list[Turn]:
 def small_talk(rng: random.Random, turns: int) -> list[Turn]:
     """A conversation without a picture."""
     said = []
-    for intent in rng.sample(list(REPLIES), min(turns, len(REPLIES))):
-        said.append((ask_for(intent, rng), REPLIES[intent]))
+    replies = REPLIES | {"no_picture": "I do not see a picture."}
+    for intent in rng.sample(list(replies), min(turns, len(replies))):
+        said.append((ask_for(intent, rng), replies[intent]))
     return said
 
 

@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/pretrain-tiny"))
     parser.add_argument("--model_dir", type=Path, default=Path("data/tiny-llava"))
-    parser.add_argument("--steps", type=int, default=4700)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -113,6 +113,9 @@ def main() -> None:
     processor = make_processor(tokenizer, IMAGE_SIZE, PATCH_SIZE)
     model = make_model(tokenizer)
     cuda = torch.cuda.is_available()
+    if cuda:  # layer by layer: all layers of a kind share what is compiled, which the whole model would not
+        for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
+            layer.compile()
     training = TrainingArguments(
         output_dir=str(args.output_dir),
         max_steps=args.steps,
@@ -126,7 +129,6 @@ def main() -> None:
         max_grad_norm=1.0,
         bf16=cuda,
         tf32=True if cuda else None,
-        torch_compile=cuda,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         dataloader_num_workers=args.workers,
         dataloader_prefetch_factor=4 if args.workers else None,
