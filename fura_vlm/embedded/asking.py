@@ -3,14 +3,14 @@
 Each intent has phrasings for training and others that are kept for evaluation. Slots: ``{thing}`` "red circle",
 ``{things}`` "circles", ``{number}`` "2 circles", ``{a}`` "a circle", ``{other}`` another thing, ``{sign}`` "green
 sign", ``{spot}`` "top left", ``{fact}`` "red" or "at the top left", ``{picture}`` one of PICTURE. Small talk is put
-together by :mod:`fura_vlm.embedded.chatter`.
+together by :mod:`fura_vlm.embedded.phrases`.
 """
 
 from __future__ import annotations
 
 import random
 
-from fura_vlm.embedded.chatter import small_talk_phrasings
+from fura_vlm.embedded.phrases import QUESTIONS, SMALL_TALK, from_parts
 
 PICTURE = ("picture", "image", "picture", "image", "photo", "drawing", "pic", "card")
 
@@ -197,7 +197,12 @@ HELD_OUT: dict = {
     },
 }  # fmt: skip
 
-TRAINED |= small_talk_phrasings(HELD_OUT["small_talk"])
+TRAINED |= {intent: from_parts(parts, sum(HELD_OUT["small_talk"].values(), ())) for intent, parts in SMALL_TALK.items()}
+# What the mixture has besides. The base was pretrained without it: its text has the sentences of TRAINED.
+MORE = {
+    intent: sum((from_parts(parts, HELD_OUT["absent" if intent == "presence" else intent]) for parts in ways), ())
+    for intent, ways in QUESTIONS.items()
+}
 
 _OPENINGS = (
     "Please tell me: ",
@@ -213,13 +218,17 @@ _OPENINGS = (
 )
 
 
-def ask_for(intent: str, rng: random.Random, **slots: str) -> str:
+def ask_for(intent: str, rng: random.Random, more: bool = True, **slots: str) -> str:
     """A phrasing of ``intent`` as training has it, with the slots filled and, at times, careless spelling.
+
+    Args:
+        more: whether ``MORE`` counts, too, as it does in the mixture.
 
     Raises:
         KeyError: for an unknown intent, or a slot that its phrasing needs and was not given.
     """
-    said = rng.choice(TRAINED[intent]).format(picture=rng.choice(PICTURE), **slots)
+    sentences = MORE[intent] if more and intent in MORE and rng.random() < 0.5 else TRAINED[intent]
+    said = rng.choice(sentences).format(picture=rng.choice(PICTURE), **slots)
     if rng.random() < 0.12 and said[0].isupper() and said.endswith("?"):
         said = rng.choice(_OPENINGS) + said[0].lower() + said[1:]
     return careless(said[0].upper() + said[1:], rng)

@@ -309,7 +309,7 @@ def _wondering(rng):
         "spot": rng.choice(PLACES),
         "fact": rng.choice((rng.choice(list(COLORS)), f"at the {rng.choice(PLACES)}")),
     }
-    one, two = (asking.ask_for(intent, rng, **slots) for _ in range(2))
+    one, two = (asking.ask_for(intent, rng, more=False, **slots) for _ in range(2))
     about = {
         "describe": "the whole picture", "count": f"the number of {plural(name)}", "color": f"the color of the {name}",
         "place": f"the place of the {name}", "presence": f"whether there is {a(name)}",

@@ -320,8 +320,8 @@ def missing_turn(name: str, rng: random.Random) -> Turn:
 
 
 _TURNS = (
-    ("describe", 4), ("count", 6), ("color", 5), ("place", 5), ("present", 3), ("absent", 4), ("relation", 4),
-    ("false_premise", 2), ("sign", 3), ("shape", 2), ("size", 2), ("chat", 8), ("follow_up", 7), ("check", 4),
+    ("describe", 6), ("count", 6), ("color", 5), ("place", 5), ("present", 3), ("absent", 4), ("relation", 4),
+    ("false_premise", 2), ("sign", 3), ("shape", 2), ("size", 2), ("chat", 7), ("follow_up", 7), ("check", 4),
     ("what_at", 3), ("at_place", 3), ("listed", 2),
 )  # fmt: skip
 

@@ -29,7 +29,7 @@ class EmbeddedError(FuraVLMError, ValueError):
     """Settings or a folder that cannot be used."""
 
 
-VERSION = 3  # raised when the same settings give other files
+VERSION = 4  # raised when the same settings give other files
 
 
 @dataclass

@@ -5,8 +5,7 @@ import re
 
 import pytest
 
-from fura_vlm.embedded.asking import HELD_OUT, TRAINED
-from fura_vlm.embedded.chatter import plain
+from fura_vlm.embedded.asking import HELD_OUT, MORE, TRAINED
 from fura_vlm.embedded.conversations import (
     KINDS,
     Asked,
@@ -16,6 +15,7 @@ from fura_vlm.embedded.conversations import (
     small_talk,
 )
 from fura_vlm.embedded.judge import is_good
+from fura_vlm.embedded.phrases import plain
 from fura_vlm.embedded.scenes import Scene, Sign, Thing, make_scene, split_of
 
 CIRCLE = Thing("circle", "red", "large", (0, 0))
@@ -44,7 +44,8 @@ def test_answers_are_those_a_person_would_give():
         "Yes, the circle is red.", "No, the circle is red.", "No, the circle is at the top left.",
         "Yes, there are 2 stars.", "No, there are 2 stars.", "I see a large red circle at the top left.",
         "I see nothing at the bottom.", "I see red and blue.", "I see a circle and a star.", "The other star is blue.",
-        "The object at the top left is red.", "The thing at the top right is a star.", "It is at the top right.", "It is a star.",
+        "The object at the top left is red.", "The thing at the top right is a star.", "It is at the top right.",
+        "It is a star.",
         "I see a large red circle at the top left, a small blue star at the top right, a green sign that says MILK and "
         "a small red star at the bottom right.",
     }  # fmt: skip
@@ -83,7 +84,7 @@ def test_small_talk_takes_no_picture():
 
 
 def test_evaluation_asks_in_phrasings_that_training_never_has():
-    trained = {plain(phrase) for phrases in TRAINED.values() for phrase in phrases}
+    trained = {plain(phrase) for bank in (TRAINED, MORE) for phrases in bank.values() for phrase in phrases}
     held_out = [
         phrase
         for phrases in HELD_OUT.values()

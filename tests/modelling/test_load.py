@@ -146,7 +146,7 @@ def test_interrupted_run_and_half_a_model_say_so(tmp_path):
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("text_config", {"vocab_size": 2048}, r"lm_head\.weight is \[768, 256\] in its files and \[2048, 256\]"),
+        ("text_config", {"vocab_size": 4096}, r"lm_head\.weight is \[2048, 256\] in its files and \[4096, 256\]"),
         ("vision_config", {"intermediate_size": 96}, r"fc1\.bias is \[768\] in its files and \[96\]"),
         ("vision_config", {"hidden_size": 100}, r"No usable model .*100\) is not a multiple"),
     ],
