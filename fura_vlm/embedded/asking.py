@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 
-from fura_vlm.embedded.phrases import QUESTIONS, SMALL_TALK, from_parts
+from fura_vlm.embedded.phrases import MORE as MORE_PARTS
+from fura_vlm.embedded.phrases import SMALL_TALK, from_parts
 
 PICTURE = ("picture", "image", "picture", "image", "photo", "drawing", "pic", "card")
 
@@ -197,11 +198,12 @@ HELD_OUT: dict = {
     },
 }  # fmt: skip
 
-TRAINED |= {intent: from_parts(parts, sum(HELD_OUT["small_talk"].values(), ())) for intent, parts in SMALL_TALK.items()}
+_KEPT = {"presence": HELD_OUT["absent"], **HELD_OUT, **HELD_OUT["small_talk"]}
+TRAINED |= {intent: from_parts(parts, _KEPT.get(intent, ())) for intent, parts in SMALL_TALK.items()}
 # What the mixture has besides. The base was pretrained without it: its text has the sentences of TRAINED.
 MORE = {
-    intent: sum((from_parts(parts, HELD_OUT["absent" if intent == "presence" else intent]) for parts in ways), ())
-    for intent, ways in QUESTIONS.items()
+    intent: tuple(sentence for parts in ways for sentence in from_parts(parts, _KEPT[intent]))
+    for intent, ways in MORE_PARTS.items()
 }
 
 _OPENINGS = (

@@ -300,7 +300,7 @@ class _Talk:
         return ask_for(f"it_{fact}", rng), f"It is {facts[fact]}."
 
     def chat(self) -> Turn:
-        intent = self.rng.choice(("thanks", "thanks", "praise", "how_are_you", "who", "can_do", "off_topic"))
+        intent = self.rng.choices(*zip(*_CHAT, strict=True))[0]
         return ask_for(intent, self.rng), REPLIES[intent]
 
 
@@ -321,8 +321,14 @@ def missing_turn(name: str, rng: random.Random) -> Turn:
 
 _TURNS = (
     ("describe", 6), ("count", 6), ("color", 5), ("place", 5), ("present", 3), ("absent", 4), ("relation", 4),
-    ("false_premise", 2), ("sign", 3), ("shape", 2), ("size", 2), ("chat", 7), ("follow_up", 7), ("check", 4),
+    ("false_premise", 2), ("sign", 3), ("shape", 2), ("size", 2), ("chat", 9), ("follow_up", 7), ("check", 4),
     ("what_at", 3), ("at_place", 3), ("listed", 2),
+)  # fmt: skip
+
+
+_CHAT = (
+    ("hello", 3), ("thanks", 3), ("praise", 2), ("how_are_you", 4), ("who", 5), ("can_do", 5), ("off_topic", 3),
+    ("bye", 2),
 )  # fmt: skip
 
 
@@ -350,9 +356,8 @@ def conversation(scene: Scene, rng: random.Random, turns: int) -> list[Turn]:
 def small_talk(rng: random.Random, turns: int) -> list[Turn]:
     """A conversation without a picture."""
     said = []
-    replies = REPLIES | {"no_picture": "I do not see a picture."}
-    for intent in rng.sample(list(replies), min(turns, len(replies))):
-        said.append((ask_for(intent, rng), replies[intent]))
+    for intent in rng.sample(list(REPLIES), min(turns, len(REPLIES))):
+        said.append((ask_for(intent, rng), REPLIES[intent]))
     return said
 
 

@@ -29,7 +29,7 @@ class EmbeddedError(FuraVLMError, ValueError):
     """Settings or a folder that cannot be used."""
 
 
-VERSION = 4  # raised when the same settings give other files
+VERSION = 3  # raised when the same settings give other files
 
 
 @dataclass
@@ -48,9 +48,9 @@ class EmbeddedConfig:
     """
 
     output_dir: str = "data/embedded"
-    train_records: int = 2600
-    text_share: float = 0.04
-    talk_share: float = 0.55
+    train_records: int = 2640
+    text_share: float = 0.06
+    talk_share: float = 0.5
     turns: int = 4
     eval_per_family: int = 100
     seed: int = 0

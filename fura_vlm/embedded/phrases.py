@@ -108,7 +108,7 @@ _IF = (
     "Say if ", "Let me know if ",
 )  # fmt: skip
 _END = ("?", "?", " please?", " now?", " exactly?", "")
-QUESTIONS: dict[str, tuple[Parts, ...]] = {
+MORE: dict[str, tuple[Parts, ...]] = {
     "describe": (
         (
             _PLEASE,
@@ -128,6 +128,16 @@ QUESTIONS: dict[str, tuple[Parts, ...]] = {
             ),
             (" here", " in it", " on it", " in the {picture}", " in this {picture}", " on this {picture}", " in there"),
             _END,
+        ),
+        (
+            _PLEASE,
+            ("tell me", "say", "explain", "list", "name", "report", "let me know", "write down"),
+            (
+                " what the {picture} has", " what there is", " what is here", " what one can see", " what you find",
+                " what the {picture} holds", " what there is to see", " what things are here", " what this shows",
+                " what was painted", " what all is in it", " what this {picture} has in it", " what you can see",
+            ),
+            (".", "", "?", " please."),
         ),
     ),
     "count": (
@@ -210,6 +220,61 @@ QUESTIONS: dict[str, tuple[Parts, ...]] = {
             ),
             (" {a}",),
             ("?", " here?", " in it?", " in this {picture}?", " somewhere?", " in there?", " at all?", ""),
+        ),
+    ),
+    "hello": (
+        (
+            ("", "Hello, ", "Hi, ", "Hey, ", "Oh, ", "Good day, "),
+            (
+                "you there", "good afternoon to you", "it is me again", "everybody", "everyone", "good to meet you",
+                "here I am again", "I am back", "friend", "dear assistant", "how nice to see you", "let me ask you",
+            ),
+            ("", "!", ".", " again.", ", friend."),
+        ),
+    ),
+    "thanks": (
+        (
+            ("", "OK, ", "Fine, ", "Good, ", "Great, ", "Well, "),
+            ("thanks", "thank you", "many thanks", "thank you very much", "thanks a lot"),
+            (
+                ", that was all.", ", that is what I wanted to know.", ", that is all I need.", ", I have what I need.",
+                ", that answers it.", ", no more questions.", ", I am done.", ", you helped me a lot.",
+                ", this is enough.", ", it was nice of you.", ", I know enough now.", ", that is enough.", "!",
+            ),
+        ),
+    ),
+    "bye": (
+        (
+            ("", "OK, ", "Well, ", "Thanks, ", "Fine, "),
+            (
+                "bye", "goodbye", "see you", "good night", "farewell", "I am off", "I am done", "we are finished",
+                "I will go", "until then", "see you around", "talk to you later", "I will be back", "until tomorrow",
+            ),
+            ("", "!", ".", " now.", " again.", ", take care.", ", have fun.", ", friend.", " soon.", ", bye."),
+        ),
+    ),
+    "who": (
+        (
+            ("", "Hello, ", "Tell me, ", "So, ", "But ", "And "),
+            (
+                "who is it", "who speaks", "who is talking to me", "who writes these answers", "are you human",
+                "are you some machine", "are you some program", "are you a thing or a person", "what exactly are you",
+                "are you alive or a machine", "who or what are you", "are you a real person", "is somebody there",
+                "say who you are", "tell me who you are", "tell me what you are", "introduce yourself",
+            ),
+            ("?", " then?", " please?", ".", ""),
+        ),
+    ),
+    "can_do": (
+        (
+            ("", "Hello, ", "Tell me, ", "So, "),
+            (
+                "what are your skills", "are you able to help me", "are you able to see", "what are you made for",
+                "what could you do for me", "what could you tell me", "what else can you do", "do you answer questions",
+                "what things can you do", "what may I ask", "what do you help with", "with what can you help",
+                "what can be asked", "what is your use",
+            ),
+            ("?", " here?", " then?", " for me?", ""),
         ),
     ),
 }  # fmt: skip
