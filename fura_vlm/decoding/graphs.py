@@ -75,8 +75,8 @@ class Graphs:
                 near = _watched(plain)
             expected = _watched(plain)
             try:
-                record = _record if last.is_cuda else _repeat
-                replay, found = record(lambda: self._run(size), self._pool)
+                make = record if last.is_cuda else repeat
+                replay, found = make(lambda: self._run(size), self._pool)
                 replay()
                 check(found, expected, near)
                 self._graphs[size] = replay, found[-1]
@@ -105,8 +105,8 @@ def check(found: Outputs, expected: Outputs, near: Outputs) -> None:
 
     How far rounding may carry a result depends on the model: it grows with depth, in bfloat16 to several per cent of
     the logits. So ``near`` is the model's own step with a rounding's difference in each layer's attention, and what it
-    differs by is the measure. In the first layers that is little, so that a key too many or too few is seen there, which
-    the logits may hide.
+    differs by is the measure. In the first layers that is little, so that a key too many or too few is seen there,
+    which the logits may hide.
 
     Args:
         found: of the recorded step; it may have more rows.
@@ -140,7 +140,7 @@ def _watched(step: Callable[[], torch.Tensor]) -> Outputs:
     return [*seen, logits]
 
 
-def _record(run: Callable[[], Outputs], pool) -> tuple[Callable[[], None], Outputs]:
+def record(run: Callable[[], Outputs], pool) -> tuple[Callable[[], None], Outputs]:
     """Returns what runs it again, and where its results are after that."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -153,8 +153,8 @@ def _record(run: Callable[[], Outputs], pool) -> tuple[Callable[[], None], Outpu
     return graph.replay, outputs
 
 
-def _repeat(run: Callable[[], Outputs], pool) -> tuple[Callable[[], None], Outputs]:
-    """``_record`` where there are no graphs, for Triton's interpreter: the same step over the same memory."""
+def repeat(run: Callable[[], Outputs], pool) -> tuple[Callable[[], None], Outputs]:
+    """``record`` where there are no graphs, for Triton's interpreter: the same step over the same memory."""
     outputs = run()
 
     def replay() -> None:
