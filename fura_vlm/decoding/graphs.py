@@ -100,7 +100,7 @@ class Graphs:
             cache.width = None
 
 
-def check(found: Outputs, expected: Outputs, near: Outputs) -> None:
+def check(found: Outputs, expected: Outputs, near: Outputs) -> float:
     """Compares a recorded step with the model's own, row by row and layer by layer.
 
     How far rounding may carry a result depends on the model: it grows with depth, in bfloat16 to several per cent of
@@ -112,6 +112,8 @@ def check(found: Outputs, expected: Outputs, near: Outputs) -> None:
         found: of the recorded step; it may have more rows.
         expected: of the model's own.
         near: the same with differences of ``ROUNDING``.
+
+    Returns: the largest difference, as a share of what rounding explains.
 
     Raises:
         RuntimeError: the results differ by more than rounding.
@@ -132,6 +134,7 @@ def check(found: Outputs, expected: Outputs, near: Outputs) -> None:
             f"a recorded step gives other results: {what} by {differs[layer, row]:.2%} in row {row + 1} of "
             f"{differs.shape[1]}, where rounding explains {explained[layer, row]:.2%}"
         )
+    return (differs / explained).max().item()
 
 
 def _watched(step: Callable[[], torch.Tensor]) -> Outputs:
