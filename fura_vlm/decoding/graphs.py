@@ -131,8 +131,8 @@ def check(found: Outputs, expected: Outputs, near: Outputs) -> float:
         layer, row = wrong.nonzero()[0].tolist()
         what = "its logits differ" if layer == layers else f"attention in layer {layer + 1} of {layers} differs"
         raise RuntimeError(
-            f"a recorded step gives other results: {what} by {differs[layer, row]:.2%} in row {row + 1} of "
-            f"{differs.shape[1]}, where rounding explains {explained[layer, row]:.2%}"
+            f"a recorded step gives other results: {what} by {100 * differs[layer, row]:.2g} % in row {row + 1} of "
+            f"{differs.shape[1]}, where rounding explains {100 * explained[layer, row]:.2g} %"
         )
     return (differs / explained).max().item()
 
