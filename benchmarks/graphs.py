@@ -49,9 +49,9 @@ parser.add_argument("--tiny", action="store_true", help="small shapes in Triton'
 options = parser.parse_args()
 device = "cpu" if options.tiny else "cuda"
 half = torch.float16 if options.tiny else torch.bfloat16  # the interpreter has no bfloat16 products
-PROMPT = 41 if options.tiny else 641
-LENGTHS = (PROMPT, 64, 17) if options.tiny else (PROMPT, 64, 300)  # three rows are rounded up to four
-REPEATS = 2 if options.tiny else 50
+PROMPT = 21 if options.tiny else 641
+LENGTHS = (PROMPT, 30, 5) if options.tiny else (PROMPT, 64, 300)  # three rows are rounded up to four
+REPEATS = 1 if options.tiny else 50
 
 
 def say(text: str) -> None:
@@ -285,7 +285,7 @@ def kernels_of(title: str, replay) -> None:
 def engine(title: str, model, adapter: str | None, count: int) -> None:
     base = model.get_base_model()
     writer = Engine(model, Language(None, base.config), max_rows=count, graphs=True)
-    length = 6 if options.tiny else options.tokens
+    length = 3 if options.tiny else options.tokens
     ids = torch.randint(3, 300, (1, PROMPT))
 
     def chat(length: int):
@@ -300,7 +300,7 @@ def engine(title: str, model, adapter: str | None, count: int) -> None:
         return count * (length - 1) / seconds, answers[0].began - answers[0].asked
 
     try:
-        chat(count + 4)  # to record: newcomers come one after the other
+        chat(count + (1 if options.tiny else 4))  # to record: newcomers come one after the other
         rate, first = chat(length)
         kept = list(writer._kept.values()) + list(writer._batches.values())
         used = any(rows._graphs is not None and not rows._graphs.failed and rows._graphs.sizes for rows in kept)
@@ -314,21 +314,22 @@ def engine(title: str, model, adapter: str | None, count: int) -> None:
 
 name = "Triton's interpreter" if options.tiny else torch.cuda.get_device_name()
 say(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}")
-heads = 4 if options.tiny else 32
+heads, many = (4, 2) if options.tiny else (32, 8)
 with torch.inference_mode():
     for dtype in (torch.float32, half):
         label = str(dtype).removeprefix("torch.")
         for kv_heads, window in ((heads, None), (heads // 4, None), (heads // 4, 50)):
             form = f"a. {label}, {heads} heads on {kv_heads}" + (f", window {window}" if window else "")
             part(form, kernel, dtype, kv_heads, window)
-    for layers, dtype in ((2, torch.float32), (8, torch.float32), (2, half), (8, half)):
+    few = (1, 2) if options.tiny else (2, 8)
+    for layers, dtype in ((few[0], torch.float32), (few[1], torch.float32), (few[0], half), (few[1], half)):
         part(f"b. {layers} layers, {str(dtype).removeprefix('torch.')}", step, layers, dtype)
 model = make(2 if options.tiny else 32, half)
 layers = model.config.num_hidden_layers
 with torch.inference_mode():
     part(f"b. {layers} layers, {str(half).removeprefix('torch.')}", compare, model)
 part("c. base, 1 row", alone, model, 1, True)
-part("c. base, 8 rows", alone, model, 8, False)
+part(f"c. base, {many} rows", alone, model, many, False)
 fura = FuraConfig(target_modules=r".*_proj", init_weights=False, task_type="CAUSAL_LM")
 say("making a FuRA adapter")
 adapted = get_peft_model(model, fura).eval()
@@ -336,9 +337,9 @@ say("made")
 with torch.inference_mode():
     part(f"b. {layers} layers with an adapter, {str(half).removeprefix('torch.')}", compare, model)
 part("c. adapter, 1 row", alone, model, 1, True)
-part("c. adapter, 8 rows", alone, model, 8, False)
+part(f"c. adapter, {many} rows", alone, model, many, False)
 for adapter in ("default", None):
-    for count in (1, 8):
+    for count in (1, many):
         label = f"c. {'adapter' if adapter else 'base'}, {count} row{'s' if count > 1 else ''}"
         part(label, engine, adapted, adapter, count)
 say("end")
