@@ -140,8 +140,8 @@ def engine():
     model = get_peft_model(make(LlamaConfig), fura).eval()
     model.add_adapter("other", fura)
     for name, parameter in model.named_parameters():
-        if "fura_d" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+        if "fura_dR" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
     model.eval()
     asked = [(torch.randint(0, WORDS, (1, length)), adapter) for length, adapter in
              ((5, "default"), (70, "default"), (20, None), (7, "default"), (11, "other"))]  # fmt: skip
