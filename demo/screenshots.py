@@ -1,7 +1,7 @@
 """Makes the pictures of the chat in the README: docs/chat-light.png, chat-dark.png and chat-phone.png.
 
 bash scripts/demo.sh RUN                        serves the chat
-python demo/screenshots.py PICTURE QUESTION     asks it of the base and of the adapter
+python demo/screenshots.py PICTURE QUESTION...  asks them of the base and of the adapter, one after the other
 """
 
 import argparse
@@ -19,7 +19,7 @@ VIEWS = {
 
 parser = argparse.ArgumentParser(description="Make the pictures of the chat in the README.")
 parser.add_argument("picture")
-parser.add_argument("question")
+parser.add_argument("questions", nargs="+")
 parser.add_argument("--address", default="http://127.0.0.1:7860")
 options = parser.parse_args()
 
@@ -38,16 +38,17 @@ with sync_playwright() as playwright:
                 page.get_by_role("option", name="base", exact=True).click()
                 page.locator("#right").wait_for()
             number = page.get_by_label("number input for Longest answer")
-            while number.input_value() != "24":  # what is typed while Gradio builds the slider is lost
-                number.fill("24")
+            while number.input_value() != "48":  # what is typed while Gradio builds the slider is lost
+                number.fill("48")
                 number.press("Tab")
             page.get_by_role("button", name="Settings").click()
         page.set_input_files("#question input[type=file]", options.picture)
         page.locator("#question img").wait_for()
-        page.locator("#question textarea").fill(options.question)
-        page.get_by_label("Submit").click()
-        page.locator("#left .bot.message").wait_for()
-        page.get_by_label("Submit").wait_for()
+        for number, question in enumerate(options.questions):
+            page.locator("#question textarea").fill(question)
+            page.get_by_label("Submit").click()
+            page.locator("#left .bot.message").nth(number).wait_for()
+            page.get_by_label("Submit").wait_for()
         page.mouse.move(0, 0)
         page.wait_for_timeout(500)
         page.screenshot(path=DOCS / f"chat-{name}.png")

@@ -30,12 +30,12 @@ if kernels.triton is not None:
         PRECISION: tl.constexpr,
     ):  # fmt: skip
         """A program: one of ``splits`` parts of one row's keys, for the queries of one head of keys."""
-        row, head, part = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
+        row, head, part = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads, tl.program_id(1)
         g, c = tl.arange(0, G), tl.arange(0, D)
         inside = (g[:, None] < groups) & (c[None, :] < d)
         own = row * q_row + (head * groups + g[:, None]) * q_head + c[None, :]
         queries = tl.load(query + own, mask=inside, other=0.0)
-        length = tl.load(places + row) + 1
+        length = tl.load(places + row).to(tl.int32) + 1
         first = tl.maximum(length - window, 0)
         share = tl.cdiv(tl.cdiv(length - first, splits), TILE) * TILE
         start = first + part * share
@@ -74,7 +74,17 @@ if kernels.triton is not None:
 
 
 NAME = "fura_slots"
-_state = threading.local()
+
+
+class _State(threading.local):
+    """What is asked of ``slot_attention`` in this thread, if anything."""
+
+    places: torch.Tensor | None = None
+    seen: list[torch.Tensor] | None = None
+    noise: tuple[float, torch.Generator] | None = None
+
+
+_state = _State()
 
 
 @contextmanager
@@ -85,6 +95,27 @@ def attending(places: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         _state.places = None
+
+
+@contextmanager
+def watching() -> Iterator[list[torch.Tensor]]:
+    """Gathers, in this thread, what each layer's attention returns, (rows, 1, heads, size)."""
+    _state.seen = seen = []
+    try:
+        yield seen
+    finally:
+        _state.seen = None
+
+
+@contextmanager
+def moved(by: float, device: torch.device) -> Iterator[None]:
+    """Within it, in this thread, each number that attention returns is moved at random by up to this share of it, the
+    same way each time: what follows shows what the model makes of differences of that size."""
+    _state.noise = by, torch.Generator(device).manual_seed(0)
+    try:
+        yield
+    finally:
+        _state.noise = None
 
 
 def attend(
@@ -109,6 +140,7 @@ def attend(
     rows, heads, _, d = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]
     groups, D = heads // kv_heads, max(16, triton.next_power_of_2(d))
+    tile = 64 if D * key.dtype.itemsize <= 256 else 32  # of keys and of values there are some on the chip at once
     processors = kernels.MULTIPROCESSORS[query.device.index] if query.is_cuda else 132
     splits = max(1, min(16, 2 * processors // (rows * kv_heads), triton.cdiv(columns, 64)))
     sums = query.new_empty(rows, heads, splits, D, dtype=torch.float32)
@@ -119,7 +151,7 @@ def attend(
     kernels._launch(
         _attend_kernel, (rows * kv_heads, splits), query, key, value, places, sums, tops, totals, scale,
         window or columns + 1, splits, kv_heads, query.stride(0), query.stride(1), *key.stride()[:3],
-        *value.stride()[:3], groups, max(16, triton.next_power_of_2(groups)), d, D, 64,
+        *value.stride()[:3], groups, max(16, triton.next_power_of_2(groups)), d, D, tile,
         "ieee" if query.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
     kernels._launch(
@@ -130,11 +162,18 @@ def attend(
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
     """transformers' interface: ``sdpa``, or ``attend`` within ``attending``."""
-    places = getattr(_state, "places", None)
-    if places is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, places, scale, sliding_window), None
+    if _state.places is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    else:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = attend(query, key, value, _state.places, scale, sliding_window)
+    if _state.noise is not None:
+        by, generator = _state.noise
+        draw = torch.rand(out.shape, generator=generator, device=out.device)
+        out = (out + out * by * (2 * draw - 1)).to(out.dtype)
+    if _state.seen is not None:
+        _state.seen.append(out)
+    return out, None
 
 
 AttentionInterface.register(NAME, slot_attention)
@@ -142,9 +181,10 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def prepare(text_config) -> bool:
-    """Has a model's decoder use this attention. Returns whether it can: on a GPU for which Triton makes kernels, with a
-    model whose attention is ``sdpa``."""
-    if text_config._attn_implementation not in ("sdpa", NAME) or not kernels.ENABLED or not kernels.SHARED_MEMORY:
+    """Has a model's decoder use this attention. Returns whether it can: on a GPU for which Triton makes kernels, or in
+    Triton's interpreter, with a model whose attention is ``sdpa``."""
+    able = kernels.ENABLED and (kernels.SHARED_MEMORY or kernels.INTERPRETED)
+    if text_config._attn_implementation not in ("sdpa", NAME) or not able:
         return False
     text_config._attn_implementation = NAME
     return True

@@ -8,9 +8,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fura_vlm.decoding.attention import NAME as SLOTS
 from fura_vlm.decoding.attention import prepare
-from fura_vlm.decoding.graphs import Graphs
+from fura_vlm.decoding.graphs import ROUNDING, Graphs
 from fura_vlm.decoding.slots import Slots
 from fura_vlm.families.base import Family
+from fura_vlm.fura import kernels
 
 KEPT = 8
 """Slots whose buffers are kept at most while nothing is written."""
@@ -47,7 +48,9 @@ class Decoder:
         self._model, self._parts = model, family.parts(model) if family.bare_head else None
         self.text_config, self.dtype = model.config.get_text_config(decoder=True), model.dtype
         devices = {parameter.device for parameter in model.parameters()}
-        self.records = graphs and len(devices) == 1 and devices.pop().type == "cuda" and prepare(self.text_config)
+        kind = devices.pop().type if len(devices) == 1 else None
+        able = kind == "cuda" or kind == "cpu" and kernels.INTERPRETED
+        self.records = graphs and able and self.dtype in ROUNDING and prepare(self.text_config)
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, cache, mask=None) -> torch.Tensor:
         """What comes after ``tokens``.

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fura_vlm.embedded.conversations import conversation, small_talk
 from fura_vlm.embedded.questions import FAMILIES, SHORT, ask
 from fura_vlm.embedded.scenes import Scene, draw, make_scene
 from fura_vlm.errors import FuraVLMError
@@ -28,7 +29,7 @@ class EmbeddedError(FuraVLMError, ValueError):
     """Settings or a folder that cannot be used."""
 
 
-VERSION = 1  # raised when the same settings give other files
+VERSION = 3  # raised when the same settings give other files
 
 
 @dataclass
@@ -39,14 +40,17 @@ class EmbeddedConfig:
         output_dir: the folder to write.
         train_records: records for training.
         text_share: share of the training records without a picture.
+        talk_share: share of the records that are conversations in plain words; the others ask in the words of the four
+            benchmarks.
         turns: question-and-answer turns of a training record with a picture.
         eval_per_family: held-out questions of each of the four families.
         seed: gives other scenes and questions.
     """
 
     output_dir: str = "data/embedded"
-    train_records: int = 3200
-    text_share: float = 0.04
+    train_records: int = 2640
+    text_share: float = 0.06
+    talk_share: float = 0.5
     turns: int = 4
     eval_per_family: int = 100
     seed: int = 0
@@ -60,8 +64,10 @@ def write_embedded(config: EmbeddedConfig) -> bool:
     Raises:
         EmbeddedError: if a number is out of range, or if ``output_dir`` holds something else.
     """
-    if config.train_records < 1 or config.eval_per_family < 1 or config.turns < 1 or not 0 <= config.text_share < 1:
-        raise EmbeddedError("train_records, turns and eval_per_family must be at least 1 and text_share in [0, 1)")
+    if config.train_records < 1 or config.eval_per_family < 1 or config.turns < 1:
+        raise EmbeddedError("train_records, turns and eval_per_family must be at least 1")
+    if not 0 <= config.text_share < 1 or not 0 <= config.talk_share <= 1:
+        raise EmbeddedError("text_share must be in [0, 1) and talk_share in [0, 1]")
     target = Path(config.output_dir)
     recipe = json.dumps({"version": VERSION, **asdict(config), "output_dir": None}, indent=1)
     if is_made(target, recipe, "train_records"):
@@ -103,13 +109,20 @@ def _training_records(config: EmbeddedConfig, folder: Path):
         if rng.random() < config.text_share:
             yield {
                 "id": f"text-{number}",
-                "conversations": _turns(_text_only(rng) for _ in range(config.turns)),
+                "conversations": _turns(
+                    small_talk(rng, config.turns)
+                    if rng.random() < config.talk_share
+                    else (_text_only(rng) for _ in range(config.turns))
+                ),
             }
             continue
         # Every second scene has a sign, so that there are as many words to read as other questions to ask.
         scene = make_scene(config.seed, "train", number, with_sign=number % 2 == 0)
-        families = [f for f in FAMILIES if f != "textvqa" or scene.signs]
-        asked = [(q.text, q.answer) for q in _questions(scene, families, config.turns, rng)]
+        if rng.random() < config.talk_share:
+            asked = conversation(scene, rng, config.turns + 1)  # its turns are shorter
+        else:
+            families = [f for f in FAMILIES if f != "textvqa" or scene.signs]
+            asked = [(q.text, q.answer) for q in _questions(scene, families, config.turns, rng)]
         mark = "<image>\n{}" if rng.random() < 0.7 else "{}\n<image>"
         asked[0] = (mark.format(asked[0][0]), asked[0][1])
         yield {

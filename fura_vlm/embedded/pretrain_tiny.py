@@ -22,13 +22,14 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from fura_vlm.embedded.captions import caption, text
-from fura_vlm.embedded.scenes import draw, make_scene
+from fura_vlm.embedded.scenes import draw, make_other_scene, make_scene
 from fura_vlm.embedded.tiny import IMAGE_SIZE, PATCH_SIZE, make_model, train_tokenizer
 from fura_vlm.families.llava import make_processor
 
 LENGTH = 192  # tokens a row, image tokens included
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 TEXT_EVERY = 4
+OTHER_EVERY = 10  # rows of the training split with a scene of the wider world
 
 
 class Pretraining(Dataset):
@@ -52,7 +53,9 @@ class Pretraining(Dataset):
             ids = tokenizer(text(rng, rng.randint(1, 8) if whole else 16), add_special_tokens=False).input_ids
             masked = 1
         else:
-            scene = make_scene(self.seed, self.split, index)
+            other = self.split == "train" and index % OTHER_EVERY == 0
+            sign = True if index // TEXT_EVERY % 2 else None  # words are the hardest to see: more than half have one
+            scene = make_other_scene(self.seed, index) if other else make_scene(self.seed, self.split, index, sign)
             picture = np.asarray(draw(scene)).transpose(2, 0, 1)
             row["pixels"] = torch.tensor(self.processor.image_processor.pad_to_square(picture, self.background))
             words = tokenizer(
@@ -97,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/pretrain-tiny"))
     parser.add_argument("--model_dir", type=Path, default=Path("data/tiny-llava"))
-    parser.add_argument("--steps", type=int, default=4700)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -110,6 +113,9 @@ def main() -> None:
     processor = make_processor(tokenizer, IMAGE_SIZE, PATCH_SIZE)
     model = make_model(tokenizer)
     cuda = torch.cuda.is_available()
+    if cuda:  # layer by layer: all layers of a kind share what is compiled, which the whole model would not
+        for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
+            layer.compile()
     training = TrainingArguments(
         output_dir=str(args.output_dir),
         max_steps=args.steps,
@@ -123,7 +129,6 @@ def main() -> None:
         max_grad_norm=1.0,
         bf16=cuda,
         tf32=True if cuda else None,
-        torch_compile=cuda,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         dataloader_num_workers=args.workers,
         dataloader_prefetch_factor=4 if args.workers else None,
@@ -131,6 +136,7 @@ def main() -> None:
         remove_unused_columns=False,
         label_names=["labels"],
         logging_steps=50,
+        logging_first_step=True,
         save_steps=1000,
         save_total_limit=1,
         report_to="none",

@@ -52,6 +52,9 @@ BACKGROUNDS = ((255, 255, 255), (244, 240, 228), (228, 236, 244), (234, 244, 230
 CANVASES = ((112, 112), (112, 112), (112, 96), (96, 112))
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
+# What pretraining also sees, so that the eyes know more than the questions ask for.
+OTHER_COLORS = {"brown": (120, 72, 30), "gray": (128, 128, 128), "teal": (0, 128, 128), "white": (255, 255, 255)}
+OTHER_SHAPES = ("rectangle", "oval")
 SPLITS = ("train", "eval")
 EVAL_SHARE = 10  # one scene in so many belongs to evaluation
 
@@ -134,6 +137,18 @@ def make_scene(seed: int, split: str, index: int, with_sign: bool | None = None)
             return scene
 
 
+def make_other_scene(seed: int, index: int) -> Scene:
+    """A scene of a wider world for pretraining: one to five things, more colours and shapes, any light background."""
+    rng = random.Random(f"{seed}/other/{index}")
+    colors = (*COLORS, *OTHER_COLORS)
+    cells = [(row, column) for row in range(3) for column in range(3)]
+    things = tuple(
+        Thing(rng.choice((*SHAPES, *OTHER_SHAPES * 2)), rng.choice(colors), rng.choice(list(SIZES)), cell)
+        for cell in rng.sample(cells, rng.choice((1, 1, 2, 3, 4, 5)))
+    )
+    return Scene(things, (), rng.choice(CANVASES), tuple(rng.randrange(200, 250) for _ in range(3)))
+
+
 def _draw_lots(rng: random.Random, with_sign: bool | None) -> Scene:
     free = {(row, column) for row in range(3) for column in range(3)}
     signs = []
@@ -156,6 +171,7 @@ def _draw_lots(rng: random.Random, with_sign: bool | None) -> Scene:
 # ---------------------------------------------------------------------------------------------------- drawing
 
 _OVERSAMPLE = 2
+_RGB = {**COLORS, **OTHER_COLORS}
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -167,7 +183,7 @@ def draw(scene: Scene) -> Image.Image:
     for thing in scene.things:
         row, column = thing.cell
         center = ((column + 0.5) * cell_w, (row + 0.5) * cell_h)
-        _draw_shape(pen, thing.shape, center, SIZES[thing.size] * min(cell_w, cell_h), COLORS[thing.color], scene)
+        _draw_shape(pen, thing.shape, center, SIZES[thing.size] * min(cell_w, cell_h), _RGB[thing.color], scene)
     for sign in scene.signs:
         row, column = sign.cell
         x, y = (column + 1) * cell_w, (row + 0.5) * cell_h
@@ -206,6 +222,10 @@ def _draw_shape(pen, shape, center, r, color, scene) -> None:
     elif shape == "moon":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
         pen.ellipse((x - 0.35 * r, y - 0.95 * r, x + 1.35 * r, y + 0.75 * r), fill=scene.background)
+    elif shape == "rectangle":
+        pen.rectangle((x - r, y - 0.55 * r, x + r, y + 0.55 * r), fill=color)
+    elif shape == "oval":
+        pen.ellipse((x - r, y - 0.6 * r, x + r, y + 0.6 * r), fill=color)
     else:
         raise ValueError(f"no drawing for the shape {shape!r}")
 

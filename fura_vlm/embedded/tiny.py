@@ -7,7 +7,7 @@ vision tower       CLIP, 5 layers x 192,       CLIP ViT-L, 24 layers x 1024,
                    112 px, 64 patches          336 px, 576 patches
 projector          192 -> 256, GELU, 2 layers  1024 -> 4096, GELU, 2 layers
 language model     Llama, 8 layers x 256       Llama, 32 layers x 4096
-vocabulary         768                         32,064
+vocabulary         2,048                       32,064
 =================  ==========================  =============================
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -27,9 +28,10 @@ from transformers import (
 )
 
 from fura_vlm.embedded.captions import caption, text
-from fura_vlm.embedded.scenes import make_scene
+from fura_vlm.embedded.scenes import WORDS, make_scene
+from fura_vlm.embedded.words import EVERYDAY
 
-IMAGE_SIZE, PATCH_SIZE, VOCAB_SIZE, CONTEXT = 112, 14, 768, 1024
+IMAGE_SIZE, PATCH_SIZE, VOCAB_SIZE, CONTEXT = 112, 14, 2048, 1024
 
 
 def is_embedded(config) -> bool:
@@ -48,6 +50,10 @@ def train_tokenizer(seed: int, lines: int = 20_000) -> LlamaTokenizer:
     rng = random.Random(f"{seed}/tokenizer")
     scenes = (make_scene(seed, "train", i) for i in range(lines // 2))
     corpus = [line for scene in scenes for line in (caption(scene, rng, 4), text(rng, 4))]
+    corpus += [" ".join(rng.sample(EVERYDAY, 12)) for _ in range(lines // 4)]  # these words stay whole
+    # The words of signs are spelled by letters: as pieces of their own, the model did not learn to read them.
+    signs = re.compile(rf"\b({'|'.join(WORDS)})\b")
+    corpus = [signs.sub(lambda word: " ".join(word[0]), line) for line in corpus]
     # Half of the lines begin without a space, as words do after <image> and after a line break. Line breaks
     # themselves stay out, so that they are bytes, as in Llama's vocabulary.
     corpus = [" " * rng.randrange(2) + part for line in corpus for part in line.split("\n") if part]

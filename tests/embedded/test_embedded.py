@@ -147,12 +147,22 @@ def test_negatives_of_pope_follow_their_category():
 
 def test_captions_say_what_is_true():
     rng = random.Random(0)
-    said = " ".join(caption(SCENE, rng) for _ in range(200))
-    assert {"red", "large"} == set(re.findall(r"The circle is (\w+)\.", said))
+    said = " ".join(caption(SCENE, rng) for _ in range(400))
+    assert {"red", "large", "at"} == set(re.findall(r"The circle is (\w+)\b(?! the blue| the red)", said)) - {
+        "above",
+        "to",
+    }
     assert {"MILK"} == set(re.findall(r"The sign says (\w+)\.", said))
-    assert {"2"} == set(re.findall(r"The number of stars is (\d)", said))
-    assert {"circle", "star"} == set(re.findall(r"A (\w+) is present", said))
-    assert not {"circle", "star"} & set(re.findall(r"A (\w+) is absent", said))
+    assert {("M", "K")} == {
+        (first, last)
+        for first in re.findall(r"The sign begins with (\w+)\.", said)
+        for last in re.findall(r"The sign ends with (\w+)\.", said)
+    }
+    assert {"2"} == set(re.findall(r"How many stars there are: (\d)", said))
+    assert {"left"} == set(re.findall(r"Where the circle is as seen from the blue star[:\s-]+(\w+)", said))
+    assert {"Yes"} == set(re.findall(r"Whether there is a (?:circle|star)[:\s-]+(\w+)", said))
+    assert {"No"} == set(re.findall(r"Whether there is a (?:heart|moon|dog)[:\s-]+(\w+)", said))
+    assert not re.findall(r"I do not see a (?:circle|star|red circle|red star|blue star)\.", said)
     assert "?" not in said, "captions ask nothing"
 
 

@@ -245,7 +245,7 @@ def test_parts_that_do_not_fit(parts, tmp_path):
             {"language_model": str(half)},
             "not a complete language model: 3 weights are missing, first model.layers.1.mlp",
         ),
-        ({"language_model": str(foreign)}, "a tokenizer of 766 tokens and a model of 900"),
+        ({"language_model": str(foreign)}, "a tokenizer of 2046 tokens and a model of 900"),
         ({"max_shard_size": "lots"}, "max_shard_size 'lots' is not a size: give one such as 5GB"),
         ({"vision_tower": str(parts / "vicuna")}, "is a 'llama', but the vision tower has to be"),
     ):

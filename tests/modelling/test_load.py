@@ -146,7 +146,7 @@ def test_interrupted_run_and_half_a_model_say_so(tmp_path):
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("text_config", {"vocab_size": 2048}, r"lm_head\.weight is \[768, 256\] in its files and \[2048, 256\]"),
+        ("text_config", {"vocab_size": 4096}, r"lm_head\.weight is \[2048, 256\] in its files and \[4096, 256\]"),
         ("vision_config", {"intermediate_size": 96}, r"fc1\.bias is \[768\] in its files and \[96\]"),
         ("vision_config", {"hidden_size": 100}, r"No usable model .*100\) is not a multiple"),
     ],
@@ -218,7 +218,7 @@ def test_published_processor_becomes_llavas(published):
     picture = Image.linear_gradient("L").convert("RGB").resize((90, 40))
     one, other = (p(text="<image> a", images=picture, return_tensors="pt") for p in (found, expected))
     assert torch.equal(one["pixel_values"], other["pixel_values"])
-    assert torch.equal(one["input_ids"], other["input_ids"]) and (one["input_ids"] == 767).sum() == 64
+    assert torch.equal(one["input_ids"], other["input_ids"]) and (one["input_ids"] == 2047).sum() == 64
     assert found.chat_template == expected.chat_template
 
 
@@ -229,7 +229,7 @@ def test_processor_of_another_model_is_refused(published):
     with pytest.raises(ModelError, match="its processor makes pictures of 112 pixels, its vision tower expects 336"):
         load_family(str(published))
     (published / "config.json").write_text(json.dumps(config | {"image_token_index": 32_000}))
-    with pytest.raises(ModelError, match="<image> is token 767 in its tokenizer and 32000 in its config.json"):
+    with pytest.raises(ModelError, match="<image> is token 2047 in its tokenizer and 32000 in its config.json"):
         load_family(str(published))
     (published / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "full"}))
     with pytest.raises(ModelError, match="a picture is 64 tokens in its processor and 65 features in its model"):

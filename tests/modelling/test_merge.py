@@ -88,7 +88,7 @@ def test_it_is_pefts_merge_written_in_shards(adapter, tmp_path):
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
         moved += not torch.equal(weight, base[name])
     assert moved >= 14  # seven linears of two layers
-    assert model.generation_config.pad_token_id == 766
+    assert model.generation_config.pad_token_id == 2046
     pixels, wanted = (
         AutoProcessor.from_pretrained(path, backend="pil").image_processor.to_dict() for path in (target, BASE)
     )

@@ -50,7 +50,7 @@ def test_a_frozen_weight_costs_four_operations_and_a_trained_one_six():
     frozen = load_base("data/tiny-llava", torch.float32)
     trained = load_base("data/tiny-llava", torch.float32).requires_grad_(True)
     assert Work.of(trained, FAMILY).token == pytest.approx(1.5 * Work.of(frozen, FAMILY).token)
-    assert Work.of(trained, FAMILY).label == pytest.approx(6 * 256 * 768)
+    assert Work.of(trained, FAMILY).label == pytest.approx(6 * 256 * 2048)
 
 
 def test_counts_by_hand():
