@@ -6,7 +6,7 @@ from fura_vlm.fura.config import FuraConfig, FuraType
 from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.export import export_delta
 from fura_vlm.fura.inspect import plot_spectrum, spectrum_report, spectrum_table
-from fura_vlm.fura.layer import FuraLayer, FuraLinear
+from fura_vlm.fura.layer import FuraLayer, FuraLinear, set_fp8_backward
 from fura_vlm.fura.model import FuraModel
 
 PEFT_TYPE_TO_CONFIG_MAPPING[FuraType.FURA] = FuraConfig
@@ -22,6 +22,7 @@ __all__ = [
     "FuraType",
     "export_delta",
     "plot_spectrum",
+    "set_fp8_backward",
     "spectrum_report",
     "spectrum_table",
 ]

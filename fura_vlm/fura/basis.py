@@ -296,7 +296,12 @@ def fold_pays(x: torch.Tensor, weight: torch.Tensor, D: torch.Tensor) -> bool:
 
 
 def folded_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, D: torch.Tensor, up: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    D: torch.Tensor,
+    up: torch.Tensor | None = None,
+    copy: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """``(W + W D) x + bias``, which is ``W (x + D x) + bias``; no gradients for weight and bias.
 
@@ -309,11 +314,12 @@ def folded_linear(
         bias: ``(out,)`` or None.
         D: ``(N, b, b)``.
         up: as for ``mix``.
+        copy: of the weight in FP8, if the backward pass is to take that (``fp8.quantised_weight``).
 
     Returns: ``(..., out)``.
     """
     if torch.is_grad_enabled():
-        return kernels.FoldedLinear.apply(x, up, weight, bias, D)
+        return kernels.FoldedLinear.apply(x, up, weight, bias, D, *(copy or (None, None)))
     return linear(kernels.gated(x, up), kernels.mix(weight, D.mT), bias)
 
 

@@ -22,6 +22,8 @@ import os
 import torch
 from torch.nn.functional import linear, silu
 
+from fura_vlm.fura import fp8
+
 try:
     import triton
     import triton.language as tl
@@ -413,19 +415,21 @@ class FoldedLinear(torch.autograd.Function):
     """``W (x + D x) + bias`` as ``(W + W D) x + bias``: one pass over W takes the place of one over x, which is longer.
 
     ``W + W D`` is rounded to W's dtype as ``x + D x`` would be to x's, and lives only until the product is done. The
-    gradients are those of the unfolded form. W and bias get none. ``up`` as for ``Mix``.
+    gradients are those of the unfolded form. W and bias get none. ``up`` as for ``Mix``. ``copy`` and ``scale``: W as
+    ``fp8.quantised_weight`` makes it, for the product in the backward pass; or None.
     """
 
     @staticmethod
-    def forward(ctx, x, up, weight, bias, D):
-        ctx.save_for_backward(x, up, weight, D)
+    def forward(ctx, x, up, weight, bias, D, copy=None, scale=None):
+        ctx.save_for_backward(x, up, weight, D, copy, scale)
         return linear(gated(x, up), mix(weight, D.mT), bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, up, weight, D = ctx.saved_tensors
-        dx, dup, dD = mix_backward(x, D, grad @ weight, up)
-        return dx, dup, None, None, dD.to(D.dtype)
+        x, up, weight, D, copy, scale = ctx.saved_tensors
+        through = grad @ weight if copy is None else fp8.product(grad, copy, scale)
+        dx, dup, dD = mix_backward(x, D, through, up)
+        return dx, dup, None, None, dD.to(D.dtype), None, None
 
 
 class Delta(torch.autograd.Function):

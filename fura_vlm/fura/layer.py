@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from fura_vlm.fura import fp8
 from fura_vlm.fura.adapter import FuraAdapter
 from fura_vlm.fura.basis import (
     apply_blocks,
@@ -69,6 +70,9 @@ class FuraLayer(BaseTunerLayer):
         # block matrices while answering, by adapters and dtype, each with the version of what it was computed from;
         # DeepSpeed writes to parameters without a change of their version, but not in evaluation mode
         self._kept_blocks: dict[tuple, tuple[list[tuple[int, int]], list[torch.Tensor]]] = {}
+        self._fp8_backward = False
+        # of the weight; no buffer, which a cast of the model would change and a checkpoint hold
+        self._fp8_copy: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.fura_adapters)
@@ -252,7 +256,41 @@ class FuraLinear(nn.Module, FuraLayer):
 
     def train(self, mode: bool = True) -> FuraLinear:
         self._kept_blocks.clear()
+        if mode and self._fp8_copy is None:  # and not before, when the model may not be where it is trained
+            self._make_fp8_copy()
         return super().train(mode)
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether the layer's backward pass can have FP8: its base is a plain Linear, whole in this process, and both
+        sides are multiples of ``fp8.MULTIPLE``."""
+        layer = self.base_layer
+        return (
+            type(layer) is nn.Linear
+            and self.quantization_backend is None
+            and not is_partitioned(layer.weight)
+            and not any(side % fp8.MULTIPLE for side in layer.weight.shape)
+        )
+
+    @property
+    def fp8_bytes(self) -> int:
+        """Memory that the weight's copy in FP8 takes once there is one."""
+        return self.base_layer.weight.numel() + 4 * self.in_features if self._fp8_backward else 0
+
+    def set_fp8_backward(self, on: bool) -> None:
+        """Switches FP8 in the backward pass (``fp8.py``) on, from the next `train` if the layer takes it, or off."""
+        self._fp8_backward = on and self.takes_fp8
+        self._fp8_copy = None
+
+    def _make_fp8_copy(self) -> None:
+        if self._fp8_backward and not self.merged and not self.base_layer.weight.is_meta:
+            self._fp8_copy = fp8.quantised_weight(self.base_layer.weight)
+
+    def _renew_fp8_copy(self) -> None:
+        """After the weight was moved, cast or loaded."""
+        if self._fp8_copy is not None:
+            self._fp8_copy = None  # first, for its memory
+            self._make_fp8_copy()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FuraLinear:
         """Moves the layer as always, but its basis keeps its dtype (`basis_dtype`) when the model is cast.
@@ -268,6 +306,7 @@ class FuraLinear(nn.Module, FuraLayer):
         super()._apply(fn, recurse)
         for adapter, V, s0 in before:
             adapter.keep_basis(V, s0)
+        self._renew_fp8_copy()
         return self
 
     def forward(
@@ -311,8 +350,12 @@ class FuraLinear(nn.Module, FuraLayer):
         inner = self._blocks(names, "input", x.dtype, computed)
         outer = self._blocks(names, "output", x.dtype, computed)
         folds = len(inner) == 1 and type(layer) is nn.Linear and fold_pays(x, layer.weight, inner[0])
-        if folds and not (args or kwargs) and self._is_plain():
-            y = folded_linear(x, layer.weight, layer.bias, inner[0], up)
+        copy = self._fp8_copy if torch.is_grad_enabled() else None
+        plain = (folds or copy is not None) and not (args or kwargs) and self._is_plain()
+        if plain and folds:
+            y = folded_linear(x, layer.weight, layer.bias, inner[0], up, copy)
+        elif plain:
+            y = fp8.Linear.apply(mix(x, inner, up), layer.weight, layer.bias, *copy)
         else:
             y = layer(mix(x, inner, up), *args, **kwargs)
         bias = getattr(self.get_base_layer(), "bias", None) if outer else None
@@ -502,11 +545,27 @@ class FuraLinear(nn.Module, FuraLayer):
 
 def _look_at_loaded_basis(layer: FuraLinear, _) -> None:
     layer.ensure_basis(compute=False)
+    layer._renew_fp8_copy()
 
 
 def singular_values(model: nn.Module) -> list[nn.Parameter]:
     """What the adapters of a model train of the singular values, ``ds (N, r)`` of each."""
     return [ds for layer in model.modules() if isinstance(layer, FuraLayer) for ds in layer.fura_ds.values()]
+
+
+def set_fp8_backward(model: nn.Module, on: bool = True) -> tuple[int, int]:
+    """Has the backward pass of a model's adapted layers carry gradients through their frozen weights in FP8, or no
+    longer; the forward pass stays the same bit for bit (``fp8.py``). Experimental.
+
+    The copies of the weights, a byte for each number, are made by the next ``model.train()``, and again whenever the
+    model is moved or cast.
+
+    Returns: the number of layers that do so, and of all adapted ones.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, FuraLinear)]
+    for layer in layers:
+        layer.set_fp8_backward(on)
+    return sum(layer._fp8_backward for layer in layers), len(layers)
 
 
 def matches_pattern(pattern: str, module_name: str) -> bool:

@@ -130,6 +130,7 @@ def memory(train: TrainConfig, counts: Counts, setting: Setting, labelled: float
     share = 1 if whole else n
     live = 0 if whole else 2 * min(counts.base + counts.trained, LIVE_ELEMENTS)
     weights = counts.base_bytes / share if whole or not setting.offload else 0
+    weights += counts.copies * whole
     optimizer = 0 if setting.offload else OPTIMIZER_BYTES * counts.trained / n
     gradients = counts.trained * (2 / (n if setting.stage >= 2 else 1) + 4 / n * (not setting.offload))
     remade = counts.in_kernels and whole  # ZeRO-3's hooks want to see what goes into a linear layer

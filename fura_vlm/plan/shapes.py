@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fura_vlm.families.base import Parts, model_class
 from fura_vlm.families.registry import family_class
 from fura_vlm.fura.kernels import MAX_BLOCK
-from fura_vlm.fura.layer import FuraLayer
+from fura_vlm.fura.layer import FuraLinear
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.methods import METHODS, Method, prepare
 
@@ -102,6 +102,7 @@ class Counts:
         tower: parameters of the vision tower.
         trained: parameters with gradients.
         buffers: bytes of the adapter's buffers, which no ZeRO stage divides.
+        copies: bytes of the frozen weights' copies in FP8 (``fp8_backward``).
         in_kernels: whether FuRA's kernels take its blocks.
         drops: whether LoRA's dropout keeps a copy of what goes into each linear layer.
         dora: whether DoRA needs the base's output beside its own.
@@ -147,7 +148,9 @@ class Counts:
         self.drops = isinstance(adapter, LoraConfig) and adapter.lora_dropout > 0
         self.dora = isinstance(adapter, LoraConfig) and adapter.use_dora
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        blocks = [a.blocks[1] for m in model.modules() if isinstance(m, FuraLayer) for a in m.fura_adapters.values()]
+        layers = [m for m in model.modules() if isinstance(m, FuraLinear)]
+        blocks = [adapter.blocks[1] for layer in layers for adapter in layer.fura_adapters.values()]
+        self.copies = 0 if self.method.four_bits else sum(layer.fp8_bytes for layer in layers)
         self.in_kernels = 0 < max(blocks, default=0) <= MAX_BLOCK
         self.base = self.total - (0 if adapter else self.trained)
         self.base_bytes = 2 * self.base + self.method.four_bits * self.linear * (NF4_BYTES - 2)

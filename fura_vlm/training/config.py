@@ -65,6 +65,9 @@ class TrainConfig:
         activation_memory_budget: with ``compile_layers``, a number below 1 saves memory and costs a few percent of the
             time: the compiler computes cheap results again in the backward pass instead of keeping them. auto: 1, or
             0.9 where memory is short.
+        fp8_backward: experimental, for method fura: in the backward pass, compute the products that carry gradients
+            through frozen weights in FP8. Their copies take a byte for each weight. It needs an NVIDIA GPU of compute
+            capability 8.9 or more (or a CPU, for a try); not possible with ZeRO-3.
         gpu_memory: take no more of a GPU's memory than one of so many GB has; by default all that is free.
         bf16: train in bfloat16; ``None`` means where a GPU supports it.
         deepspeed: the DeepSpeed configuration: a JSON file, or the name of one that the package has: zero1, zero2,
@@ -118,6 +121,7 @@ class TrainConfig:
     gradient_checkpointing: bool | Literal["auto"] = False
     compile_layers: bool = False
     activation_memory_budget: float | Literal["auto"] = 1.0
+    fp8_backward: bool = False
     gpu_memory: float | None = None
     attn_implementation: str = "sdpa"
     deepspeed: str = "zero2"

@@ -26,7 +26,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fura_vlm.families.base import Family
-from fura_vlm.fura import FuraConfig
+from fura_vlm.fura import FuraConfig, set_fp8_backward
+from fura_vlm.fura.fp8 import MULTIPLE
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.errors import TrainingError
 
@@ -91,6 +92,11 @@ METHODS = {
 
 def method_of(config: TrainConfig) -> Method:
     return METHODS[config.method]
+
+
+def takes_fp8(config: TrainConfig) -> bool:
+    """Whether ``fp8_backward`` is possible with the method: FuRA over weights that are not quantised."""
+    return method_of(config).ours and not method_of(config).four_bits
 
 
 def learning_rate(config: TrainConfig) -> float:
@@ -188,7 +194,10 @@ def prepare(model: PreTrainedModel, config: TrainConfig, family: Family) -> PreT
             alone, names = LoraConfig(target_modules=wanted), [name for name, _ in model.named_modules()]
             if not any(BaseTuner._check_target_module_exists(alone, name) for name in names):
                 raise ValueError(f"Target modules {wanted} not found in {config.model_name_or_path}")
-        return get_peft_model(model, adapter_config(config, family, model))
+        model = get_peft_model(model, adapter_config(config, family, model))
+        if config.fp8_backward and takes_fp8(config):
+            _set_fp8_backward(model)
+        return model
     parts = family.parts(model)
     for part in (parts.decoder, parts.head):
         part.requires_grad_(True)
@@ -197,6 +206,15 @@ def prepare(model: PreTrainedModel, config: TrainConfig, family: Family) -> PreT
     for part in parts.projectors:
         part.requires_grad_(config.mm_projector != "frozen")
     return model
+
+
+def _set_fp8_backward(model: PeftModel) -> None:
+    taking, number = set_fp8_backward(model)
+    why = f"only plain linear layers can have it, with sides that are multiples of {MULTIPLE}"
+    if not taking:
+        raise TrainingError(f"fp8_backward is possible in none of the {number} adapted layers ({why}): leave it out")
+    if taking < number:
+        logger.warning("fp8_backward leaves %d of the %d adapted layers as they are: %s.", number - taking, number, why)
 
 
 def memory_budget(budget: float) -> None:

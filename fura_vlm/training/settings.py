@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from fura_vlm.fura import fp8
 from fura_vlm.training.checkpoint import WrittenBy
 from fura_vlm.training.config import TrainConfig, deepspeed_settings, zero
 from fura_vlm.training.errors import TrainingError
-from fura_vlm.training.methods import learning_rate, method_of
+from fura_vlm.training.methods import learning_rate, method_of, takes_fp8
+
+logger = logging.getLogger(__name__)
 
 # Libraries refuse smaller values late, or not at all.
 AT_LEAST = {
@@ -59,6 +63,8 @@ def check(config: TrainConfig) -> None:
             f"{config.method} keeps its base in 4 bits, which ZeRO-3 cannot partition: take --deepspeed "
             "zero2, or the method without q"
         )
+    if config.fp8_backward:
+        _check_fp8(config, stage)
     if config.per_device_train_batch_size != "auto":
         accumulation_steps(config, None)
         return
@@ -73,6 +79,23 @@ def check(config: TrainConfig) -> None:
             f"train_batch_size {config.train_batch_size} cannot be divided among {processes} processes: change one of "
             "them"
         )
+
+
+def _check_fp8(config: TrainConfig, stage: int | None) -> None:
+    if not takes_fp8(config):
+        raise TrainingError(
+            f"fp8_backward is for FuRA over a base that is not quantised, and method is {config.method}: take --method "
+            "fura, or leave it out"
+        )
+    if stage == 3:
+        raise TrainingError(
+            "fp8_backward and ZeRO-3 do not go together, because no process has a whole weight to copy: take "
+            "--deepspeed zero1 where memory allows, or leave fp8_backward out"
+        )
+    if fp8.missing():
+        raise TrainingError(f"fp8_backward cannot be used here, because {fp8.missing()}: leave it out")
+    if not torch.cuda.is_available():
+        logger.warning("fp8_backward makes nothing faster on a CPU: it is there for a try.")
 
 
 def accumulation_steps(config: TrainConfig, checkpoint: str | None) -> int:
