@@ -8,6 +8,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import fp8_reference
 import torch
 from fura_models import LLAMA, tiny_llama
 from fura_reference import ExplicitFura
@@ -15,7 +16,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fura_vlm.fura import FuraConfig, basis, kernels
+from fura_vlm.fura import FuraConfig, basis, kernels, set_fp8_backward
 from fura_vlm.fura import adapter as adapter_module
 from fura_vlm.fura.basis import block_delta, fold_pays
 
@@ -87,6 +88,30 @@ def layer(rows, out, dim, side, train_s):
         dx=error(leaf.grad, theirs.grad),
         dR=error(dR.grad, reference.R.grad),
         ds=error(ds.grad, reference.s.grad) if train_s else 0.0,
+    )
+
+
+def in_fp8(rows):
+    """A layer whose backward pass has FP8, kernels and all, against the explicit product of the rounded factors."""
+    torch.manual_seed(6)
+    config = FuraConfig(target_modules=["lin"], block_size=16, init_weights=False)
+    model = get_peft_model(nn.ModuleDict({"lin": nn.Linear(32, 48)}), config)
+    fura, x, grad = model.base_model.model["lin"], torch.randn(rows, 32), torch.randn(rows, 48)
+    with torch.no_grad():
+        before = fura.train(False)(x)
+    set_fp8_backward(model)
+    leaf = x.clone().requires_grad_()
+    y = model.train().base_model.model["lin"](leaf)
+    y.backward(grad)
+    parts = [part["default"] for part in (fura.fura_dR, fura.fura_ds, fura.fura_V, fura.fura_s0)]
+    dx, dR, ds = fp8_reference.gradients(x, grad, fura.base_layer.weight, *parts, "input")
+    report(
+        f"fp8 {rows}",
+        node=type(y.grad_fn).__name__,
+        same=torch.equal(y, before),
+        dx=error(leaf.grad, dx),
+        dR=error(parts[0].grad, dR),
+        ds=error(parts[1].grad, ds),
     )
 
 
@@ -218,6 +243,8 @@ for rows, out in ((100, 48), (20, 48), (20, 5)):  # more rows than outputs, fewe
     for side in ("input", "output") if out > 16 else ("input",):
         layer(rows, out, 32, side, True)
 layer(100, 48, 32, "input", False)
+for rows in (100, 20):
+    in_fp8(rows)
 for resolution in (torch.float32, torch.bfloat16, torch.float16):
     delta(2, 16, 16, resolution)
 delta(3, 20, 12, torch.bfloat16)

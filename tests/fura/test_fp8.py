@@ -102,6 +102,16 @@ def test_gpus_that_cannot(capability, amd, sentence):
     assert said is None if sentence is None else said.endswith(sentence) and "8.9 or more" in said
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or fp8.missing() is not None, reason="no GPU with FP8 here")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 300, 8352])
+def test_the_product_on_a_gpu(rows, compiled):
+    torch.manual_seed(0)
+    grad, weight = torch.randn(rows, 1536).bfloat16(), torch.randn(1536, 576).bfloat16() / 1536**0.5
+    found = torch.compile(fp8.product, dynamic=True) if compiled else fp8.product
+    assert error(found(grad.cuda(), *fp8.quantised_weight(weight.cuda())).cpu(), product(grad, weight)) < 3 * ROUNDING
+
+
 # --------------------------------------------------------------------------------------------------------- a layer
 
 

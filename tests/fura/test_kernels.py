@@ -55,6 +55,14 @@ def test_layers_are_the_explicit_factorisation(reported):
             assert row[what] < 2e-5, (name, what, row)
 
 
+def test_a_backward_pass_in_fp8(reported):
+    """Folded, and mixed for a few rows."""
+    cases = {name: row for name, row in reported.items() if name.startswith("fp8")}
+    assert {row["node"] for row in cases.values()} == {"FoldedLinearBackward", "LinearBackward"}
+    for name, row in cases.items():
+        assert row["same"] and max(row[what] for what in ("dx", "dR", "ds")) < 4e-3, (name, row)  # of bfloat16
+
+
 def test_the_block_matrices_are_those_of_block_delta(reported):
     """The kernels hold its formula, and its gradients, once more."""
     cases = {name: row for name, row in reported.items() if name.startswith("delta")}

@@ -15,12 +15,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from fura_vlm.data.records import DataError
 from fura_vlm.evaluation.heldout import load_questions
 from fura_vlm.training.config import TrainConfig
 from fura_vlm.training.errors import TrainingError
 from fura_vlm.training.memory import advice_on_memory
+from fura_vlm.training.methods import prepare
 from fura_vlm.training.run_folder import begin, choose_run
 from fura_vlm.training.settings import check
 
@@ -157,6 +159,26 @@ def test_batch_that_does_not_divide(train):
 
 def test_four_bits_under_zero3(train):
     assert "qfura keeps its base in 4 bits" in said(train("four", method="qfura", deepspeed="scripts/zero3.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"method": "lora"}, "fp8_backward is for FuRA over a base that is not quantised, and method is lora"),
+        ({"method": "qfura"}, "and method is qfura: take --method fura"),
+        ({"deepspeed": "zero3"}, "fp8_backward and ZeRO-3 do not go together"),
+    ],
+)
+def test_fp8_that_cannot_be(settings, sentence):
+    with pytest.raises(TrainingError, match=sentence):
+        check(TrainConfig(fp8_backward=True, **settings))
+
+
+def test_fp8_for_layers_that_do_not_take_it(llava):
+    """This LLaVA is 8 wide."""
+    model = LlavaForConditionalGeneration(llava.config).requires_grad_(False)
+    with pytest.raises(TrainingError, match="possible in none of the 9 adapted layers .*multiples of 16"):
+        prepare(model, TrainConfig(fp8_backward=True), llava)
 
 
 def test_compiled_layers_under_zero3(train):

@@ -9,9 +9,11 @@ import torch
 import yaml
 
 from fura_vlm.families.llava import named_config
+from fura_vlm.fura import FuraLinear
 from fura_vlm.modelling.load import load_base, load_family
 from fura_vlm.plan.costs import (
     GIB,
+    SLACK,
     USABLE,
     Gpu,
     Setting,
@@ -82,6 +84,26 @@ def test_what_is_counted_is_what_a_model_holds(method):
     setting = Setting(method, 1, 2, False, False, 1, False)
     parts = memory(train, counted, setting, 0.25)
     assert parts["optimizer"] == 4 * counted.trained + moments  # float32 weights and two moments
+
+
+def test_copies_in_fp8_are_counted():
+    """Byte for byte as a model holds them; no other method and no ZeRO-3 has them."""
+    train = TrainConfig(fp8_backward=True)
+    model = load_base("data/tiny-llava", torch.float32)
+    counted = Counts(model.config, train)
+    model = prepare(model, train, load_family("data/tiny-llava")).train()
+    held = [t for m in model.modules() if isinstance(m, FuraLinear) and m._fp8_copy for t in m._fp8_copy]
+    assert counted.copies == sum(t.nbytes for t in held) > 0
+    plain = Counts(model.config, TrainConfig())
+    for stage in (1, 2, 3):
+        setting = Setting("fura", 2, stage, False, False, 1, False)
+        more = sum(memory(train, counted, setting, 0.25).values()) - sum(memory(train, plain, setting, 0.25).values())
+        assert more == pytest.approx((stage < 3) * SLACK * counted.copies)
+    for method in ("qfura", "lora", "full"):
+        assert Counts(model.config, TrainConfig(method=method, fp8_backward=True)).copies == 0
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11_008) + 1024 * 4096 + 4096**2
+    inputs = 32 * (6 * 4096 + 11_008) + 1024 + 4096
+    assert counts(method="fura", fp8_backward=True).copies == linear + 4 * inputs  # of LLaVA-1.5-7B, 6.1 GiB
 
 
 @pytest.mark.parametrize(

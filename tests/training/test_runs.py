@@ -141,6 +141,19 @@ def test_however_a_step_is_divided(processes, stage, accumulation, uninterrupted
     assert weights(job).keys() == weights(uninterrupted).keys()
 
 
+@pytest.mark.parametrize(("processes", "stage"), [(2, 1), (2, 2)])
+def test_fp8_in_the_backward_pass(processes, stage, uninterrupted, train):
+    """The first loss is that of exact gradients; the others are near, and the run is told from one without."""
+    settings = {"per_device_train_batch_size": 4 // processes, "deepspeed": f"scripts/zero{stage}.json"}
+    job = train("fp8", processes=processes, fp8_backward=True, **settings)
+    assert job.status == 0, job.output
+    assert "fp8_backward makes nothing faster on a CPU" in job.output
+    exact, ours = uninterrupted.losses(), job.losses()
+    assert ours[1] == pytest.approx(exact[1], rel=2e-4)
+    assert ours[6] != pytest.approx(exact[6], rel=2e-4) and ours[6] == pytest.approx(exact[6], rel=0.2)
+    assert weights(job).keys() == weights(uninterrupted).keys()  # no copies among them
+
+
 def test_killed_run_resumes_to_the_same_end(uninterrupted, launch, mixture):
     settings = {"save_steps": 2, "eval_data_path": str(mixture / "eval.json"), "report_to": ["tensorboard"]}
     process = launch.start("killed", **settings)
@@ -279,6 +292,7 @@ def test_options_together(launch, mixture):
         gradient_checkpointing=True,
         compile_layers=True,
         bf16=True,
+        fp8_backward=True,
         train_batch_size=4,
         per_device_train_batch_size=2,
         deepspeed="scripts/zero1.json",
