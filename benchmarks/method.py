@@ -11,7 +11,8 @@ loss would take time and memory of its own, the same for every method. "frozen b
 to the input only: no method over a frozen base can be faster. PEFT's LoRA keeps its matrices in float32 unless told
 otherwise; it is measured so, as transformers' Trainer runs it (under autocast), and with all of it in bfloat16, as
 DeepSpeed runs it. Products of float32 may use TF32, as in the recipe. The compiler of each decoder layer may compute
-cheap operations again rather than keep their results (--budget below 1), for every method alike.
+cheap operations again rather than keep their results (--budget below 1), for every method alike. "FuRA, FP8 backward"
+is the setting fp8_backward, and is measured only if it is named.
 
 The sizes of Qwen2.5-VL are the whole model, its tower and head included, run as in training (``train_on_labels_only``):
 each record has a picture, and half of its words are an answer, on which the loss is. Adapted are the language model's
@@ -38,7 +39,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch._functorch import config as compiler
 from transformers import LlamaConfig, LlamaModel
 
-from fura_vlm.fura import FuraConfig
+from fura_vlm.fura import FuraConfig, set_fp8_backward
 
 
 @dataclass
@@ -84,9 +85,11 @@ SIZES = {
 # fmt: on
 BFLOAT16 = ", bfloat16"
 AUTOCAST = ", autocast"
+FP8 = ", FP8 backward"
 METHODS = {
     "frozen base": None,
     "FuRA": FuraConfig(target_modules="all-linear"),
+    "FuRA" + FP8: FuraConfig(target_modules="all-linear"),
     # 18,944 columns as 148 blocks of 128 in place of 128 of 148, which a tile of the kernels has no room for
     "FuRA, down_proj in blocks of 128": FuraConfig(target_modules="all-linear", block_size_pattern={"down_proj": 128}),
     "LoRA r=64": LoraConfig(target_modules="all-linear", r=64, lora_alpha=128),
@@ -117,6 +120,7 @@ class Run:
             self.model = base.requires_grad_(method == "full")
         else:
             self.model = get_peft_model(base, self._adapter(base), autocast_adapter_dtype=not method.endswith(BFLOAT16))
+            set_fp8_backward(self.model, method.endswith(FP8))
         _wait(device)
         self.setup = time.perf_counter() - started
         self.model.train()
@@ -383,7 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="llama-4" if torch.cuda.is_available() else "small")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, help="default: all without Q and other blocks; with pictures three"
+        "--methods", nargs="+", choices=METHODS, help="default: all without Q, FP8 or other blocks; with pictures three"
     )
     parser.add_argument("--forms", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
     parser.add_argument("--steps", type=int, default=12)

@@ -3,6 +3,7 @@
     python benchmarks/pipeline.py                       LLaVA-1.5-7B shapes, random weights: FuRA and LoRA r=128
     python benchmarks/pipeline.py --methods fura --no-compile --checkpointing --batch 16        other forms
     python benchmarks/pipeline.py --static              lengths rounded up to 64 and a graph for each of them
+    python benchmarks/pipeline.py --methods fura fura-fp8        FuRA without and with --fp8_backward
     python benchmarks/pipeline.py --tiny                the embedded model, runs on a CPU
 
 The pipeline is the trainer's own: picture files are decoded, padded to a square, resized and normalised by the data
@@ -250,8 +251,14 @@ def compiled_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def measure(method: str, setting: Setting, folder: Path) -> dict:
-    """A row of the table."""
+def train_config(method: str) -> TrainConfig:
+    """The settings of one of TrainConfig's methods, or of fura-fp8, FuRA with FP8 in its backward pass."""
+    plain = method.removesuffix("-fp8")
+    return TrainConfig(method=plain, fp8_backward=method != plain)
+
+
+def make_trainer(method: str, setting: Setting, folder: Path, kind: type[Timed] = Timed) -> Timed:
+    """The trainer of a method, with all of the pipeline behind it. The folder has the pictures."""
     cuda = torch.cuda.is_available()
     deepspeed = importlib.util.find_spec("deepspeed") is not None
     if deepspeed:
@@ -295,7 +302,7 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
     )
     started = time.perf_counter()
     family = family_for(setting.tiny)
-    model = prepare(model_for(setting.tiny, family), TrainConfig(method=method), family)
+    model = prepare(model_for(setting.tiny, family), train_config(method), family)
     synchronize()
     print(f"  {method}: model and adapter in {time.perf_counter() - started:.0f} s", flush=True)
     if setting.static:
@@ -305,7 +312,7 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
     elif setting.compile:
         compile_layers(model, family, setting.budget)
     rows = Rows(family, folder, family.picture_tokens, setting)
-    trainer = Timed(
+    return kind(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -315,6 +322,11 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
         group_by_modality_length=True,
         warmup=setting.warmup,
     )
+
+
+def measure(method: str, setting: Setting, folder: Path) -> dict:
+    """A row of the table."""
+    cuda, trainer = torch.cuda.is_available(), make_trainer(method, setting, folder)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -337,7 +349,7 @@ def measure(method: str, setting: Setting, folder: Path) -> dict:
         "recompilations": trainer.graphs[1] - trainer.graphs[0],
         "graphs": trainer.graphs[1],
         "last loss": next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row),
-        "deepspeed": deepspeed,
+        "deepspeed": trainer.is_deepspeed_enabled,
         "timed": f"{samples} samples, {len(batches)} batches",
     }
 
@@ -391,7 +403,7 @@ def table(rows: list[dict], epoch_tokens: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["fura", "lora"], help="of TrainConfig's methods, in bfloat16")
+    parser.add_argument("--methods", nargs="+", default=["fura", "lora"], help="TrainConfig's, or fura-fp8")
     parser.add_argument("--batch", type=int, default=8, help="records at once")
     parser.add_argument("--accumulation", type=int, default=16, help="batches in an optimizer step")
     parser.add_argument("--warmup", type=int, default=10, help="steps before the clock starts: new lengths take longer")
