@@ -9,7 +9,8 @@
 speed: the trainer of pipeline.py, loader, DeepSpeed and all, in one process in which FP8 is switched on and off from
 step to step (off, on, on, off, ...). A step's time is from before its batches are fetched until its optimizer is done.
 Copying the weights is not in it, since a run does that once. Both forms are compiled in the steps that warm up. With
-8 records at once a GPU of 80 GB has no room for the copies; take --batch 4 there.
+8 records at once a GPU of 80 GB has no room for the copies: take --batch 4 there, and compare the fastest settings of
+both with pipeline.py, too (docs/speed.md).
 
 loss: the base in bfloat16 as in a recipe, what is trained in float32, the loop and the learning rates of the study
 (evidence). A seed is an order of the records. Some records are held out, on which the loss is taken at the end; that of
