@@ -262,13 +262,14 @@ class FuraLinear(nn.Module, FuraLayer):
 
     @property
     def takes_fp8(self) -> bool:
-        """Whether the layer's backward pass can have FP8: its base is a plain Linear, whole in this process, and both
-        sides are multiples of ``fp8.MULTIPLE``."""
+        """Whether the layer's backward pass can have FP8: its base is a plain Linear, whole in this process, in float32
+        or narrower, and both sides are multiples of ``fp8.MULTIPLE``."""
         layer = self.base_layer
         return (
             type(layer) is nn.Linear
             and self.quantization_backend is None
             and not is_partitioned(layer.weight)
+            and layer.weight.dtype.itemsize <= 4
             and not any(side % fp8.MULTIPLE for side in layer.weight.shape)
         )
 
@@ -283,7 +284,7 @@ class FuraLinear(nn.Module, FuraLayer):
         self._fp8_copy = None
 
     def _make_fp8_copy(self) -> None:
-        if self._fp8_backward and not self.merged and not self.base_layer.weight.is_meta:
+        if self._fp8_backward and self.takes_fp8 and not self.merged and not self.base_layer.weight.is_meta:
             self._fp8_copy = fp8.quantised_weight(self.base_layer.weight)
 
     def _renew_fp8_copy(self) -> None:

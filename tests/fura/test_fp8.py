@@ -109,7 +109,7 @@ def test_the_product_on_a_gpu(rows, compiled):
     torch.manual_seed(0)
     grad, weight = torch.randn(rows, 1536).bfloat16(), torch.randn(1536, 576).bfloat16() / 1536**0.5
     found = torch.compile(fp8.product, dynamic=True) if compiled else fp8.product
-    assert error(found(grad.cuda(), *fp8.quantised_weight(weight.cuda())).cpu(), product(grad, weight)) < 3 * ROUNDING
+    assert error(found(grad.cuda(), *fp8.quantised_weight(weight.cuda())).cpu(), product(grad, weight)) < FP8  # sums with fewer bits
 
 
 # --------------------------------------------------------------------------------------------------------- a layer
@@ -249,7 +249,9 @@ def test_copies_follow_their_weights():
     model.to(torch.bfloat16)
     assert layer._fp8_copy[0].dtype == fp8.FORMAT
     assert_right(layer)
-    assert model.to("meta") is model and copies(model) == [None]
+    assert copies(model.double().train()) == [None]
+    assert_right(prepared(model.float(), True).base_model.model["lin"])
+    assert copies(model.to("meta")) == [None]
     set_fp8_backward(model, False)
     assert layer.fp8_bytes == 0
 
