@@ -108,8 +108,9 @@ def test_gpus_that_cannot(capability, amd, sentence):
 def test_the_product_on_a_gpu(rows, compiled):
     torch.manual_seed(0)
     grad, weight = torch.randn(rows, 1536).bfloat16(), torch.randn(1536, 576).bfloat16() / 1536**0.5
-    found = torch.compile(fp8.product, dynamic=True) if compiled else fp8.product
-    assert error(found(grad.cuda(), *fp8.quantised_weight(weight.cuda())).cpu(), product(grad, weight)) < FP8  # sums with fewer bits
+    made = torch.compile(fp8.product, dynamic=True) if compiled else fp8.product
+    found = made(grad.cuda(), *fp8.quantised_weight(weight.cuda())).cpu()
+    assert error(found, product(grad, weight)) < FP8  # the sums have fewer bits than here
 
 
 # --------------------------------------------------------------------------------------------------------- a layer
