@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -281,17 +282,21 @@ def mix(x: torch.Tensor, Ds: list[torch.Tensor], up: torch.Tensor | None = None)
     return mixed
 
 
-def fold_pays(x: torch.Tensor, weight: torch.Tensor, D: torch.Tensor) -> bool:
-    """Whether ``(W + W D) x`` is less work than ``W (x + D x)``: whether x ``(..., in)`` has more rows than W.
+def fold_pays(x: torch.Tensor, weights: Sequence[torch.Tensor], D: torch.Tensor) -> bool:
+    """Whether ``(W + W D) x`` reads and writes less than ``W (x + D x)``, for all weights ``(out, in)`` together.
 
-    A W with more rows than columns counts as if it had as many, so that all Linears of a Llama-7B's layer decide alike:
-    the compiler makes code for each decision. That costs less than 1 % of a step (docs/speed.md).
+    Folding reads and writes each weight once. Mixing reads x ``(..., in)`` once and writes it once for each of them.
     """
+    rows = x.numel() // x.shape[-1]
+    return fits(x, weights, D.shape[-1]) and rows * (1 + len(weights)) > 2 * sum(len(weight) for weight in weights)
+
+
+def fits(x: torch.Tensor, weights: Sequence[torch.Tensor], block_size: int) -> bool:
+    """Whether the kernels take x, and x, weights and their product have one dtype."""
     return (
-        kernels.usable(x, D.shape[-1])
-        and x.dtype == weight.dtype
-        and x.numel() // x.shape[-1] > min(weight.shape)
-        and (not torch.is_autocast_enabled(x.device.type) or torch.get_autocast_dtype(x.device.type) == x.dtype)
+        kernels.usable(x, block_size)
+        and all(weight.dtype == x.dtype for weight in weights)
+        and computing_dtype(x) == x.dtype
     )
 
 
@@ -315,6 +320,29 @@ def folded_linear(
     if torch.is_grad_enabled():
         return kernels.FoldedLinear.apply(x, up, weight, bias, D)
     return linear(kernels.gated(x, up), kernels.mix(weight, D.mT), bias)
+
+
+def joint_takes(x: torch.Tensor, weights: Sequence[torch.Tensor], block_size: int) -> bool:
+    """Whether the kernels take these Linears of the same x together, with blocks of this size."""
+    return len(weights) in (2, 3) and block_size <= kernels.JOINT_BLOCK and fits(x, weights, block_size)
+
+
+def joint_linear(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], Ds: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """``[W (x + D x) + bias]`` for Linears that `joint_takes`, with one pass over x for all their gradients; no
+    gradients for weights and biases.
+
+    Args:
+        x: ``(..., in)``.
+        weights: each ``(out, in)``.
+        biases: each ``(out,)`` or None.
+        Ds: each ``(N, b, b)``.
+
+    Returns: each ``(..., out)``.
+    """
+    folds = bool(fold_pays(x, weights, Ds[0]))
+    return kernels.JointLinear.apply(x, folds, *weights, *biases, *Ds)
 
 
 def multiply_columns(weight: torch.Tensor, D: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,12 @@ their gradients: on a Llama-7B that leaves out 3 of 8 passes over tensors of tha
 
 from __future__ import annotations
 
-from types import MethodType
-
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from fura_vlm.fura.joint import has_hooks, outputs, set_forward
 from fura_vlm.fura.layer import FuraLinear
 
 
@@ -23,13 +22,7 @@ def join_gate(mlp: nn.Module) -> None:
     Other modules are left alone: an MLP is taken for one by its code, which must be that of transformers' ``LlamaMLP``
     (Mistral's, Qwen's and others' are), and its activation.
     """
-    own = mlp.__dict__.get("forward")
-    if own is not None and getattr(own, "__func__", None) not in (forward, type(mlp).forward):  # the latter: unpickled
-        return  # somebody else's, who calls the class's
-    if isinstance(getattr(mlp, "down_proj", None), FuraLinear) and _is_gated(mlp):
-        mlp.forward = MethodType(forward, mlp)
-    elif own is not None:
-        del mlp.forward
+    set_forward(mlp, forward, isinstance(getattr(mlp, "down_proj", None), FuraLinear) and _is_gated(mlp))
 
 
 def _is_gated(mlp: nn.Module) -> bool:
@@ -41,16 +34,11 @@ def _is_gated(mlp: nn.Module) -> bool:
 def forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """In the place of ``LlamaMLP.forward``. Hooks of ``act_fn`` and ``down_proj`` are given what they always are."""
     down, act = mlp.down_proj, mlp.act_fn
-    if isinstance(down, FuraLinear) and _is_silu(act) and not (_has_hooks(down) or _has_hooks(act)):
-        return down(mlp.gate_proj(x), up=mlp.up_proj(x))
-    return down(act(mlp.gate_proj(x)) * mlp.up_proj(x))
+    gate, up = outputs([mlp.gate_proj, mlp.up_proj], x) or (mlp.gate_proj(x), mlp.up_proj(x))
+    if isinstance(down, FuraLinear) and _is_silu(act) and not (has_hooks(down) or has_hooks(act)):
+        return down(gate, up=up)
+    return down(act(gate) * up)
 
 
 def _is_silu(act: nn.Module) -> bool:
     return type(act) is nn.SiLU or type(act) is SiLUActivation
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -10,14 +10,15 @@ PyTorch's builds for GPUs; without it, on a CPU and for larger blocks the plain 
 
 The environment variable ``FURA_KERNELS=0`` has the plain operations used everywhere, also on a GPU. Set it to try a
 change of the method: its formula stands in ``block_delta`` and ``apply_blocks`` of ``basis.py``, once more in
-``_delta_kernel`` and the two ``_mix_kernel`` here, and its gradients, which autograd derives from the plain form, in
-``_delta_backward_kernel`` and the two ``_mix_backward_kernel``.
+``_delta_kernel`` and the three ``_mix_kernel`` here, and its gradients, which autograd derives from the plain form, in
+``_delta_backward_kernel`` and the three ``_mix_backward_kernel``.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import linear, silu
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 NARROW_BLOCK = 128  # a tile of a larger block does not fit into the registers as a whole
 MAX_BLOCK = 256
 CHUNK, GATED_CHUNK = 64, 32  # columns of a larger block that a program has
+JOINT_BLOCK = 64  # a program for up to three adapters has that many blocks, and their sums
 
 ENABLED = os.environ.get("FURA_KERNELS") != "0"
 
@@ -184,6 +186,73 @@ if triton is not None:
         tl.store(partial + place, total, mask=tall)
 
     @triton.jit
+    def _joint_mix_kernel(
+        x, D_0, D_1, D_2, out_0, out_1, out_2, rows, width, tiles,
+        b: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, NUMBER: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """``_mix_kernel`` for NUMBER adapters of the same x, 2 or 3, which is read once."""
+        block, share = tl.program_id(0), tl.program_id(1)
+        c = tl.arange(0, B)
+        square = (c[:, None] < b) & (c[None, :] < b)
+        place = block * b * b + c[None, :] * b + c[:, None]
+        transposed_0 = tl.load(D_0 + place, mask=square, other=0.0).to(x.dtype.element_ty)
+        transposed_1 = tl.load(D_1 + place, mask=square, other=0.0).to(x.dtype.element_ty)
+        if NUMBER == 3:
+            transposed_2 = tl.load(D_2 + place, mask=square, other=0.0).to(x.dtype.element_ty)
+        for tile in range(tiles):
+            row = ((share * tiles + tile) * TILE + tl.arange(0, TILE)).to(tl.int64)
+            inside = (row[:, None] < rows) & (c[None, :] < b)
+            place = row[:, None] * width + block * b + c[None, :]
+            values = tl.load(x + place, mask=inside, other=0.0)
+            mixed = values.to(tl.float32) + tl.dot(values, transposed_0, input_precision=PRECISION)
+            tl.store(out_0 + place, mixed.to(out_0.dtype.element_ty), mask=inside)
+            mixed = values.to(tl.float32) + tl.dot(values, transposed_1, input_precision=PRECISION)
+            tl.store(out_1 + place, mixed.to(out_1.dtype.element_ty), mask=inside)
+            if NUMBER == 3:
+                mixed = values.to(tl.float32) + tl.dot(values, transposed_2, input_precision=PRECISION)
+                tl.store(out_2 + place, mixed.to(out_2.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _joint_mix_backward_kernel(
+        x, D_0, D_1, D_2, grad_0, grad_1, grad_2, out, partial, rows, width, blocks, tiles,
+        b: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, NUMBER: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """``_mix_backward_kernel`` for NUMBER adapters of the same x, 2 or 3, which gets the sum of their gradients."""
+        block, share = tl.program_id(0), tl.program_id(1)
+        c = tl.arange(0, B)
+        square = (c[:, None] < b) & (c[None, :] < b)
+        inner = c[:, None] * b + c[None, :]
+        place = block * b * b + inner
+        mixing_0 = tl.load(D_0 + place, mask=square, other=0.0).to(x.dtype.element_ty)
+        mixing_1 = tl.load(D_1 + place, mask=square, other=0.0).to(x.dtype.element_ty)
+        total_0 = tl.zeros((B, B), dtype=tl.float32)
+        total_1 = tl.zeros((B, B), dtype=tl.float32)
+        if NUMBER == 3:
+            mixing_2 = tl.load(D_2 + place, mask=square, other=0.0).to(x.dtype.element_ty)
+            total_2 = tl.zeros((B, B), dtype=tl.float32)
+        for tile in range(tiles):
+            row = ((share * tiles + tile) * TILE + tl.arange(0, TILE)).to(tl.int64)
+            inside = (row[:, None] < rows) & (c[None, :] < b)
+            place = row[:, None] * width + block * b + c[None, :]
+            values = tl.load(x + place, mask=inside, other=0.0)
+            g = tl.load(grad_0 + place, mask=inside, other=0.0)
+            back = g.to(tl.float32) + tl.dot(g, mixing_0, input_precision=PRECISION)
+            total_0 = tl.dot(tl.trans(g), values, total_0, input_precision=PRECISION)
+            g = tl.load(grad_1 + place, mask=inside, other=0.0)
+            back += g.to(tl.float32) + tl.dot(g, mixing_1, input_precision=PRECISION)
+            total_1 = tl.dot(tl.trans(g), values, total_1, input_precision=PRECISION)
+            if NUMBER == 3:
+                g = tl.load(grad_2 + place, mask=inside, other=0.0)
+                back += g.to(tl.float32) + tl.dot(g, mixing_2, input_precision=PRECISION)
+                total_2 = tl.dot(tl.trans(g), values, total_2, input_precision=PRECISION)
+            tl.store(out + place, back.to(out.dtype.element_ty), mask=inside)
+        place = (share * NUMBER * blocks + block) * b * b + inner
+        tl.store(partial + place, total_0, mask=square)
+        tl.store(partial + blocks * b * b + place, total_1, mask=square)
+        if NUMBER == 3:
+            tl.store(partial + 2 * blocks * b * b + place, total_2, mask=square)
+
+    @triton.jit
     def _sum_kernel(partial, out, size, shares, TILE: tl.constexpr):
         """A program: the sum over the shares of TILE numbers."""
         place = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -282,7 +351,7 @@ def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
     rows = x.numel() // (N * b)
     chunks = _chunks(b, CHUNK)
     tile, options = _form(x, rows, chunks > 1)
-    shares = _shares(x, N * chunks, rows)
+    shares = _shares(x, N * chunks, rows, tile)
     tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
     if chunks > 1:
         _launch(
@@ -322,7 +391,7 @@ def mix_backward(
     chunk = GATED_CHUNK if is_gated else CHUNK
     chunks = _chunks(b, chunk)
     tile, options = _form(x, rows, chunks > 1, is_gated)
-    shares = _shares(x, N * chunks, rows, sums=True)
+    shares = _shares(x, N * chunks, rows, tile, sums=True, is_gated=is_gated)
     tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
     partial = torch.empty(shares, N, b, b, dtype=torch.float32, device=x.device)
     if chunks > 1:
@@ -335,11 +404,65 @@ def mix_backward(
             _mix_backward_kernel, (N, shares), x, up, D, grad, out, out_up, partial, rows, N * b, N, tiles, *D.stride(),
             b, _tile_width(b), tile, is_gated, _precision(x), **options,
         )  # fmt: skip
-    total = partial[0]
+    return out, out_up if is_gated else None, _summed(partial)
+
+
+def joint_mix(x: torch.Tensor, Ds: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """``[x + D x for D in Ds]``, 2 or 3, in one pass.
+
+    Args:
+        x: ``(..., N * b)``.
+        Ds: each ``(N, b, b)``, ``b`` at most ``JOINT_BLOCK``.
+
+    Returns: each like x.
+    """
+    x, Ds = x.contiguous(), [D.contiguous() for D in Ds]
+    outs = [torch.empty_like(x) for _ in Ds]  # of two, the kernel does not look at a third
+    N, b, _ = Ds[0].shape
+    rows = x.numel() // (N * b)
+    tile, options = _form(x, rows, False)
+    shares = _shares(x, N, rows, tile)
+    _launch(
+        _joint_mix_kernel, (N, shares), x, *(*Ds, x)[:3], *(*outs, x)[:3], rows, N * b,
+        triton.cdiv(triton.cdiv(rows, tile), shares), b, _tile_width(b), tile, len(Ds), _precision(x), **options,
+    )  # fmt: skip
+    return outs
+
+
+def joint_mix_backward(
+    x: torch.Tensor, Ds: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The gradients of ``joint_mix``, in one pass; sums in a fixed order, as in ``mix_backward``.
+
+    Args:
+        x: ``(..., N * b)``, that of the forward.
+        Ds: those of the forward.
+        grads: the gradient of each result, like x.
+
+    Returns: the gradient of x, ``sum_i grads[i] + D_i^T grads[i]``, rounded once; and of each D, ``(N, b, b)`` float32.
+    """
+    x, Ds, grads = x.contiguous(), [D.contiguous() for D in Ds], [grad.contiguous() for grad in grads]
+    out = torch.empty_like(x)
+    N, b, _ = Ds[0].shape
+    rows = x.numel() // (N * b)
+    tile, options = _form(x, rows, False)
+    options["num_stages"] = min(2, options["num_stages"])  # up to four tensors are on their way at once
+    shares = _shares(x, N, rows, tile, sums=True)
+    partial = torch.empty(shares, len(Ds), N, b, b, dtype=torch.float32, device=x.device)
+    _launch(
+        _joint_mix_backward_kernel, (N, shares), x, *(*Ds, x)[:3], *(*grads, x)[:3], out, partial, rows, N * b, N,
+        triton.cdiv(triton.cdiv(rows, tile), shares), b, _tile_width(b), tile, len(Ds), _precision(x), **options,
+    )  # fmt: skip
+    return out, list(_summed(partial))
+
+
+def _summed(partial: torch.Tensor) -> torch.Tensor:
+    """The sum over the first dimension, in its order."""
+    shares, total = len(partial), partial[0]
     if shares > 1:
         total = torch.empty_like(total)
         _launch(_sum_kernel, (triton.cdiv(total.numel(), 1024),), partial, total, total.numel(), shares, 1024)
-    return out, out_up if is_gated else None, total
+    return total
 
 
 def gated(x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
@@ -370,19 +493,38 @@ def _form(x: torch.Tensor, rows: int, is_wide: bool, is_gated: bool = False) -> 
     return 16 if rows <= 16 else 64, {"num_warps": 8, "num_stages": 3}
 
 
-def _shares(x: torch.Tensor, blocks: int, rows: int, sums: bool = False) -> int:
-    """Into how many the rows are divided: 2 programs for each of the multiprocessors of x's GPU or, where there are
-    sums to add up afterwards, 1 if that leaves few idle: at most a tenth, found with the 132 of an H200. In a short
-    batch, which waits for launches and not for the GPU, two sums are not worth a kernel that adds them up. Other
-    lengths make no difference: the compiler makes code for each that does.
+def _shares(x: torch.Tensor, blocks: int, rows: int, tile: int, sums: bool = False, is_gated: bool = False) -> int:
+    """Into how many the rows are divided: 2 programs for each of the multiprocessors of x's GPU, or as many more as
+    leave few of them idle at the end. Where there are sums to add up afterwards and no gate, 1 program each does if
+    that leaves at most a tenth idle, found with the 132 of an H200. In a short batch, which waits for launches and not
+    for the GPU, two sums are not worth a kernel that adds them up. Other lengths make no difference: the compiler makes
+    code for each that does.
     """
     available = MULTIPROCESSORS[x.device.index] if x.is_cuda else 132  # the interpreter's programs run in turn
-    shares = available // blocks
-    if not sums or 10 * shares * blocks < 9 * available:
-        shares = 2 * available // blocks
-    if rows <= 16 or sums and rows <= 2048 and shares == 2:
+    shares, is_short = available // blocks, rows <= 2048
+    if not sums or is_gated or 10 * shares * blocks < 9 * available:
+        shares = max(1, 2 * available // blocks)
+        if not is_short:
+            shares = _balanced(shares, blocks, 2 * available, tile)
+    if rows <= 16 or sums and is_short and shares == 2:
         return 1
     return max(1, min(32, shares))
+
+
+def _balanced(least: int, blocks: int, at_once: int, tile: int) -> int:
+    """The number of shares, this or more, with which the programs of all blocks, ``at_once`` at a time, end first.
+
+    One share of 148 blocks would leave 116 of 132 multiprocessors with one program while 16 have two. The rows are
+    counted as 8192; what a program does once, reading D and writing a sum, takes about as long as 160 rows.
+    """
+    best, shortest = least, None
+    for shares in range(least, 17):
+        turns = -(-shares * blocks // at_once)
+        rows_each = -(-8192 // (shares * tile)) * tile
+        time = turns * (rows_each + 160)
+        if shortest is None or time < shortest:
+            best, shortest = shares, time
+    return best
 
 
 def _precision(x: torch.Tensor) -> str:
@@ -426,6 +568,33 @@ class FoldedLinear(torch.autograd.Function):
         x, up, weight, D = ctx.saved_tensors
         dx, dup, dD = mix_backward(x, D, grad @ weight, up)
         return dx, dup, None, None, dD.to(D.dtype)
+
+
+class JointLinear(torch.autograd.Function):
+    """``W_i (x + D_i x) + bias_i`` for 2 or 3 Linears of the same x; ``folds``: as ``(W_i + W_i D_i) x + bias_i``.
+
+    Takes x, ``folds``, and the lists of weights, biases (or None) and D one after the other. One pass over x makes the
+    gradients of all D and the sum of the gradients of x, which is rounded once; weights and biases get none.
+    """
+
+    @staticmethod
+    def forward(ctx, x, folds, *parts):
+        number = len(parts) // 3
+        weights, biases, Ds = parts[:number], parts[number : 2 * number], parts[2 * number :]
+        ctx.save_for_backward(x, *weights, *Ds)
+        if folds:
+            weights = [mix(weight, D.mT) for weight, D in zip(weights, Ds, strict=True)]
+        inputs = [x] * number if folds else joint_mix(x, Ds)
+        return tuple(linear(*each) for each in zip(inputs, weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, *parts = ctx.saved_tensors
+        weights, Ds = parts[: len(grads)], parts[len(grads) :]
+        back = [grad @ weight for grad, weight in zip(grads, weights, strict=True)]
+        dx, dDs = joint_mix_backward(x, Ds, back)
+        nothing = [None] * (2 * len(grads))
+        return dx, None, *nothing, *(dD.to(D.dtype) for dD, D in zip(dDs, Ds, strict=True))
 
 
 class Delta(torch.autograd.Function):

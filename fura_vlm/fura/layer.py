@@ -310,7 +310,7 @@ class FuraLinear(nn.Module, FuraLayer):
             return linear(gated(x, up), self._adapted(self.get_base_weight(), names), layer.bias)
         inner = self._blocks(names, "input", x.dtype, computed)
         outer = self._blocks(names, "output", x.dtype, computed)
-        folds = len(inner) == 1 and type(layer) is nn.Linear and fold_pays(x, layer.weight, inner[0])
+        folds = len(inner) == 1 and type(layer) is nn.Linear and fold_pays(x, [layer.weight], inner[0])
         if folds and not (args or kwargs) and self._is_plain():
             y = folded_linear(x, layer.weight, layer.bias, inner[0], up)
         else:
@@ -319,6 +319,28 @@ class FuraLinear(nn.Module, FuraLayer):
         if bias is None:
             return mix(y, outer)
         return sum((apply_blocks(y - bias, D) for D in outer), y)
+
+    def input_blocks(self) -> tuple[int, int] | None:
+        """``(N, b)`` of the active adapters, if all that the layer does is ``W (x + D x) + bias`` with a single D, and
+        W and bias are dense, frozen and at hand; else None."""
+        active = [self.fura_adapters[name] for name in self.active_adapters if name in self.fura_adapters]
+        if (
+            self.disable_adapters
+            or self.merged
+            or type(self.base_layer) is not nn.Linear
+            or not self._is_plain()
+            or not all(adapter.is_ready for adapter in self.fura_adapters.values())
+            or any(adapter.side == "output" or any(map(is_partitioned, adapter.tensors())) for adapter in active)
+        ):
+            return None
+        blocks = {adapter.blocks for adapter in active}
+        return blocks.pop() if len(blocks) == 1 else None
+
+    def input_delta(self, x: torch.Tensor) -> torch.Tensor:
+        """D ``(N, b, b)`` for this x, of a layer that has ``input_blocks``."""
+        names = [name for name in self.active_adapters if name in self.fura_adapters]
+        (D,) = self._blocks(names, "input", x.dtype, computing_dtype(x))
+        return D
 
     def _is_finer(self, dtype: torch.dtype) -> bool:
         """Whether the weight holds more than products in this dtype take of it, as under autocast.

@@ -21,6 +21,7 @@ from fura_vlm.fura.basis import effective_values
 from fura_vlm.fura.config import FuraConfig
 from fura_vlm.fura.errors import FuraError
 from fura_vlm.fura.gate import join_gate
+from fura_vlm.fura.joint import join_attention
 from fura_vlm.fura.layer import FuraLayer, FuraLinear, matches_pattern, pattern_value
 from fura_vlm.fura.weights import LINEAR, compare_fingerprints, dense_weight, fingerprint, gathered
 
@@ -161,6 +162,7 @@ class FuraModel(BaseTuner):
         """
         setattr(parent, child_name, new_module)
         join_gate(parent)
+        join_attention(parent)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Give adapter parameters the base's dtype; with autocast_adapter_dtype at least float32."""
@@ -303,6 +305,7 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             parent = model.get_submodule(path)
             setattr(parent, child, layer.base_layer)
             join_gate(parent)
+            join_attention(parent)
 
 
 def _merged(model: nn.Module) -> dict[FuraLayer, list[str]]:

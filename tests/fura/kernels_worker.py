@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fura_vlm.fura import FuraConfig, basis, kernels
 from fura_vlm.fura import adapter as adapter_module
 from fura_vlm.fura.basis import block_delta, fold_pays
+from fura_vlm.fura.layer import FuraLayer
 
 torch.set_num_threads(1)
 
@@ -81,7 +82,7 @@ def layer(rows, out, dim, side, train_s):
         answered = fura(x)
     report(
         f"layer {rows} x {dim} -> {out} {side} {'s' if train_s else 'no s'}",
-        folded=fold_pays(x, linear.weight, fura.delta("default")),
+        folded=fold_pays(x, [linear.weight], fura.delta("default")),
         y=error(y, z),
         answered=error(answered, z),
         dx=error(leaf.grad, theirs.grad),
@@ -203,10 +204,114 @@ def mlp(rows, hooked):
     )
 
 
+def joint(rows, N, b, number, dtype):
+    """Adapters of the same x against the plain form in float64, and autograd of it."""
+    torch.manual_seed(6)
+    x, grads = torch.randn(rows, N * b).to(dtype), torch.randn(number, rows, N * b).to(dtype)
+    Ds = torch.randn(number, N, b, b) * 0.1
+    found = kernels.joint_mix(x, list(Ds))
+    dx, dDs = kernels.joint_mix_backward(x, list(Ds), list(grads))
+    X, Es = x.double().requires_grad_(), Ds.double().requires_grad_()
+    exact = torch.stack([X + basis.apply_blocks(X, E) for E in Es])
+    exact.backward(grads.double())
+    report(
+        f"joint {number} of {rows} x {N} x {b} {dtype}",
+        half=dtype == torch.float16,
+        y=error(torch.stack(found), exact.detach()),
+        dx=error(dx, X.grad),
+        dD=error(torch.stack(dDs), Es.grad),
+    )
+
+
+def joined(tensors):
+    """How many times Linears of the same x were called together in making these."""
+    open_nodes, nodes = [tensor.grad_fn for tensor in tensors], set()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            open_nodes += [parent for parent, _ in node.next_functions]
+    return sum(type(node).__name__ == "JointLinearBackward" for node in nodes)
+
+
+def same_input(what, expected, rows=40, change=lambda model, layer: None, **options):
+    """A Llama's layer against a copy in float64, which takes `block_delta` and autograd of it and no kernel."""
+    torch.manual_seed(7)
+    kinds = options.pop("target_modules", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    model = get_peft_model(tiny_llama(), FuraConfig(target_modules=kinds, init_weights=False, **options)).train()
+    inner = model.base_model.model.model
+    change(model, inner.layers[0])
+    x = torch.randn(1, rows, inner.config.hidden_size)
+    grad = torch.randn_like(x)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inner.to(dtype)
+        layer = inner.layers[0]
+        for each in layer.modules():
+            if isinstance(each, FuraLayer):
+                for name in each.fura_V:
+                    each.fura_V[name], each.fura_s0[name] = each.fura_V[name].to(dtype), each.fura_s0[name].to(dtype)
+        leaf = x.detach().to(dtype, copy=True).requires_grad_()
+        positions = inner.rotary_emb(leaf, torch.arange(rows)[None])
+        y = layer(leaf, position_embeddings=positions)
+        number = joined([y])
+        y.backward(grad.to(dtype))
+        results.append([y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+        layer.zero_grad()
+        if dtype == torch.float32:
+            report_joined = number
+    report(
+        f"same input {what}",
+        joined=report_joined,
+        expected=expected,
+        exact_joined=number,
+        error=max(error(f, e) for f, e in zip(*results, strict=True)),
+        number=len(results[0]),
+        left=any("forward" in vars(part) for part in model.unload().modules()),
+    )
+
+
+def hooked(model, layer):
+    layer.self_attn.k_proj.register_forward_hook(lambda *_: None)
+
+
+def second(sizes):
+    def add(model, layer):
+        model.add_adapter("second", FuraConfig(target_modules=["q_proj"], init_weights=False, block_size=sizes))
+        model.base_model.set_adapter(["default", "second"])
+
+    return add
+
+
+def off(model, layer):
+    layer.self_attn.v_proj.enable_adapters(False)
+
+
+def merged(model, layer):
+    layer.self_attn.v_proj.merge()
+
+
+for dtype in (torch.float32, torch.float16):
+    for rows, N, b, number in ((100, 3, 16, 3), (70, 2, 20, 2), (2100, 1, 16, 3), (130, 1, 64, 2), (5, 2, 16, 3)):
+        joint(rows, N, b, number, dtype)
+# q, k, v: 96 outputs, folded from 48 rows; gate, up: 192 outputs, folded from 128
+same_input("mixed", 2)
+same_input("folded and mixed", 2, rows=60)
+same_input("folded", 2, rows=140)
+same_input("hooked", 1, change=hooked)
+same_input("one off", 1, change=off)
+same_input("one merged", 1, change=merged)
+same_input("two adapters", 2, change=second(8))
+same_input("two adapters with other blocks", 1, change=second(16))
+same_input("other blocks of one", 1, block_size_pattern={"k_proj": 16})
+same_input("output side", 0, train_side="output")
+same_input("not all", 0, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
+same_input("frozen singular values", 2, train_singular_values=False)
 for dtype in (torch.float32, torch.float16):
     gated(100, 2, 16, 40, dtype)
     gated(70, 3, 20, 10, dtype)
     gated(70, 2, 148, 10, dtype)
+gated(2100, 1, 16, 10, torch.float32)
 for rows in (40, 10):  # more than the weight's and fewer
     mlp(rows, False)
 mlp(40, True)
