@@ -17,6 +17,9 @@ The sizes of Qwen2.5-VL are the whole model, its tower and head included, run as
 each record has a picture, and half of its words are an answer, on which the loss is. Adapted are the language model's
 linear layers and the projector's.
 
+--profile prints, for each method, which kernels the GPU (or the CPU) spent the time of 3 more steps on. "one by one"
+has FuRA's layers that share an input called by themselves, for what it brings to take them together.
+
 Besides this repository it needs torch, transformers, peft, accelerate, pillow; a Q method bitsandbytes, and --output
 matplotlib.
 """
@@ -30,15 +33,18 @@ import platform
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch._functorch import config as compiler
+from torch.profiler import ProfilerActivity
 from transformers import LlamaConfig, LlamaModel
 
-from fura_vlm.fura import FuraConfig
+from fura_vlm.fura import FuraConfig, joint
 
 
 @dataclass
@@ -84,11 +90,15 @@ SIZES = {
 # fmt: on
 BFLOAT16 = ", bfloat16"
 AUTOCAST = ", autocast"
+ONE_BY_ONE = ", one by one"
 METHODS = {
     "frozen base": None,
     "FuRA": FuraConfig(target_modules="all-linear"),
     # 18,944 columns as 148 blocks of 128 in place of 128 of 148, which a tile of the kernels has no room for
     "FuRA, down_proj in blocks of 128": FuraConfig(target_modules="all-linear", block_size_pattern={"down_proj": 128}),
+    "FuRA, down_proj in blocks of 128" + ONE_BY_ONE: FuraConfig(
+        target_modules="all-linear", block_size_pattern={"down_proj": 128}
+    ),
     "LoRA r=64": LoraConfig(target_modules="all-linear", r=64, lora_alpha=128),
     "LoRA r=128": LoraConfig(target_modules="all-linear", r=128, lora_alpha=256),
     "LoRA r=128" + AUTOCAST: LoraConfig(target_modules="all-linear", r=128, lora_alpha=256),
@@ -309,19 +319,31 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(method: str, size: Size, device: torch.device, dtype: torch.dtype, compiled: bool, steps: int) -> dict:
+def measure(
+    method: str,
+    size: Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
+    steps: int,
+    profiled: bool = False,
+) -> dict:
     """A row of the table for one method, alone on the device."""
     gc.collect()
     torch._dynamo.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     run = (PictureRun if size.picture else Run)(method, size, device, dtype, compiled)
-    for _ in range(3):
-        run.step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = statistics.median(run.step() for _ in range(steps))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    together = {"joint_takes": lambda *_: False} if method.endswith(ONE_BY_ONE) else {}
+    with mock.patch.multiple(joint, **together) if together else nullcontext():
+        for _ in range(3):
+            run.step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = statistics.median(run.step() for _ in range(steps))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        if profiled:
+            print(f"\n{method}, {'compiled' if compiled else 'eager'}: 3 steps\n{profile(run, device)}", flush=True)
     return {
         "method": method,
         "compiled": compiled,
@@ -332,6 +354,16 @@ def measure(method: str, size: Size, device: torch.device, dtype: torch.dtype, c
         "setup": run.setup,
         "adapter": None if compiled else run.adapter(),
     }
+
+
+def profile(run: Run, device: torch.device) -> str:
+    """The 25 kernels that take most time in 3 steps, of the GPU or else of the CPU."""
+    kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiler:
+        for _ in range(3):
+            run.step()
+    order = f"self_{device.type}_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=100)
 
 
 def table(rows: list[dict]) -> str:
@@ -389,6 +421,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--budget", type=float, default=1.0, help="the compiler's activation_memory_budget")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: as the size has it")
+    parser.add_argument("--profile", action="store_true", help="print the time by kernel of 3 more steps")
     parser.add_argument("--output", type=Path, help="folder for method-SIZE.md and .png")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # TF32
@@ -406,7 +439,7 @@ def main() -> None:
     for compiled in args.forms:
         for method in args.methods:
             try:
-                rows.append(measure(method, size, device, dtype, compiled == "compiled", args.steps))
+                rows.append(measure(method, size, device, dtype, compiled == "compiled", args.steps, args.profile))
             except torch.OutOfMemoryError:
                 print(f"{method}, {compiled}: out of memory", flush=True)
                 continue

@@ -282,11 +282,16 @@ def mix(x: torch.Tensor, Ds: list[torch.Tensor], up: torch.Tensor | None = None)
     return mixed
 
 
-def fold_pays(x: torch.Tensor, weights: Sequence[torch.Tensor], D: torch.Tensor) -> bool:
+def fold_pays(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], D: torch.Tensor, up: torch.Tensor | None = None
+) -> bool:
     """Whether ``(W + W D) x`` reads and writes less than ``W (x + D x)``, for all weights ``(out, in)`` together.
 
-    Folding reads and writes each weight once. Mixing reads x ``(..., in)`` once and writes it once for each of them.
+    Folding reads and writes each weight once. Mixing reads x ``(..., in)`` once and writes it once for each of them;
+    but of ``silu(x) * up``, in training, the mixed one is written in the place of itself.
     """
+    if up is not None and torch.is_grad_enabled() and kernels.gate_fits(x, D.shape[-1]):
+        return False
     rows = x.numel() // x.shape[-1]
     return fits(x, weights, D.shape[-1]) and rows * (1 + len(weights)) > 2 * sum(len(weight) for weight in weights)
 
@@ -324,7 +329,7 @@ def folded_linear(
 
 def joint_takes(x: torch.Tensor, weights: Sequence[torch.Tensor], block_size: int) -> bool:
     """Whether the kernels take these Linears of the same x together, with blocks of this size."""
-    return len(weights) in (2, 3) and block_size <= kernels.JOINT_BLOCK and fits(x, weights, block_size)
+    return len(weights) in (2, 3) and kernels.joinable(x, block_size) and fits(x, weights, block_size)
 
 
 def joint_linear(

@@ -63,6 +63,11 @@ MULTIPROCESSORS = [
     torch.cuda.get_device_properties(device).multi_processor_count
     for device in range(torch.cuda.device_count() if SHARED_MEMORY else 0)
 ]
+# Hopper and the Blackwell of data centres multiply what is in shared memory. Others, and float32, multiply registers,
+# spread so that a gate before the product would be computed five times over.
+PRODUCTS_OF_SHARED_MEMORY = bool(MULTIPROCESSORS) and all(
+    torch.cuda.get_device_capability(device)[0] in (9, 10) for device in range(len(MULTIPROCESSORS))
+)
 
 
 def usable(x: torch.Tensor, block_size: int) -> bool:
@@ -80,8 +85,8 @@ if triton is not None:
 
     @triton.jit
     def _mix_kernel(
-        x, D, out, rows, width, tiles, D_block, D_row, D_column,
-        b: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+        x, up, D, out, rows, width, tiles, D_block, D_row, D_column,
+        b: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """A program: one block of columns of ``tiles`` times TILE rows."""
         block, share = tl.program_id(0), tl.program_id(1)
@@ -94,6 +99,10 @@ if triton is not None:
             inside = (row[:, None] < rows) & (c[None, :] < b)
             place = row[:, None] * width + block * b + c[None, :]
             values = tl.load(x + place, mask=inside, other=0.0)
+            if GATED:
+                gate, factor = values.to(tl.float32), tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+                sigmoid = tl.fdiv(1.0, 1.0 + tl.exp2(gate * -1.4426950408889634))  # the factor is log2(e)
+                values = (gate * sigmoid * factor).to(x.dtype.element_ty)
             mixed = values.to(tl.float32) + tl.dot(values, transposed, input_precision=PRECISION)
             tl.store(out + place, mixed.to(out.dtype.element_ty), mask=inside)
 
@@ -121,7 +130,7 @@ if triton is not None:
                 # that of the loads, which takes a third longer.
                 gate = tl.fma(back, 0.0, values.to(tl.float32))
                 factor = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-                sigmoid = tl.fdiv(1.0, 1.0 + tl.exp2(gate * -1.4426950408889634))  # the factor is log2(e)
+                sigmoid = tl.fdiv(1.0, 1.0 + tl.exp2(gate * -1.4426950408889634))
                 passed = gate * sigmoid
                 back *= sigmoid
                 tl.store(out_up + place, (back * gate).to(out.dtype.element_ty), mask=inside)
@@ -194,11 +203,11 @@ if triton is not None:
         block, share = tl.program_id(0), tl.program_id(1)
         c = tl.arange(0, B)
         square = (c[:, None] < b) & (c[None, :] < b)
-        place = block * b * b + c[None, :] * b + c[:, None]
-        transposed_0 = tl.load(D_0 + place, mask=square, other=0.0).to(x.dtype.element_ty)
-        transposed_1 = tl.load(D_1 + place, mask=square, other=0.0).to(x.dtype.element_ty)
+        inner = block * b * b + c[None, :] * b + c[:, None]
+        transposed_0 = tl.load(D_0 + inner, mask=square, other=0.0).to(x.dtype.element_ty)
+        transposed_1 = tl.load(D_1 + inner, mask=square, other=0.0).to(x.dtype.element_ty)
         if NUMBER == 3:
-            transposed_2 = tl.load(D_2 + place, mask=square, other=0.0).to(x.dtype.element_ty)
+            transposed_2 = tl.load(D_2 + inner, mask=square, other=0.0).to(x.dtype.element_ty)
         for tile in range(tiles):
             row = ((share * tiles + tile) * TILE + tl.arange(0, TILE)).to(tl.int64)
             inside = (row[:, None] < rows) & (c[None, :] < b)
@@ -221,14 +230,13 @@ if triton is not None:
         block, share = tl.program_id(0), tl.program_id(1)
         c = tl.arange(0, B)
         square = (c[:, None] < b) & (c[None, :] < b)
-        inner = c[:, None] * b + c[None, :]
-        place = block * b * b + inner
-        mixing_0 = tl.load(D_0 + place, mask=square, other=0.0).to(x.dtype.element_ty)
-        mixing_1 = tl.load(D_1 + place, mask=square, other=0.0).to(x.dtype.element_ty)
+        inner = block * b * b + c[:, None] * b + c[None, :]
+        mixing_0 = tl.load(D_0 + inner, mask=square, other=0.0).to(x.dtype.element_ty)
+        mixing_1 = tl.load(D_1 + inner, mask=square, other=0.0).to(x.dtype.element_ty)
         total_0 = tl.zeros((B, B), dtype=tl.float32)
         total_1 = tl.zeros((B, B), dtype=tl.float32)
         if NUMBER == 3:
-            mixing_2 = tl.load(D_2 + place, mask=square, other=0.0).to(x.dtype.element_ty)
+            mixing_2 = tl.load(D_2 + inner, mask=square, other=0.0).to(x.dtype.element_ty)
             total_2 = tl.zeros((B, B), dtype=tl.float32)
         for tile in range(tiles):
             row = ((share * tiles + tile) * TILE + tl.arange(0, TILE)).to(tl.int64)
@@ -246,11 +254,12 @@ if triton is not None:
                 back += g.to(tl.float32) + tl.dot(g, mixing_2, input_precision=PRECISION)
                 total_2 = tl.dot(tl.trans(g), values, total_2, input_precision=PRECISION)
             tl.store(out + place, back.to(out.dtype.element_ty), mask=inside)
-        place = (share * NUMBER * blocks + block) * b * b + inner
-        tl.store(partial + place, total_0, mask=square)
-        tl.store(partial + blocks * b * b + place, total_1, mask=square)
+        size = blocks * b * b
+        partial += share * NUMBER * size + inner
+        tl.store(partial, total_0, mask=square)
+        tl.store(partial + size, total_1, mask=square)
         if NUMBER == 3:
-            tl.store(partial + 2 * blocks * b * b + place, total_2, mask=square)
+            tl.store(partial + 2 * size, total_2, mask=square)
 
     @triton.jit
     def _sum_kernel(partial, out, size, shares, TILE: tl.constexpr):
@@ -336,21 +345,28 @@ def _launch(kernel, grid: tuple[int, ...], x: torch.Tensor, *arguments, **option
             kernel[grid](x, *arguments, **options)
 
 
-def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+def mix(x: torch.Tensor, D: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """``x + blockdiag(D_1, ..., D_N) x``, in one pass.
 
     Args:
         x: ``(..., N * b)``.
         D: ``(N, b, b)``, any strides; the products take it in x's dtype.
+        up: like x; if given, ``silu(x) * up`` is mixed, computed in float32 and rounded once. In the same pass, if
+            `gate_fits`.
 
     Returns: like x.
     """
-    x = x.contiguous()
-    out = torch.empty_like(x)
     N, b, _ = D.shape
+    if up is not None and not gate_fits(x, b):
+        x, up = gated(x, up), None
+    x, is_gated = x.contiguous(), up is not None
+    up = up.contiguous() if is_gated else x  # not looked at
+    out = torch.empty_like(x)
     rows = x.numel() // (N * b)
     chunks = _chunks(b, CHUNK)
     tile, options = _form(x, rows, chunks > 1)
+    if is_gated:  # with 8 warps the compiler has the sigmoid computed three times
+        options |= {"num_warps": 4, "num_stages": min(2, options["num_stages"])}
     shares = _shares(x, N * chunks, rows, tile)
     tiles = triton.cdiv(triton.cdiv(rows, tile), shares)
     if chunks > 1:
@@ -360,8 +376,8 @@ def mix(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
         )  # fmt: skip
     else:
         _launch(
-            _mix_kernel, (N, shares), x, D, out, rows, N * b, tiles, *D.stride(),
-            b, _tile_width(b), tile, _precision(x), **options,
+            _mix_kernel, (N, shares), x, up, D, out, rows, N * b, tiles, *D.stride(),
+            b, _tile_width(b), tile, is_gated, _precision(x), **options,
         )  # fmt: skip
     return out
 
@@ -407,6 +423,11 @@ def mix_backward(
     return out, out_up if is_gated else None, _summed(partial)
 
 
+def joinable(x: torch.Tensor, block_size: int) -> bool:
+    """Whether the kernels for 2 or 3 adapters of one x, which have as many sums at once, take these blocks."""
+    return block_size <= JOINT_BLOCK and (INTERPRETED or x.dtype.itemsize == 2)
+
+
 def joint_mix(x: torch.Tensor, Ds: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """``[x + D x for D in Ds]``, 2 or 3, in one pass.
 
@@ -446,7 +467,7 @@ def joint_mix_backward(
     N, b, _ = Ds[0].shape
     rows = x.numel() // (N * b)
     tile, options = _form(x, rows, False)
-    options["num_stages"] = min(2, options["num_stages"])  # up to four tensors are on their way at once
+    options |= {"num_warps": 4, "num_stages": 2}  # with these a multiprocessor of an H200 has room for two programs
     shares = _shares(x, N, rows, tile, sums=True)
     partial = torch.empty(shares, len(Ds), N, b, b, dtype=torch.float32, device=x.device)
     _launch(
@@ -468,6 +489,11 @@ def _summed(partial: torch.Tensor) -> torch.Tensor:
 def gated(x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     """``silu(x) * up``, or x."""
     return x if up is None else silu(x) * up
+
+
+def gate_fits(x: torch.Tensor, b: int) -> bool:
+    """Whether ``silu(x) * up`` is made in the pass that mixes it."""
+    return b <= NARROW_BLOCK and (INTERPRETED or PRODUCTS_OF_SHARED_MEMORY and x.dtype.itemsize == 2)
 
 
 def _tile_width(b: int) -> int:
@@ -542,7 +568,7 @@ class Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up, D):
         ctx.save_for_backward(x, up, D)
-        return mix(gated(x, up), D)
+        return mix(x, D, up)
 
     @staticmethod
     def backward(ctx, grad):

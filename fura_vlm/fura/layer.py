@@ -310,7 +310,7 @@ class FuraLinear(nn.Module, FuraLayer):
             return linear(gated(x, up), self._adapted(self.get_base_weight(), names), layer.bias)
         inner = self._blocks(names, "input", x.dtype, computed)
         outer = self._blocks(names, "output", x.dtype, computed)
-        folds = len(inner) == 1 and type(layer) is nn.Linear and fold_pays(x, [layer.weight], inner[0])
+        folds = len(inner) == 1 and type(layer) is nn.Linear and fold_pays(x, [layer.weight], inner[0], up)
         if folds and not (args or kwargs) and self._is_plain():
             y = folded_linear(x, layer.weight, layer.bias, inner[0], up)
         else:
