@@ -193,6 +193,7 @@ class Run:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             self.model.save_pretrained(folder)
             mebibytes = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 2**20
+            torch.manual_seed(0)  # the same weights again
             base = self._base(self.method.startswith("Q"))
             started = time.perf_counter()
             loaded = PeftModel.from_pretrained(base, folder).eval()
