@@ -57,7 +57,7 @@ def in_a_loop(work) -> None:
 
 
 def talk(
-    chat: Chat, *turns: tuple[str, str | None], models: list[str] | None = None
+    chat: Chat, *turns: tuple[str, str | None], models: list[str] | None = None, sampling: Sampling = SAMPLING
 ) -> tuple[Session, list[list[str]]]:
     """A session with these questions, and what of the answers was seen when."""
     session, seen = Session(), []
@@ -65,7 +65,7 @@ def talk(
     async def ask() -> None:
         for question, picture in turns:
             sides = models or [next(iter(chat.partner.adapters))]
-            async for _ in chat.ask(session, question, picture, sides, SAMPLING):
+            async for _ in chat.ask(session, question, picture, sides, sampling):
                 seen.append(list(session.turns[-1].answers))
 
     in_a_loop(ask())
@@ -89,7 +89,7 @@ def turned(path: str, folder: Path) -> str:
 
 def test_text_pictures_and_several_turns(served, reference, scenes, tmp_path):
     """As transformers itself: a picture that is padded, one that lies on its side, words alone, what follows."""
-    session, seen = talk(served, (QUESTION, scenes[0]), ("And below it?", None), ("And this?", scenes[1]))
+    session, _ = talk(served, (QUESTION, scenes[0]), ("And below it?", None), ("And this?", scenes[1]))
     first, second = (Image.open(path) for path in scenes[:2])
     assert first.width != first.height
     one = reference(f"USER: <image>\n{QUESTION}", first)
@@ -97,7 +97,10 @@ def test_text_pictures_and_several_turns(served, reference, scenes, tmp_path):
     two = reference(before, first)
     three = reference(f"{before} ASSISTANT: {two}</s>USER: <image>\nAnd this?", first, second)
     assert [turn.answers[0] for turn in session.turns] == [one, two, three] and len({one, two, three}) == 3
-    grown = [answers[0] for answers in seen if answers[0] and one.startswith(answers[0])]
+    session, seen = talk(served, (QUESTION, scenes[0]), sampling=Sampling(max_new_tokens=200))  # longer than one look
+    [turn] = session.turns
+    assert turn.answers[0].startswith(one) and len(turn.answers[0]) > 4 * len(one)
+    grown = [answers[0] for answers in seen if answers[0] and turn.answers[0].startswith(answers[0])]
     assert len(set(grown)) > 1  # it came in pieces
 
     [turn] = talk(served, (QUESTION, turned(scenes[2], tmp_path)))[0].turns

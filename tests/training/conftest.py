@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mixture") / "embedded"
-    write_embedded(EmbeddedConfig(output_dir=str(folder), train_records=48, eval_per_family=2, text_share=0.2))
+    write_embedded(
+        EmbeddedConfig(output_dir=str(folder), train_records=48, eval_per_family=2, text_share=0.2, talk_share=0)
+    )
     return folder
 
 
