@@ -44,10 +44,10 @@ with sync_playwright() as playwright:
             page.get_by_role("button", name="Settings").click()
         page.set_input_files("#question input[type=file]", options.picture)
         page.locator("#question img").wait_for()
-        for number, question in enumerate(options.questions):
+        for turn, question in enumerate(options.questions):
             page.locator("#question textarea").fill(question)
             page.get_by_label("Submit").click()
-            page.locator("#left .bot.message").nth(number).wait_for()
+            page.locator("#left .bot.message").nth(turn).wait_for()
             page.get_by_label("Submit").wait_for()
         page.mouse.move(0, 0)
         page.wait_for_timeout(500)

@@ -11,6 +11,7 @@ import random
 
 from fura_vlm.embedded import asking, words
 from fura_vlm.embedded.conversations import (
+    ANYTHING,
     REPLIES,
     a,
     colors_of,
@@ -64,13 +65,13 @@ def _fact(scene, rng) -> tuple[list[str], str, str] | None:
     thing = rng.choice(scene.things)
     names = scene.names(thing)
     kind = rng.choice(("color", "shape", "size", "place", "place"))
-    by_place = f"{rng.choice(('object', 'thing', 'shape', 'one'))} at the {thing.place}" if rng.random() < 0.2 else None
+    by_place = f"{rng.choice(ANYTHING)} at the {thing.place}" if rng.random() < 0.2 else None
     if kind == "color" and (by_place or thing.shape in names):
         name = by_place or thing.shape
         about = [f"the color of the {name}", f"what color the {name} is", f"which color the {name} has"]
         return about, thing.color, f"The {name} is {thing.color}."
     if kind == "shape" and (by_place or f"{thing.color} object" in names):
-        name = by_place or f"{thing.color} {rng.choice(('object', 'thing', 'shape', 'one'))}"
+        name = by_place or f"{thing.color} {rng.choice(ANYTHING)}"
         about = [f"the shape of the {name}", f"what shape the {name} is", f"what the {name} is"]
         return about, thing.shape, f"The {name} is {a(thing.shape)}."
     name = spoken(scene, thing, rng)

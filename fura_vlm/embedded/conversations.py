@@ -7,7 +7,7 @@ phrasings that training never has; :mod:`fura_vlm.embedded.judge` says which ans
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fura_vlm.embedded.asking import HELD_OUT, PICTURE, ask_for
@@ -26,6 +26,7 @@ REPLIES = {
     "praise": "I am glad to help.",
     "off_topic": "I do not know. I only know about pictures.",
 }
+ANYTHING = ("object", "thing", "shape", "one")  # what people call a thing without saying its shape
 Turn = tuple[str, str]
 
 
@@ -37,7 +38,7 @@ def a(name: str) -> str:
 def spoken(scene: Scene, thing: Thing, rng: random.Random) -> str | None:
     """A name that means this thing and no other, as people say it, or ``None`` where none does."""
     names = scene.names(thing)
-    return rng.choice(names).replace("object", rng.choice(("object", "thing", "shape", "one"))) if names else None
+    return rng.choice(names).replace("object", rng.choice(ANYTHING)) if names else None
 
 
 # ------------------------------------------------------------------------------------------------ what is answered
@@ -45,7 +46,7 @@ def spoken(scene: Scene, thing: Thing, rng: random.Random) -> str | None:
 
 def description(scene: Scene, detailed: bool = False) -> str:
     """All that the scene shows in the order of reading; ``detailed`` adds how many things there are."""
-    parts = sorted((*scene.things, *scene.signs), key=lambda part: part.cell)
+    parts = _in_order((*scene.things, *scene.signs))
     said = [
         f"{a(part.color)} sign that says {part.word}"
         if isinstance(part, Sign)
@@ -58,21 +59,24 @@ def description(scene: Scene, detailed: bool = False) -> str:
 
 def short_description(scene: Scene) -> str:
     """The things by colour and shape alone, in the order of reading."""
-    parts = sorted((*scene.things, *scene.signs), key=lambda part: part.cell)
+    parts = _in_order((*scene.things, *scene.signs))
     said = [a(f"{part.color} {'sign' if isinstance(part, Sign) else part.shape}") for part in parts]
     return f"I see {_joined(said)}."
 
 
 def colors_of(scene: Scene) -> str:
     """The colours of the things, in the order of reading."""
-    things = sorted(scene.things, key=lambda thing: thing.cell)
-    return f"I see {_joined(list(dict.fromkeys(thing.color for thing in things)))}."
+    return f"I see {_joined(list(dict.fromkeys(thing.color for thing in _in_order(scene.things))))}."
 
 
 def shapes_of(scene: Scene) -> str:
     """The shapes of the things, in the order of reading."""
-    things = sorted(scene.things, key=lambda thing: thing.cell)
-    return f"I see {_joined(list(dict.fromkeys(a(thing.shape) for thing in things)))}."
+    return f"I see {_joined(list(dict.fromkeys(a(thing.shape) for thing in _in_order(scene.things))))}."
+
+
+def _in_order(parts: Iterable[Thing | Sign]) -> list[Thing | Sign]:
+    """In the order of reading."""
+    return sorted(parts, key=lambda part: part.cell)
 
 
 def _joined(said: list[str]) -> str:
@@ -130,7 +134,7 @@ class _Talk:
         if not found:
             return None
         thing, name = self.rng.choice(found)
-        return thing, name.replace("object", self.rng.choice(("object", "thing", "shape", "one")))
+        return thing, name.replace("object", self.rng.choice(ANYTHING))
 
     def describe(self) -> Turn:
         kind = self.rng.choices(("describe", "describe_short", "describe_long"), (6, 2, 2))[0]
@@ -158,7 +162,7 @@ class _Talk:
     def at_place(self) -> Turn | None:
         """The colour, shape or size of a thing that is called by its place."""
         thing = self.rng.choice(self.scene.things)
-        name = f"{self.rng.choice(('object', 'thing', 'shape', 'one'))} at the {thing.place}"
+        name = f"{self.rng.choice(ANYTHING)} at the {thing.place}"
         kind = self.rng.choice(("color", "shape", "size"))
         self.it = (thing, name, kind)
         facts = {"color": thing.color, "shape": a(thing.shape), "size": thing.size}
@@ -181,7 +185,7 @@ class _Talk:
         if not things:
             return None
         thing = self.rng.choice(things)
-        name = f"{thing.color} {self.rng.choice(('object', 'thing', 'shape', 'one'))}"
+        name = f"{thing.color} {self.rng.choice(ANYTHING)}"
         self.it = (thing, name, "shape")
         return ask_for("shape", self.rng, thing=name), f"The {name} is a {thing.shape}."
 
