@@ -21,7 +21,7 @@ import peft
 import torch
 import transformers
 from peft import get_peft_model
-from shapes import random_llava
+from shapes import random_llava, reads_per_second
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
@@ -118,14 +118,10 @@ def wait(generations: list[Generation]) -> None:
 
 def limit() -> float | None:
     """Tokens per second of one answer if reading the decoder's weights and the head once took all of the time."""
-    known = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second, from NVIDIA's data sheets of the SXM forms
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    bandwidth = next((rate for card, rate in known.items() if card in name), None)
     parts = family.parts(llava)
     # A token reads one row of the embeddings, and adapters are no part of the limit.
     read = [p for name, p in parts.decoder.named_parameters() if "embed_tokens" not in name and "fura" not in name]
-    size = sum(p.numel() * p.element_size() for p in [*read, *parts.head.parameters()])
-    return bandwidth and bandwidth / size
+    return reads_per_second([*read, *parts.head.parameters()])
 
 
 cases = {

@@ -27,6 +27,7 @@ import peft
 import torch
 import transformers
 from peft import get_peft_model
+from shapes import reads_per_second
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -39,7 +40,6 @@ from fura_vlm.decoding.rows import Decoder, Rows
 from fura_vlm.errors import first_line
 from fura_vlm.families.text import Language
 
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second, from NVIDIA's data sheets of the SXM forms
 STARTED = time.monotonic()
 
 parser = argparse.ArgumentParser(description="CUDA graphs of a decoder's step: right, and how fast?")
@@ -230,10 +230,8 @@ def compare(title: str, model) -> None:
 def most(model) -> float | None:
     """Steps per second if reading the decoder's weights and the head once took all of the time; adapters, of which an
     answer reads 2 % more, are no part of it."""
-    name = "" if device == "cpu" else torch.cuda.get_device_name()
-    bandwidth = next((rate for card, rate in BANDWIDTH.items() if card in name), None)
     read = [p for name, p in model.named_parameters() if "embed_tokens" not in name and "fura" not in name]
-    return bandwidth and bandwidth / sum(p.numel() * p.element_size() for p in read)
+    return reads_per_second(read)
 
 
 def share(steps: float, model) -> str:

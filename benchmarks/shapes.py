@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from transformers import LlavaForConditionalGeneration
 
 from fura_vlm.families.llava import Llava, make_processor, named_config
 from fura_vlm.modelling.load import load_family
+
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second, from NVIDIA's data sheets of the SXM forms
+
+
+def reads_per_second(parameters: Iterable[torch.Tensor]) -> float | None:
+    """How often the GPU at hand could read them from its memory; None for one that is not known, and without one."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    bandwidth = next((rate for card, rate in BANDWIDTH.items() if card in name), None)
+    return bandwidth and bandwidth / sum(p.numel() * p.element_size() for p in parameters)
 
 
 def random_llava(image_token_id: int) -> LlavaForConditionalGeneration:
