@@ -48,9 +48,9 @@ class EmbeddedConfig:
     """
 
     output_dir: str = "data/embedded"
-    train_records: int = 2640
+    train_records: int = 2240
     text_share: float = 0.06
-    talk_share: float = 0.5
+    talk_share: float = 0.41
     turns: int = 4
     eval_per_family: int = 100
     seed: int = 0
