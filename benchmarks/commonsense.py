@@ -1,7 +1,7 @@
 """Commonsense questions with a small real model: the base, and what each method makes of it, on each set.
 
     fura-vlm data smollm2
-    python benchmarks/commonsense.py FOLDER                                  all methods, three epochs, on a GPU
+    python benchmarks/commonsense.py FOLDER                                  all methods, two epochs, on a GPU
     python benchmarks/commonsense.py FOLDER --methods fura --steps 3 --limit 4 --seeds 1     a quick try, anywhere
 
 FOLDER holds LLM-Adapters' records: NAME-train.json of some sets, which are trained on together, and NAME-test.json or
@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -66,6 +67,7 @@ def tune(method: str, seed: int, arguments: argparse.Namespace, file: Path) -> P
     if not (run / "report.md").is_file():
         settings = ["--method", method, "--seed", seed, "--learning_rate", LEARNING_RATES[method]]
         settings += ["--model_name_or_path", arguments.model, "--data_path", file, "--output_dir", run]
+        settings += ["--per_device_train_batch_size", 64 if torch.cuda.is_available() else 16]  # a step is the same
         settings += ["--max_steps", arguments.steps] if arguments.steps else []
         begun = time.time()
         call("train", "--config", "commonsense-smollm2", *settings)
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of the recipe's epochs")
     parser.add_argument("--limit", type=int, help="questions of each set")
     parser.add_argument("--score", default="likelihood", choices=["likelihood", "answers"])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time: on one GPU they share it")
     parser.add_argument("--runs", type=Path, default=Path("runs/commonsense-benchmark"))
     parser.add_argument("--output", type=Path, help="a Markdown file to write the table to as well")
     arguments = parser.parse_args()
@@ -110,12 +113,18 @@ def main() -> None:
     ]
     before = scores(Path(arguments.model), arguments.runs / "base", arguments, asked)
     rows = [row("base", "", [before], asked, trained)]
-    for method in arguments.methods.split(","):
-        reached = []
-        for seed in seeds:
-            run = tune(method, seed, arguments, file)
-            reached.append(scores(run, run / "eval", arguments, asked))
-        rows.append(row(method, f"{LEARNING_RATES[method]:.0e}", reached, asked, trained))
+
+    def one(job: tuple[str, int]) -> dict[str, float]:
+        run = tune(*job, arguments, file)
+        return scores(run, run / "eval", arguments, asked)
+
+    methods = arguments.methods.split(",")
+    jobs = [(method, seed) for seed in seeds for method in methods]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        reached = dict(zip(jobs, pool.map(one, jobs), strict=True))
+    for method in methods:
+        of_seeds = [reached[method, seed] for seed in seeds]
+        rows.append(row(method, f"{LEARNING_RATES[method]:.0e}", of_seeds, asked, trained))
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
     groups = [

@@ -79,7 +79,7 @@ def end_to_end(answerer: Answerer, asked: list[Question]) -> tuple[float, float]
 
 
 @torch.inference_mode()
-def model_only(answerer: Answerer, asked: list[Question], own_cache: bool = True, repeats: int = 2) -> dict[str, float]:
+def model_only(answerer: Answerer, asked: list[Question], own: bool = True, repeats: int = 2) -> dict[str, float]:
     """Seconds of one batch as a whole, of its pictures (tower and projector), of all before the first new token, and
     of the other fifteen.
     """
@@ -89,9 +89,9 @@ def model_only(answerer: Answerer, asked: list[Question], own_cache: bool = True
 
     def generate(new: int) -> None:
         arguments = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
-        cache = answerer.cache(arguments) if own_cache else None
+        how = answerer.how(arguments) if own else {}
         pad = answerer.family.tokenizer.pad_token_id
-        answerer.model.generate(**batch, **arguments, past_key_values=cache, pad_token_id=pad)
+        answerer.model.generate(**batch, **arguments, **how, pad_token_id=pad)
 
     def best(call) -> float:
         return min(seconds(answerer.device, call) for _ in range(repeats))
@@ -144,9 +144,9 @@ def main() -> None:
         rate, waited = end_to_end(answerer, asked[:number])
         row(f"{name}, end to end", rate, f"{100 * waited:.1f} %", "", "", "")
 
-    def model(name: str, answerer: Answerer, own_cache: bool = True) -> None:
+    def model(name: str, answerer: Answerer, own: bool = True) -> None:
         batch = list(itertools.islice(itertools.cycle(alike), answerer.batch_size))
-        spent = model_only(answerer, batch, own_cache)
+        spent = model_only(answerer, batch, own)
         shares = [f"{100 * spent[part] / spent['whole']:.0f} %" for part in ("pictures", "prefill", "decode")]
         row(f"{name}, model only", len(batch) / spent["whole"], "", *shares)
 
@@ -161,7 +161,7 @@ def main() -> None:
             break
         model(f"batch {size}", answerer)
     answerer = Answerer(llava, family, dtype, options.sizes[0], num_workers=options.workers)
-    model(f"batch {options.sizes[0]}, transformers' cache", answerer, own_cache=False)
+    model(f"batch {options.sizes[0]}, transformers' cache", answerer, own=False)
 
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     text = "\n".join([

@@ -2,6 +2,7 @@
 
     fura-vlm data smollm2
     python benchmarks/grpo.py FOLDER                         until all is done, or for --minutes; then call it again
+    python benchmarks/grpo.py FOLDER --jobs 9                runs side by side: on one GPU they share it
     python benchmarks/grpo.py FOLDER --methods fura --seeds 1 --steps 2 --limit 2 --small      a quick try, anywhere
 
 FOLDER holds LLM-Adapters' math_data.json and MultiArith-test.json, AddSub-test.json, SingleEq-test.json and
@@ -24,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -45,7 +47,8 @@ class OutOfTime(Exception):
 
 
 class Clock:
-    """Starts the project's commands, and ends the last one when the time is over: it goes on in the next call."""
+    """Starts the project's commands, and ends those that are running when the time is over: they go on in the next
+    call."""
 
     def __init__(self, minutes: float):
         self.end = time.monotonic() + 60 * minutes
@@ -124,13 +127,18 @@ def rewards(run: Path) -> list[float]:
 
 def work(arguments: argparse.Namespace, clock: Clock, write) -> None:
     """Everything, in this order; ``write`` takes a row."""
-    write({"method": "start", "seed": 0, "scores": scores(start(arguments, clock), arguments.runs / "start" / "eval",
-                                                          arguments, clock)})  # fmt: skip
-    for seed in arguments.seeds:  # a seed of every method first: what there is can be compared
-        for method in arguments.methods:
-            run = by_reward(method, seed, arguments, clock)
-            reached = scores(run, run / "eval", arguments, clock)
-            write({"method": method, "seed": seed, "scores": reached, "rewards": rewards(run)})
+    begin = start(arguments, clock)
+
+    def one(method: str, seed: int) -> None:
+        run = by_reward(method, seed, arguments, clock) if seed else begin
+        reached = scores(run, run / "eval", arguments, clock)
+        write({"method": method, "seed": seed, "scores": reached} | ({"rewards": rewards(run)} if seed else {}))
+
+    # A seed of every method first: what there is can be compared.
+    jobs = [("start", 0), *((method, seed) for seed in arguments.seeds for method in arguments.methods)]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for done in [pool.submit(one, *job) for job in jobs]:
+            done.result()
 
 
 def table(rows: list[dict]) -> Table:
@@ -187,6 +195,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="questions of each set")
     parser.add_argument("--small", action="store_true", help="steps of a few short answers, to see that it works")
     parser.add_argument("--minutes", type=float, default=9.0, help="of one call")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--runs", type=Path, default=Path("runs/grpo-benchmark"))
     parser.add_argument("--output", type=Path, help="a Markdown file for the table; the curve is a PNG beside it")
     arguments = parser.parse_args()
@@ -195,7 +204,7 @@ def main() -> None:
     arguments.rates = dict(pair.split("=") for pair in arguments.rates.split(",") if pair)
 
     numbers = held_out(arguments.data, arguments.runs / "held-out")
-    rows: list[dict] = []
+    rows: list[dict] = []  # in the order in which they come
     file = arguments.runs / "rows.jsonl"
     file.unlink(missing_ok=True)
 
@@ -211,6 +220,8 @@ def main() -> None:
         end = "Not all is done: call it again, and it goes on."
     if not rows:
         sys.exit(end)
+    order = ["start", *arguments.methods]
+    rows.sort(key=lambda row: (order.index(row["method"]), row["seed"]))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
     asked = ", ".join(f"{name} {min(number, arguments.limit or number)}" for name, number in numbers.items())
     told = [

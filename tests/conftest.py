@@ -161,9 +161,10 @@ def interpreted():
     """Runs a script that has Triton's interpreter, which must be chosen before Triton is imported, and prints an object
     of JSON a line; returns these by their ``case``."""
 
-    def run(worker: Path) -> dict[str, dict]:
+    def run(worker: Path, *arguments: object) -> dict[str, dict]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=environment)
+        command = [sys.executable, worker, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         return {row.pop("case"): row for row in rows}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fura_vlm.decoding.attention import NAME as SLOTS
@@ -14,7 +16,7 @@ from fura_vlm.families.base import Family
 from fura_vlm.fura import kernels
 
 KEPT = 8
-"""Slots whose buffers are kept at most while nothing is written."""
+"""Slots whose buffers are kept by default while nothing is written: many take much memory."""
 
 FULL, WINDOW = "full_attention", "sliding_attention"
 
@@ -74,6 +76,10 @@ class Decoder:
             return self._model(**inputs).logits[:, -1]
         return self._parts.head(self._parts.decoder(**inputs).last_hidden_state[:, -1])
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """All of the model."""
+        return self._model.modules()
+
 
 class Rows:
     """Rows of one model, with one adapter or none, each in its slot of one cache.
@@ -82,33 +88,51 @@ class Rows:
 
     Graphs of its steps are kept, with the cache's buffers, for the rows to come.
 
+    Args:
+        keeps: slots whose buffers are kept at most while nothing is written.
+
     Attributes:
         rows: what the caller has added, in the order of the slots.
         last: each row's last token, (rows) int64, which is not in the cache yet. The caller sets it after a step.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: Decoder, keeps: float = KEPT) -> None:
+        self._decoder, self._most = decoder, keeps
         self._kinds = _kinds(decoder.text_config)
         self._cache = Slots()
         self._graphs = Graphs(decoder, self._cache) if decoder.records else None
         self.clear()
 
     def clear(self) -> None:
+        """Lets go of all rows."""
         self.rows: list = []
         if self.keeps:
             self._cache.keep([])
         else:
             self._cache.clear()
-            if self._graphs is not None:
-                self._graphs.clear()
+            self.forget()
         self.last: torch.Tensor | None = None
         self._offsets: torch.Tensor | None = None
 
+    def forget(self) -> None:
+        """Lets go of the graphs: something that they were recorded with has changed."""
+        if self._graphs is not None:
+            self._graphs.clear()
+
+    @property
+    def bytes(self) -> int:
+        """Of the cache."""
+        return self._cache.bytes
+
+    @property
+    def failed(self) -> bool:
+        """The model cannot be recorded."""
+        return self._graphs is None or self._graphs.failed
+
     @property
     def keeps(self) -> bool:
-        """Whether there is something to keep for the rows to come. Much memory is no such thing."""
-        return self._graphs is not None and not self._graphs.failed and 0 < self._cache.capacity <= KEPT
+        """Whether there is something to keep for the rows to come."""
+        return self._graphs is not None and not self._graphs.failed and 0 < self._cache.capacity <= self._most
 
     def add(self, row, prompt: DynamicCache, last: torch.Tensor, offset: int) -> None:
         """Adds a row.
@@ -120,17 +144,29 @@ class Rows:
             offset: how far the positions of its next tokens are from their places in the cache.
         """
         offsets = torch.full_like(last, offset)
-        if self._cache.add(prompt) and self._graphs is not None:
-            self._graphs.clear()
+        if self._cache.add(prompt):
+            self.forget()
         self.last = last if not self.rows else torch.cat([self.last, last])
         self._offsets = offsets if not self.rows else torch.cat([self._offsets, offsets])
         self.rows.append(row)
 
+    def read(self, pads: list[int], length: int, room: int, device: torch.device) -> Cache:
+        """The cache for reading the prompts of all rows at once; `begin` is to follow. See `Slots.read`."""
+        layers = len(DynamicCache(config=self._decoder.text_config).layers)
+        prompts, grew = self._cache.read(pads, length, room, layers, device)
+        if grew:
+            self.forget()
+        return prompts
+
+    def begin(self, rows: list, last: torch.Tensor, offsets: torch.Tensor) -> None:
+        """Adds the rows whose prompts have been read; all as for `add`, (rows) int64."""
+        self.rows, self.last, self._offsets = rows, last, offsets
+
     def step(self) -> torch.Tensor:
         """Gives each row's last token to the model; returns what comes next, (rows, vocabulary)."""
         cache = self._cache
-        if cache.make_room() and self._graphs is not None:
-            self._graphs.clear()
+        if cache.make_room():
+            self.forget()
         logits = self._plain() if self._graphs is None else self._graphs.step(self.last, self._offsets, self._plain)
         cache.advance()
         return logits

@@ -63,6 +63,35 @@ class Slots(Cache):
         self.lengths.append(length)
         return grew
 
+    def read(self, pads: list[int], length: int, room: int, layers: int, device: torch.device) -> tuple[Cache, bool]:
+        """Empties all slots for prompts that are read at once.
+
+        Args:
+            pads: how many of the ``length`` tokens of each row are padding, on the left.
+            room: tokens that each row may get besides.
+            layers: of the model.
+
+        Returns: a cache to read them with, once, and whether the buffers are other ones than before.
+        """
+        rows, columns = len(pads), -(-(length + room) // 64) * 64
+        grew = rows > self.capacity or columns > self.columns
+        if grew:
+            rows, columns = max(rows, self.capacity), max(columns, self.columns)
+            self.clear()  # first: there may not be memory for both
+            self.layers, self.columns = [SlotLayer(self) for _ in range(layers)], columns
+            self.places, self.numbers = (
+                torch.zeros(rows, dtype=torch.long, device=device),
+                torch.arange(rows, device=device),
+            )
+        self.lengths = [length - pad for pad in pads]
+        self.places.zero_()
+        self.places[: len(pads)] = torch.tensor(self.lengths, device=device)
+        columns = None
+        if any(pads):
+            columns = torch.arange(length, device=device) + torch.tensor(pads, device=device)[:, None]
+            columns = columns.clamp_(max=length - 1)[:, None, :, None]
+        return Cache(layers=[PromptLayer(layer, columns) for layer in self.layers]), grew
+
     def make_room(self) -> bool:
         """Sees to it that each row can take one token more. Returns whether the buffers are other ones than before."""
         return max(self.lengths) >= self.columns and self._grow(self, self.capacity, self.columns + 1)
@@ -119,6 +148,11 @@ class Slots(Cache):
         self.numbers = torch.arange(rows, device=buffer.device)
         return True
 
+    @property
+    def bytes(self) -> int:
+        """Of the buffers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.keys is not None)
+
 
 class SlotLayer(CacheLayerMixin):
     """Keys and values (capacity, heads, columns, size) of one layer."""
@@ -133,6 +167,12 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing: ``Slots`` makes the buffers."""
+
+    def make(self, heads: int, size: int, value_size: int, like: torch.Tensor) -> None:
+        """Makes the buffers, if there are none yet."""
+        if self.keys is None:
+            shape = self._slots.capacity, heads, self._slots.columns
+            self.keys, self.values = like.new_zeros(*shape, size), like.new_zeros(*shape, value_size)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Writes one token, (rows, heads, 1, size), for each of the first rows; returns (rows, heads, width, size)."""
@@ -151,3 +191,43 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self._slots.columns
+
+
+class PromptLayer(CacheLayerMixin):
+    """Takes prompts that are padded on the left into the slots of a layer, without a copy of its own.
+
+    Args:
+        slot: of the same layer.
+        columns: where in the prompts what belongs in each column of the slots is, (rows, 1, columns, 1) int64; ``None``:
+            nothing is padded.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, slot: SlotLayer, columns: torch.Tensor | None) -> None:
+        super().__init__()
+        self._slot, self._columns, self._length = slot, columns, 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the buffers are the slots'."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Keeps the prompts' keys and values, (rows, heads, length, size), and returns them as they are."""
+        rows, heads, self._length, size = key_states.shape
+        self._slot.make(heads, size, value_states.shape[-1], key_states)
+        for buffer, states in ((self._slot.keys, key_states), (self._slot.values, value_states)):
+            if self._columns is not None:
+                states = states.take_along_dim(self._columns, dim=2)
+            buffer[:rows, :, : self._length] = states
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1

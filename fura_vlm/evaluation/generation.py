@@ -6,7 +6,8 @@ What is behind the model for lmms-eval, without lmms-eval. Three things keep a G
 - The longest questions come first, so that a batch that does not fit in memory shows at once, and those of a length
   share batches: where nothing is padded, attention needs no mask and takes its fastest form.
 - Keys and values are written into buffers that have room for the answer. transformers' own cache copies all of them
-  for every new token: for LLaVA-1.5-7B, 640 tokens and a batch of 128, that is 43 GB a token.
+  for every new token: for LLaVA-1.5-7B, 640 tokens and a batch of 128, that is 43 GB a token. On a GPU the steps are
+  CUDA graphs, too (``fura_vlm/decoding/loop.py``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers import Cache, DynamicCache, StoppingCriteriaList, StopStringCr
 from transformers.cache_utils import DynamicLayer
 
 from fura_vlm.data.messages import IMAGE
+from fura_vlm.decoding.loop import Loop
 from fura_vlm.errors import FuraVLMError, first_line
 from fura_vlm.families.base import Family
 from fura_vlm.families.messages import Message, Picture, Text
@@ -94,6 +96,7 @@ class Answerer:
             num_workers = min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 0
         self.num_workers, self.waited = num_workers, 0.0
         self._criteria: dict[tuple[str, ...], StoppingCriteriaList] = {}
+        self._loop = Loop(model, family)
         # The workers are copies of this process; tokenizers would warn about its threads once for each of them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -181,18 +184,22 @@ class Answerer:
             self.family,
             inputs,
             **{name: value for name, value in arguments.items() if name != "until"},
-            past_key_values=self.cache(arguments),
+            **self.how(arguments),
             stopping_criteria=self._ends(until),
         )
         return [cut(text, until) for text in texts]
 
-    def cache(self, arguments: dict) -> Cache | None:
-        """A cache with room for the answer; ``None``, which means transformers' own, if a layer or beam search needs
-        another kind."""
+    def how(self, arguments: dict) -> dict:
+        """More arguments for ``generate``: steps as CUDA graphs, or else a cache with room for the answer, or nothing
+        if a layer or beam search needs transformers' own."""
         layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
-        if (arguments.get("num_beams") or 1) > 1 or any(type(layer) is not DynamicLayer for layer in layers):
-            return None
-        return Cache(layers=[RoomyLayer(arguments["max_new_tokens"]) for _ in layers])
+        if (arguments.get("num_beams") or 1) > 1:
+            return {}
+        if self._loop.able:
+            return {"custom_generate": self._loop}
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            return {}
+        return {"past_key_values": Cache(layers=[RoomyLayer(arguments["max_new_tokens"]) for _ in layers])}
 
     def _ends(self, until: list[str]) -> StoppingCriteriaList | None:
         """transformers' criterion for ``until``, made once, for it goes through the whole vocabulary."""

@@ -68,7 +68,10 @@ class FuraLayer(BaseTunerLayer):
         self._unmerged: SavedWeight | None = None  # the base weight, while it is replaced by a merged one
         # block matrices while answering, by adapters and dtype, each with the version of what it was computed from;
         # DeepSpeed writes to parameters without a change of their version, but not in evaluation mode
-        self._kept_blocks: dict[tuple, tuple[list[tuple[int, int]], list[torch.Tensor]]] = {}
+        self._kept_blocks: dict[tuple, tuple[list[tuple[int, int]] | None, list[torch.Tensor]]] = {}
+        self.blocks_stay = (
+            False  # whether they are always in the same memory, through training too, as a graph needs it
+        )
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.fura_adapters)
@@ -251,7 +254,10 @@ class FuraLinear(nn.Module, FuraLayer):
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 
     def train(self, mode: bool = True) -> FuraLinear:
-        self._kept_blocks.clear()
+        if self.blocks_stay:
+            self._kept_blocks = {key: (None, blocks) for key, (_, blocks) in self._kept_blocks.items()}
+        else:
+            self._kept_blocks.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FuraLinear:
@@ -357,8 +363,14 @@ class FuraLinear(nn.Module, FuraLayer):
         blocks = [narrowed(D, computed) for D in by_shape.values()]
         if version is not None:
             blocks = [D.to(dtype) for D in blocks]
+            if self.blocks_stay and key in self._kept_blocks:
+                blocks = [kept.copy_(D) for kept, D in zip(self._kept_blocks[key][1], blocks, strict=True)]
             self._kept_blocks[key] = version, blocks
         return blocks
+
+    def kept_blocks(self) -> list[torch.Tensor]:
+        """What is kept of the adapters for answering."""
+        return [D for _, blocks in self._kept_blocks.values() for D in blocks]
 
     def _written(self, adapter_names: list[str]) -> list[tuple[int, int]] | None:
         """A value that changes whenever a tensor of the adapters is written to or replaced, or None if what follows

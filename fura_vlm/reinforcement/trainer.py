@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from functools import partial
+
 from transformers import ProgressCallback
 from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
 from fura_vlm.data.images import load_image
+from fura_vlm.decoding.loop import Loop, stay
 from fura_vlm.errors import ModelError
 from fura_vlm.families.base import Family
 from fura_vlm.families.messages import Message, Text, pictures
@@ -14,6 +18,7 @@ from fura_vlm.reinforcement.config import GrpoConfig
 from fura_vlm.reinforcement.data import Asked, rows
 from fura_vlm.reinforcement.memory import fewer_rollouts
 from fura_vlm.reinforcement.sampler import PromptSampler
+from fura_vlm.training.config import zero
 from fura_vlm.training.methods import method_of
 from fura_vlm.training.trainer import RunTrainer
 
@@ -25,6 +30,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
     def __init__(self, *args, config: GrpoConfig, **kwargs):
         self.config = config
         super().__init__(*args, **kwargs)
+        self._loop: Loop | None = None  # made with the first answers: the model is where it stays then
         if self.pop_callback(ProgressCallback):
             self.add_callback(RewardProgress)
 
@@ -52,10 +58,26 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         if not (method_of(self.config).four_bits and self.args.device.type == "cpu"):
             self.model.eval()
         try:
-            with fewer_rollouts(self.config):
+            with fewer_rollouts(self.config), self._graphs():
                 return super()._generate_single_turn(*args, **kwargs)
         finally:
             self.model.train()
+
+    @contextmanager
+    def _graphs(self):
+        """Within it, ``generate`` takes its steps as CUDA graphs, where the model's weights are all here."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        if self._loop is None:
+            self._loop = Loop(model, self.family)
+            stay(model)
+        if not self._loop.able or self.use_vllm or zero(self.config).get("stage") == 3:
+            yield
+            return
+        model.generate = partial(model.generate, custom_generate=self._loop)
+        try:
+            yield
+        finally:
+            del model.generate
 
     def _save(self, output_dir=None, state_dict=None):
         kept, self.processing_class = self.processing_class, None  # it is in the run folder

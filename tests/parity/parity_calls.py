@@ -168,7 +168,7 @@ def training_losses(folder: Path) -> list[float]:
     """The loss of each step of a run of ``STEPS`` steps, as a user starts it: the embedded model, FuRA, float32,
     one thread."""
     mixture = EmbeddedConfig(
-        output_dir=str(folder / "mixture"), train_records=2 * STEPS, eval_per_family=1, text_share=0.2
+        output_dir=str(folder / "mixture"), train_records=2 * STEPS, eval_per_family=1, text_share=0.2, talk_share=0.5
     )
     write_embedded(mixture)
     recipe = {
