@@ -198,8 +198,8 @@ class PromptLayer(CacheLayerMixin):
 
     Args:
         slot: of the same layer.
-        columns: where in the prompts what belongs in each column of the slots is, (rows, 1, columns, 1) int64; ``None``:
-            nothing is padded.
+        columns: those of the prompts that belong in the columns of the slots, (rows, 1, columns, 1) int64; ``None``:
+            the same ones, for nothing is padded.
     """
 
     is_sliding = False

@@ -1,6 +1,6 @@
-"""Runs ``generate`` with the loop of CUDA graphs in Triton's interpreter, which must be chosen before Triton is imported,
-beside ``generate`` as it is; prints what it found as JSON, one object a line. Instead of a graph's being replayed, the
-step is run again. With real graphs, on a GPU: python tests/decoding/loop_worker.py FOLDER cuda
+"""Runs ``generate`` with the loop of CUDA graphs in Triton's interpreter, which must be chosen before Triton is
+imported, beside ``generate`` as it is; prints what it found as JSON, one object a line. Instead of a graph's being
+replayed, the step is run again. With real graphs, on a GPU: python tests/decoding/loop_worker.py FOLDER cuda
 """
 
 import json
@@ -8,9 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-DEVICE = sys.argv[2] if len(sys.argv) > 2 else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = str(int(sys.argv[2:] != ["cuda"]))
 
 import torch
 from family_models import BUILDERS
@@ -23,7 +21,7 @@ from fura_vlm.families.messages import Message, Picture, Text
 from fura_vlm.modelling.load import load_base, load_family
 
 torch.set_num_threads(1)
-FOLDER = Path(sys.argv[1])
+FOLDER, DEVICE = Path(sys.argv[1]), "cuda" if sys.argv[2:] == ["cuda"] else "cpu"
 QUESTIONS = ["What is this?", "How many are there in the picture? Describe it please.", "Is it red?"]
 GREEDY = {"do_sample": False, "max_new_tokens": 7}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 7}
