@@ -67,7 +67,7 @@ def tune(method: str, seed: int, arguments: argparse.Namespace, file: Path) -> P
     if not (run / "report.md").is_file():
         settings = ["--method", method, "--seed", seed, "--learning_rate", LEARNING_RATES[method]]
         settings += ["--model_name_or_path", arguments.model, "--data_path", file, "--output_dir", run]
-        settings += ["--per_device_train_batch_size", 64 if torch.cuda.is_available() else 16]  # a step is the same
+        settings += ["--per_device_train_batch_size", 32 if torch.cuda.is_available() else 16]  # a step is the same
         settings += ["--max_steps", arguments.steps] if arguments.steps else []
         begun = time.time()
         call("train", "--config", "commonsense-smollm2", *settings)
