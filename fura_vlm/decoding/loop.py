@@ -20,10 +20,6 @@ from fura_vlm.decoding.rows import Decoder, Rows, can_join
 from fura_vlm.families.base import Family
 from fura_vlm.fura.layer import FuraLayer
 
-KEPT = 1 / 16
-"""Of a GPU's memory: a cache larger than this is not kept from call to call, nor are its graphs."""
-
-
 class Loop:
     """For ``generate(..., custom_generate=loop)`` of one model, on one process, without beams.
 
@@ -36,14 +32,15 @@ class Loop:
     Args:
         model: as it is or within a PEFT model.
         family: that of the model.
+        keeps: a cache of up to this share of the GPU's memory is kept from call to call, and the graphs with it.
     """
 
-    def __init__(self, model, family: Family) -> None:
+    def __init__(self, model, family: Family, keeps: float = 1.0) -> None:
         plain = model.get_base_model() if isinstance(model, PeftModel) else model
         self._config = plain.config.get_text_config(decoder=True)
         with self._own_attention():
             self._decoder = Decoder(plain, family, graphs=can_join(self._config))
-        self.able = self._decoder.records
+        self.able, self._keeps = self._decoder.records, keeps
         self._forget()
 
     def _forget(self) -> None:
@@ -71,7 +68,7 @@ class Loop:
             raise
         finally:
             self._rows.clear()
-            if input_ids.is_cuda and self._rows.bytes > KEPT * torch.cuda.mem_get_info(input_ids.device)[1]:
+            if input_ids.is_cuda and self._rows.bytes > self._keeps * torch.cuda.mem_get_info(input_ids.device)[1]:
                 self._forget()
 
     def _write(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):

@@ -23,6 +23,10 @@ from fura_vlm.training.methods import method_of
 from fura_vlm.training.trainer import RunTrainer
 
 
+KEPT = 1 / 16
+"""Of a GPU's memory: what the cache of the answers may take while the model is trained on them."""
+
+
 class GrpoTrainer(RunTrainer, GRPOTrainer):
     """GRPO as TRL has it. What is different: questions are put in the family's form and read in an order that a
     resumed run keeps; answers are written in evaluation mode, and with advice if memory runs out."""
@@ -68,7 +72,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         """Within it, ``generate`` takes its steps as CUDA graphs, where the model's weights are all here."""
         model = self.accelerator.unwrap_model(self.model_wrapped)
         if self._loop is None:
-            self._loop = Loop(model, self.family)
+            self._loop = Loop(model, self.family, KEPT)
             stay(model)
         if not self._loop.able or self.use_vllm or zero(self.config).get("stage") == 3:
             yield
