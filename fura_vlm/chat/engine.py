@@ -42,7 +42,7 @@ class Engine(Writer):
         graphs: steps as CUDA graphs, where the model is on one GPU and allows it.
     """
 
-    def __init__(self, model, family: Family, max_rows: int = 24, graphs: bool = False):
+    def __init__(self, model, family: Family, max_rows: int = 24, graphs: bool = True):
         self.model, self._family = model, family
         self._peft = model.base_model if isinstance(model, PeftModel) else None
         self._switches = [] if self._peft is None else [m for m in model.modules() if isinstance(m, SWITCHED)]

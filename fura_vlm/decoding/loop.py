@@ -20,6 +20,7 @@ from fura_vlm.decoding.rows import Decoder, Rows, can_join
 from fura_vlm.families.base import Family
 from fura_vlm.fura.layer import FuraLayer
 
+
 class Loop:
     """For ``generate(..., custom_generate=loop)`` of one model, on one process, without beams.
 

@@ -8,6 +8,8 @@ else is copied, and the buffers stay where they are, as a CUDA graph needs it.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -162,7 +164,7 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, slots: Slots) -> None:
         super().__init__()
-        self._slots = slots
+        self._slots = weakref.proxy(slots)  # in a circle of references the buffers would outlive the cache
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

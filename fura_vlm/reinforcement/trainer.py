@@ -22,7 +22,6 @@ from fura_vlm.training.config import zero
 from fura_vlm.training.methods import method_of
 from fura_vlm.training.trainer import RunTrainer
 
-
 KEPT = 1 / 16
 """Of a GPU's memory: what the cache of the answers may take while the model is trained on them."""
 

@@ -1,6 +1,7 @@
 """The cache with a slot for each row against rows that are kept apart."""
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -80,3 +81,33 @@ def test_buffers_stay_where_they_are_until_they_are_full():
     before = slots.layers[1].values[0].clone()
     assert slots.make_room()
     assert torch.equal(slots.layers[1].values[0, :, : before.shape[1]], before)
+
+
+def test_buffers_go_with_the_cache():
+    slots = Slots()
+    slots.add(prompt(10))
+    buffer = weakref.ref(slots.layers[0].keys)
+    del slots
+    assert buffer() is None
+
+
+@pytest.mark.parametrize("pads", [[0, 0, 0], [0, 4, 1]])
+def test_prompts_read_at_once_are_those_read_alone(pads):
+    """Padded on the left, and nothing is left of what was in the slots before."""
+    length, slots = 9, Slots()
+    slots.add(prompt(5))
+    states = [[torch.randn(3, HEADS, length, SIZE) for _ in range(2)] for _ in range(LAYERS)]
+    reader, grew = slots.read(pads, length, 60, LAYERS, torch.device("cpu"))
+    assert grew and reader.get_seq_length() == 0
+    for layer, pair in enumerate(states):
+        returned = reader.update(*pair, layer)
+        assert all(torch.equal(*both) for both in zip(returned, pair, strict=True))
+    assert reader.get_seq_length() == length and slots.columns >= length + 60
+    assert slots.lengths == slots.places.tolist() == [length - pad for pad in pads]
+    for layer, pair in zip(slots.layers, states, strict=True):
+        for buffer, expected in zip((layer.keys, layer.values), pair, strict=True):
+            for row, pad in enumerate(pads):
+                assert torch.equal(buffer[row, :, : length - pad], expected[row, :, pad:])
+    memory = slots.layers[0].keys.data_ptr()
+    assert not slots.read([2, 0], 7, 50, LAYERS, torch.device("cpu"))[1]
+    assert slots.layers[0].keys.data_ptr() == memory and slots.lengths == [5, 7] and slots.places.tolist() == [5, 7, 0]
