@@ -111,17 +111,18 @@ def main() -> None:
         for name in CHOICES
         if (arguments.data / f"{name}-test.json").is_file() or (arguments.data / name / "test.json").is_file()
     ]
-    before = scores(Path(arguments.model), arguments.runs / "base", arguments, asked)
-    rows = [row("base", "", [before], asked, trained)]
 
-    def one(job: tuple[str, int]) -> dict[str, float]:
+    def one(job: tuple[str, int] | None) -> dict[str, float]:
+        if job is None:
+            return scores(Path(arguments.model), arguments.runs / "base", arguments, asked)
         run = tune(*job, arguments, file)
         return scores(run, run / "eval", arguments, asked)
 
     methods = arguments.methods.split(",")
-    jobs = [(method, seed) for seed in seeds for method in methods]
+    jobs = [*((method, seed) for seed in seeds for method in methods), None]  # None: the base
     with ThreadPoolExecutor(arguments.jobs) as pool:
         reached = dict(zip(jobs, pool.map(one, jobs), strict=True))
+    rows = [row("base", "", [reached[None]], asked, trained)]
     for method in methods:
         of_seeds = [reached[method, seed] for seed in seeds]
         rows.append(row(method, f"{LEARNING_RATES[method]:.0e}", of_seeds, asked, trained))

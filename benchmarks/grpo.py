@@ -116,6 +116,7 @@ def by_reward(method: str, seed: int, arguments: argparse.Namespace, clock: Cloc
         settings = ["--method", method, "--seed", seed, "--max_steps", arguments.steps, "--output_dir", run]
         settings += ["--model_name_or_path", arguments.runs / "start", "--data_path", arguments.data / "math_data.json"]
         settings += ["--learning_rate", arguments.rates[method]] if method in arguments.rates else []
+        settings += ["--per_device_train_batch_size", arguments.batch] if arguments.batch else []
         clock.call("grpo", "--config", "grpo-smollm2", *settings, *(SMALL if arguments.small else []))
     return run
 
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rates", default="", help="learning rates in place of the release's: fura=3e-4,lora=3e-4")
+    parser.add_argument("--batch", type=int, help="answers trained on at once, in place of the recipe's number")
     parser.add_argument("--limit", type=int, help="questions of each set")
     parser.add_argument("--small", action="store_true", help="steps of a few short answers, to see that it works")
     parser.add_argument("--minutes", type=float, default=9.0, help="of one call")
