@@ -23,8 +23,8 @@ from fura_vlm.modelling.load import load_base, load_family
 torch.set_num_threads(1)
 FOLDER, DEVICE = Path(sys.argv[1]), "cuda" if sys.argv[2:] == ["cuda"] else "cpu"
 QUESTIONS = ["What is this?", "How many are there in the picture? Describe it please.", "Is it red?"]
-GREEDY = {"do_sample": False, "max_new_tokens": 7}
-SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 7}
+GREEDY = {"do_sample": False, "max_new_tokens": 5}
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 5}
 
 
 def asked(family, numbers, text):
