@@ -75,12 +75,32 @@ if kernels.triton is not None:
 
 NAME = "fura_slots"
 
+FULL, WINDOW = "full_attention", "sliding_attention"
+
+
+def kinds_of(text_config) -> set[str]:
+    """The kinds of attention of a decoder's layers."""
+    kinds = getattr(text_config, "layer_types", None)
+    return set(kinds) if kinds else {WINDOW if getattr(text_config, "sliding_window", None) else FULL}
+
+
+class Seen(list):
+    """What attention returned, a tensor a layer.
+
+    Attributes:
+        windows: what each layer said of its window.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.windows: list[int | None] = []
+
 
 class _State(threading.local):
     """What is asked of ``slot_attention`` in this thread, if anything."""
 
     places: torch.Tensor | None = None
-    seen: list[torch.Tensor] | None = None
+    seen: Seen | None = None
     noise: tuple[float, torch.Generator] | None = None
 
 
@@ -98,9 +118,9 @@ def attending(places: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def watching() -> Iterator[list[torch.Tensor]]:
+def watching() -> Iterator[Seen]:
     """Gathers, in this thread, what each layer's attention returns, (rows, 1, heads, size)."""
-    _state.seen = seen = []
+    _state.seen = seen = Seen()
     try:
         yield seen
     finally:
@@ -173,6 +193,7 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slid
         out = (out + out * by * (2 * draw - 1)).to(out.dtype)
     if _state.seen is not None:
         _state.seen.append(out)
+        _state.seen.windows.append(sliding_window)
     return out, None
 
 
@@ -180,11 +201,14 @@ AttentionInterface.register(NAME, slot_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def prepare(text_config) -> bool:
+def prepare(decoder) -> bool:
     """Has a model's decoder use this attention. Returns whether it can: on a GPU for which Triton makes kernels, or in
-    Triton's interpreter, with a model whose attention is ``sdpa``."""
+    Triton's interpreter, with a model whose attention is ``sdpa``, full or with windows, and chosen by transformers."""
     able = kernels.ENABLED and (kernels.SHARED_MEMORY or kernels.INTERPRETED)
-    if text_config._attn_implementation not in ("sdpa", NAME) or not able:
+    text_config = decoder.config
+    known = kinds_of(text_config) <= {FULL, WINDOW} and getattr(text_config, "attention_chunk_size", None) is None
+    chosen = known and type(decoder)._can_set_attn_implementation()
+    if text_config._attn_implementation not in ("sdpa", NAME) or not able or not chosen:
         return False
     text_config._attn_implementation = NAME
     return True

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
-from fura_vlm.decoding.attention import attending, moved, watching
+from fura_vlm.decoding.attention import WINDOW, Seen, attending, kinds_of, moved, watching
 from fura_vlm.decoding.slots import Slots
 from fura_vlm.errors import first_line
 
@@ -23,14 +24,14 @@ TF32 = 2**-10
 MARGIN = 4
 """How many times what such a difference makes of the results of each layer is taken for rounding."""
 
-Outputs = list[torch.Tensor]  # what the attention of each layer returned, (rows, 1, heads, size), and the logits
+Outputs = Seen  # what the attention of each layer returned, (rows, 1, heads, size), and the logits
 
 
 class Graphs:
     """Graphs of a decoder's step over one cache, one for each of 1, 2, 4, 8, ... rows. Others are rounded up.
 
-    A graph repeats what was recorded: the same kernels, over the same memory. So nothing of the model may change while
-    it is used, its adapter included, and other buffers of the cache need other graphs.
+    A graph repeats what was recorded: the same kernels, over the same memory. So no tensor of the model may move while
+    it is used, its adapter's included, and other buffers of the cache need other graphs.
 
     Attributes:
         failed: the model cannot be recorded.
@@ -46,7 +47,7 @@ class Graphs:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all graphs: the cache has other buffers."""
+        """Forgets all graphs."""
         self._graphs: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
         self._tokens: torch.Tensor | None = None
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None  # they take turns
@@ -78,11 +79,18 @@ class Graphs:
                 near = _watched(plain)
             expected = _watched(plain)
             try:
-                make = record if last.is_cuda else repeat
-                replay, found = make(lambda: self._run(size), self._pool)
+                with torch.cuda.device(last.device) if last.is_cuda else nullcontext():
+                    make = record if last.is_cuda else repeat
+                    replay, found = make(lambda: self._run(size), self._pool)
+                for states in found:
+                    states.fill_(float("nan"))  # what the check looks at is of the replay
                 replay()
+                self._check_attention(found)
                 check(found, expected, near)
                 self._graphs[size] = replay, found[-1]
+            except torch.OutOfMemoryError:
+                self.clear()
+                raise
             except Exception as error:
                 logger.warning("Answers are written without CUDA graphs, more slowly: %s.", first_line(error))
                 self.failed = True
@@ -91,6 +99,14 @@ class Graphs:
         replay, logits = self._graphs[size]
         replay()
         return logits[:count]
+
+    def _check_attention(self, found: Outputs) -> None:
+        """Raises RuntimeError if not all layers have called the attention that takes each row's length from the GPU, or
+        if it was not told of a window."""
+        if len(found) - 1 < len(self._cache.layers):
+            raise RuntimeError("not all of its layers have the attention that a graph needs")
+        if WINDOW in kinds_of(self._decoder.text_config) and not any(found.windows):
+            raise RuntimeError("its attention keeps its windows to itself")
 
     def _run(self, size: int) -> Outputs:
         cache = self._cache
@@ -108,8 +124,8 @@ def check(found: Outputs, expected: Outputs, near: Outputs) -> float:
 
     How far rounding may carry a result depends on the model: it grows with depth, in bfloat16 to several per cent of
     the logits. So ``near`` is the model's own step with a rounding's difference in each layer's attention, and what it
-    differs by is the measure: in a layer, the most of all rows, for of a hundred rows some are moved far by chance. In
-    the first layers that is little, so that a key too many or too few is seen there, which the logits may hide.
+    differs by is the measure: in each layer, the largest over all rows, for of a hundred some are moved far by chance.
+    In the first layers that is little, so that a key too many or too few is seen there, which the logits may hide.
 
     Args:
         found: of the recorded step; it may have more rows.
@@ -149,8 +165,8 @@ def rounding_of(device: torch.device, dtype: torch.dtype) -> float:
 
 def _watched(step: Callable[[], torch.Tensor]) -> Outputs:
     with watching() as seen:
-        logits = step()
-    return [*seen, logits]
+        seen.append(step())
+    return seen
 
 
 def record(run: Callable[[], Outputs], pool) -> tuple[Callable[[], None], Outputs]:
@@ -161,7 +177,11 @@ def record(run: Callable[[], Outputs], pool) -> tuple[Callable[[], None], Output
         run()  # what is made only once, such as block matrices, is made before it is recorded
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    # The outer one leaves the stream also where a recording fails.
+    with (
+        torch.cuda.stream(stream),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
         outputs = run()
     return graph.replay, outputs
 

@@ -22,10 +22,12 @@ from fura_vlm.fura.layer import FuraLayer
 
 
 class Loop:
-    """For ``generate(..., custom_generate=loop)`` of one model, on one process, without beams.
+    """For ``generate(..., custom_generate=loop)`` of one model whose weights are all on one GPU, without beams, a
+    streamer and ``stop_strings``, which ``generate`` does not hand on.
 
-    The cache and the graphs are kept for the next call. They are made anew where the model's tensors have moved or
-    another adapter is on. What has been trained in place is seen, for the prompt is read by the model itself.
+    The cache and the graphs are kept for the next call. Graphs are made anew where the model's tensors have moved or
+    another adapter is on. What has been trained in place is seen, for the prompt is read by the model itself. Calls
+    that it cannot make are left to ``generate``'s own loop.
 
     Attributes:
         able: the model's steps can be recorded. If not, ``generate`` is to be called without the loop.
@@ -57,17 +59,25 @@ class Loop:
         **model_kwargs,
     ):
         """As ``GenerationMixin._sample``. Returns: prompts and answers, (rows, length) int64."""
-        if self._rows.failed or generation_config.return_dict_in_generate:
-            return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+        arguments = model, input_ids, logits_processor, stopping_criteria, generation_config
+        asks_more = (
+            generation_config.return_dict_in_generate
+            or generation_config.prefill_chunk_size is not None
+            or generation_config.cache_implementation is not None
+            or getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
+            or model_kwargs.get("inputs_embeds") is not None
+        )
+        if asks_more or not self.able or model.dtype != self._decoder.dtype:
+            return model._sample(*arguments[1:], **model_kwargs)
         try:
-            with self._own_attention():
-                return self._write(
-                    model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
-                )
+            with model._optimize_model_for_decode():
+                written = self._write(*arguments, dict(model_kwargs))
+            return model._sample(*arguments[1:], **model_kwargs) if written is None else written
         except BaseException:
-            self._forget()  # it may be the memory that is missing
+            self._forget()  # it may be a lack of memory, so let go of ours
             raise
         finally:
+            self.able = self.able and not self._rows.failed
             self._rows.clear()
             if input_ids.is_cuda and self._rows.bytes > self._keeps * torch.cuda.mem_get_info(input_ids.device)[1]:
                 self._forget()
@@ -99,18 +109,23 @@ class Loop:
                 return input_ids
             if not self._rows.rows:
                 positions = self._next_positions(model, input_ids, model_kwargs)
+                if positions is None:
+                    self.able = False
+                    return None
                 places = torch.tensor(pads, device=tokens.device).neg_().add_(length)
                 self._rows.begin(list(range(count)), tokens, positions - places)
                 self._check_memory()
             self._rows.last = tokens
-            logits = self._rows.step()
+            with self._own_attention():
+                logits = self._rows.step()
 
     @staticmethod
-    def _next_positions(model, input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
+    def _next_positions(model, input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor | None:
         """Where the tokens are that come first after the prompts, (rows) int64, as the model itself has it: a picture
-        may take fewer positions than tokens."""
+        may take fewer positions than tokens. ``None`` if the model does not say."""
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-        return inputs["position_ids"].reshape(-1, len(input_ids))[-1]
+        positions = inputs.get("position_ids")
+        return None if positions is None else positions.reshape(-1, len(input_ids))[-1]
 
     def _check_memory(self) -> None:
         """Lets go of the graphs if they were recorded with other tensors, or with other adapters on."""
@@ -139,8 +154,8 @@ class Loop:
 
 
 def stay(model: nn.Module) -> None:
-    """Has the adapters of a model that is trained between calls of a `Loop` keep what they compute for answering in
-    one place, so that graphs stay good."""
+    """For a model that is trained between calls of a `Loop`: its FuRA adapters keep their block matrices in the same
+    memory, so that recorded graphs stay valid."""
     for module in model.modules():
         if isinstance(module, FuraLayer):
             module.blocks_stay = True

@@ -8,8 +8,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from fura_vlm.decoding.attention import FULL, WINDOW, kinds_of, prepare
 from fura_vlm.decoding.attention import NAME as SLOTS
-from fura_vlm.decoding.attention import prepare
 from fura_vlm.decoding.graphs import ROUNDING, Graphs
 from fura_vlm.decoding.slots import Slots
 from fura_vlm.families.base import Family
@@ -17,8 +17,6 @@ from fura_vlm.fura import kernels
 
 KEPT = 8
 """Slots whose buffers are kept by default while nothing is written: many take much memory."""
-
-FULL, WINDOW = "full_attention", "sliding_attention"
 
 
 def can_join(text_config) -> bool:
@@ -52,7 +50,7 @@ class Decoder:
         devices = {parameter.device for parameter in model.parameters()}
         kind = devices.pop().type if len(devices) == 1 else None
         able = kind == "cuda" or kind == "cpu" and kernels.INTERPRETED
-        self.records = graphs and able and self.dtype in ROUNDING and prepare(self.text_config)
+        self.records = graphs and able and self.dtype in ROUNDING and prepare(family.parts(model).decoder)
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, cache, mask=None) -> torch.Tensor:
         """What comes after ``tokens``.
@@ -98,7 +96,7 @@ class Rows:
 
     def __init__(self, decoder: Decoder, keeps: float = KEPT) -> None:
         self._decoder, self._most = decoder, keeps
-        self._kinds = _kinds(decoder.text_config)
+        self._kinds = kinds_of(decoder.text_config)
         self._cache = Slots()
         self._graphs = Graphs(decoder, self._cache) if decoder.records else None
         self.clear()
@@ -209,12 +207,6 @@ class Rows:
                     ~masks[kind], torch.finfo(self._decoder.dtype).min
                 )
         return masks if len(self._kinds) > 1 else masks[WINDOW]
-
-
-def _kinds(text_config) -> set[str]:
-    """The kinds of attention of the layers."""
-    kinds = getattr(text_config, "layer_types", None)
-    return set(kinds) if kinds else {WINDOW if getattr(text_config, "sliding_window", None) else FULL}
 
 
 class Alone:

@@ -14,6 +14,9 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+SPARE = 1.25
+"""How much larger than any batch so far a cache may become, to serve all of them."""
+
 ROOM = 256
 """Columns that a newcomer gets beyond its prompt, at the least; more are made when they are needed."""
 
@@ -78,7 +81,10 @@ class Slots(Cache):
         rows, columns = len(pads), -(-(length + room) // 64) * 64
         grew = rows > self.capacity or columns > self.columns
         if grew:
-            rows, columns = max(rows, self.capacity), max(columns, self.columns)
+            # Room for both what there was and what comes, but not where one is long and the other has many rows.
+            most = max(rows * columns, self.capacity * self.columns)
+            if max(rows, self.capacity) * max(columns, self.columns) <= SPARE * most:
+                rows, columns = max(rows, self.capacity), max(columns, self.columns)
             self.clear()  # first: there may not be memory for both
             self.layers, self.columns = [SlotLayer(self) for _ in range(layers)], columns
             self.places, self.numbers = (

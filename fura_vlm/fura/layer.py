@@ -69,9 +69,8 @@ class FuraLayer(BaseTunerLayer):
         # block matrices while answering, by adapters and dtype, each with the version of what it was computed from;
         # DeepSpeed writes to parameters without a change of their version, but not in evaluation mode
         self._kept_blocks: dict[tuple, tuple[list[tuple[int, int]] | None, list[torch.Tensor]]] = {}
-        self.blocks_stay = (
-            False  # whether they are always in the same memory, through training too, as a graph needs it
-        )
+        # whether they keep their memory through training, too, as a CUDA graph needs it
+        self.blocks_stay = False
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.fura_adapters)

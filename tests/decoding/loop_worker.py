@@ -14,10 +14,12 @@ import torch
 from family_models import BUILDERS
 from family_talk import PICTURES
 from peft import LoraConfig, get_peft_model
+from transformers import FalconConfig, FalconForCausalLM
 
 from fura_vlm import FuraConfig
 from fura_vlm.decoding.loop import Loop, stay
 from fura_vlm.families.messages import Message, Picture, Text
+from fura_vlm.families.text import Language
 from fura_vlm.modelling.load import load_base, load_family
 
 torch.set_num_threads(1)
@@ -42,11 +44,11 @@ def write(model, family, inputs, seed=0, **arguments):
 def both(case, model, family, loop, inputs, **arguments):
     """The same with and without the loop; and whether the loop's graphs are those of the call before."""
     before = dict(loop._rows._graphs._graphs) if loop._rows._graphs else {}
-    expected = write(model, family, inputs, **arguments)
     found = write(model, family, inputs, custom_generate=loop, **arguments)
+    expected = write(model, family, inputs, **arguments)
     rows = loop._rows
     print(json.dumps({"case": case, "same": found == expected, "different": len({tuple(row) for row in expected}),
-                      "failed": rows.failed, "graphs": rows._graphs.sizes if rows._graphs else [],
+                      "answers": expected, "failed": rows.failed, "graphs": rows._graphs.sizes if rows._graphs else [],
                       "lengths": sorted({sum(token != family.tokenizer.pad_token_id for token in row)
                                          for row in expected})}), flush=True)  # fmt: skip
     kept = bool(before) and loop._rows._graphs._graphs == before
@@ -127,6 +129,16 @@ def adapters():
             both(f"{name}, moved", model, family, loop, inputs, **GREEDY)
 
 
+@torch.no_grad()
+def own_attention():
+    """A model that looks at the name of its attention itself, as it may: nothing is recorded."""
+    config = FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = FalconForCausalLM(config).eval().to(DEVICE)
+    loop = Loop(model, Language(None, config))
+    print(json.dumps({"case": "falcon", "able": loop.able, "attention": config._attn_implementation}), flush=True)
+
+
 families()
 ends()
+own_attention()
 adapters()

@@ -1,5 +1,6 @@
 """``generate`` with the loop of CUDA graphs, in Triton's interpreter, against ``generate`` as it is."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ def test_answers_that_end_at_different_places(reported):
 def test_what_is_trained_in_between_is_seen_and_the_graphs_stay(reported, name):
     for case in ("step 0", "step 1", "step 2", "trained"):
         assert reported[f"{name}, {case}"]["same"] and not reported[f"{name}, {case}"]["failed"], case
+    answers = [reported[f"{name}, {case}"]["answers"] for case in ("step 0", "step 1", "step 2", "trained")]
+    assert all(one != other for one, other in itertools.pairwise(answers))
     for case in ("step 1", "step 2", "trained"):
         assert reported[f"{name}, {case}, graphs"]["kept"], case
 
@@ -43,3 +46,7 @@ def test_graphs_of_another_adapter_or_of_other_memory_are_let_go(reported, name,
     row = reported[f"{name}, {case}"]
     assert row["same"] and not row["failed"]
     assert not reported[f"{name}, {case}, graphs"]["kept"]
+
+
+def test_a_model_that_chooses_its_attention_itself_is_left_alone(reported):
+    assert not reported["falcon"]["able"] and reported["falcon"]["attention"] == "sdpa"

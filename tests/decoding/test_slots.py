@@ -111,3 +111,12 @@ def test_prompts_read_at_once_are_those_read_alone(pads):
     memory = slots.layers[0].keys.data_ptr()
     assert not slots.read([2, 0], 7, 50, LAYERS, torch.device("cpu"))[1]
     assert slots.layers[0].keys.data_ptr() == memory and slots.lengths == [5, 7] and slots.places.tolist() == [5, 7, 0]
+
+
+def test_long_prompts_after_many_short_ones_take_no_more_than_they_need():
+    slots = Slots()
+    for pads, length in (([0] * 40, 50), ([0] * 3, 900)):
+        reader, _ = slots.read(pads, length, 10, LAYERS, torch.device("cpu"))
+        for layer in range(LAYERS):
+            reader.update(*(torch.randn(len(pads), HEADS, length, SIZE) for _ in range(2)), layer)
+    assert slots.capacity == 3 and slots.columns >= 910
