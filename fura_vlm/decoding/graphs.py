@@ -101,9 +101,9 @@ class Graphs:
         """Raises RuntimeError if not all layers have called the attention that takes each row's length from the GPU, or
         if it was not told of a window."""
         if len(found) - 1 < len(self._cache.layers):
-            raise RuntimeError("not all of its layers have the attention that a graph needs")
+            raise RuntimeError("not all of its layers use the attention that a graph needs")
         if WINDOW in kinds_of(self._decoder.text_config) and not any(found.windows):
-            raise RuntimeError("its attention keeps its windows to itself")
+            raise RuntimeError("it has attention with a window, and does not say how wide the window is")
 
     def _run(self, size: int) -> Outputs:
         cache = self._cache

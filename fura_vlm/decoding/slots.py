@@ -87,18 +87,16 @@ class Slots(Cache):
                 rows, columns = max(rows, self.capacity), max(columns, self.columns)
             self.clear()  # first: there may not be memory for both
             self.layers, self.columns = [SlotLayer(self) for _ in range(layers)], columns
-            self.places, self.numbers = (
-                torch.zeros(rows, dtype=torch.long, device=device),
-                torch.arange(rows, device=device),
-            )
+            self.places = torch.zeros(rows, dtype=torch.long, device=device)
+            self.numbers = torch.arange(rows, device=device)
         self.lengths = [length - pad for pad in pads]
         self.places.zero_()
         self.places[: len(pads)] = torch.tensor(self.lengths, device=device)
-        columns = None
+        sources = None
         if any(pads):
-            columns = torch.arange(length, device=device) + torch.tensor(pads, device=device)[:, None]
-            columns = columns.clamp_(max=length - 1)[:, None, :, None]
-        return Cache(layers=[PromptLayer(layer, columns) for layer in self.layers]), grew
+            sources = torch.arange(length, device=device) + torch.tensor(pads, device=device)[:, None]
+            sources = sources.clamp_(max=length - 1)[:, None, :, None]
+        return Cache(layers=[PromptLayer(layer, sources) for layer in self.layers]), grew
 
     def make_room(self) -> bool:
         """Sees to it that each row can take one token more. Returns whether the buffers are other ones than before."""

@@ -192,11 +192,11 @@ class Answerer:
     def how(self, arguments: dict) -> dict:
         """More arguments for ``generate``: steps as CUDA graphs, or else a cache with room for the answer, or nothing
         if a layer or beam search needs transformers' own."""
-        layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
         if (arguments.get("num_beams") or self.model.generation_config.num_beams or 1) > 1:
             return {}
         if self._loop.able:
             return {"custom_generate": self._loop}
+        layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
         if any(type(layer) is not DynamicLayer for layer in layers):
             return {}
         return {"past_key_values": Cache(layers=[RoomyLayer(arguments["max_new_tokens"]) for _ in layers])}

@@ -69,11 +69,15 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
     @contextmanager
     def _graphs(self):
         """Within it, ``generate`` takes its steps as CUDA graphs, where the model's weights are all here."""
+        if self.use_vllm or zero(self.config).get("stage") == 3:
+            yield
+            return
         model = self.accelerator.unwrap_model(self.model_wrapped)
         if self._loop is None:
             self._loop = Loop(model, self.family, KEPT)
-            stay(model)
-        if not self._loop.able or self.use_vllm or zero(self.config).get("stage") == 3:
+            if self._loop.able:
+                stay(model)
+        if not self._loop.able:
             yield
             return
         model.generate = partial(model.generate, custom_generate=self._loop)

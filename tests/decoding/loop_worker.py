@@ -79,7 +79,7 @@ def families():
 
 @torch.no_grad()
 def ends():
-    """Answers that end at different places, by a token and by a string."""
+    """Answers that end at different places."""
     model, family = load("text")
     inputs = [asked(family, (), text) for text in QUESTIONS] * 3
     longest = write(model, family, inputs, **SAMPLED | {"max_new_tokens": 20})
